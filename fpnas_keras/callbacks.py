@@ -1,0 +1,39 @@
+"""Keras callbacks of the command lines."""
+
+import csv
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+
+class MetricsFile(keras.callbacks.Callback):
+    """Writes a CSV file with a row an epoch; complete after every epoch.
+
+    `keras.callbacks.CSVLogger` sorts its columns and knows neither steps nor time.
+
+    Args:
+        path: The file, made anew.
+        row: From the index of the epoch and its logs to the row. A column
+            `seconds`, since training began, is added.
+    """
+
+    def __init__(self, path: str | os.PathLike, row: Callable[[int, dict], dict[str, Any]]):
+        super().__init__()
+        self.path = pathlib.Path(path)
+        self.row = row
+
+    def on_train_begin(self, logs=None):
+        self.start = time.monotonic()
+        self.path.write_text("")
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = self.row(epoch, logs) | {"seconds": round(time.monotonic() - self.start, 2)}
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)

@@ -1,0 +1,353 @@
+"""Images for searching and training: digits, tfds:NAME, folder:PATH.
+
+Every batch is a pure function of (seed, step), and every image is decoded once
+(once a batch where the images do not fit into memory).
+"""
+
+import itertools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+# Images that take more bytes than this, decoded and resized, stay on the disk.
+MEMORY_LIMIT = 4 * 2**30
+# Share of the images held out as test set where the data comes without one.
+TEST_FRACTION = 0.2
+_AUTOTUNE = tf.data.AUTOTUNE
+
+
+class Images(NamedTuple):
+    """One set of labelled images.
+
+    Attributes:
+        x: uint8 pixels of shape `(n, height, width, channels)`, or the names of
+            n files where the images do not fit into memory.
+        y: Index of the class, int32 of shape `(n,)`.
+        class_names: Names of the classes.
+        image_shape: `(height, width, channels)`.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+
+def load(
+    name: str,
+    split: str = "train",
+    image_size: int = 32,
+    data_dir: str | None = None,
+    download: bool = True,
+) -> Images:
+    """Reads the training or the test set.
+
+    Where the data has no test set of its own (no split "test" or "validation", no
+    folder `test` or `val`), a stratified fifth of it is held out, the same
+    one for every seed.
+
+    Args:
+        name: `digits` (scikit-learn's 1,797 images), `tfds:NAME` (a data set of
+            tensorflow_datasets with images and labels) or `folder:PATH` (a
+            folder of class folders, or of `train` and `test` or `val` with class
+            folders in each).
+        split: "train" or "test".
+        image_size: Height and width that the images are resized to.
+        data_dir: Where tensorflow_datasets keeps its data.
+        download: Whether tensorflow_datasets may download.
+
+    Raises:
+        ValueError: When there is no such data.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "digits":
+        return _digits(split, image_size)
+    if kind == "tfds" and rest:
+        return _tfds(rest, split, image_size, data_dir, download)
+    if kind == "folder" and rest:
+        return _folder(pathlib.Path(rest), split, image_size)
+    raise ValueError(f"`data` must be digits, tfds:NAME or folder:PATH. Received: data={name!r}")
+
+
+def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of two disjoint, stratified parts; the second holds `fraction` of all.
+
+    Raises:
+        ValueError: When a class has too few images to be in both parts.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = np.bincount(y)
+    if counts[counts > 0].min() < 2:
+        raise ValueError(
+            "every class needs at least 2 images to be split. "
+            f"Received: 1 image of class {int(np.flatnonzero(counts == 1)[0])}"
+        )
+    first, second = train_test_split(
+        np.arange(len(y)), test_size=fraction, stratify=y, random_state=seed
+    )
+    return np.sort(first), np.sort(second)
+
+
+def search_batches(
+    x: np.ndarray,
+    y: np.ndarray,
+    batch_size: int = 64,
+    seed: int = 0,
+    steps_per_epoch: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> tf.data.Dataset:
+    """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
+
+    The images are split 50/50, stratified, into a part that trains the weights
+    (t) and one that the architecture is chosen on (v).
+
+    Args:
+        x: Pixels 0..255 of shape `(n, height, width, channels)`, or file names.
+        y: Index of the class, integers of shape `(n,)`.
+        batch_size: Images of each part in a batch.
+        seed: Seed of the split and of the order.
+        steps_per_epoch: Batches an epoch; by default one pass over the weights part.
+        image_shape: `(height, width, channels)`, needed with file names.
+
+    Returns:
+        A dataset of one epoch; each time that it is iterated it goes on with the
+        next epoch.
+    """
+    weights, architecture = split(y, 0.5, seed)
+    steps = steps_per_epoch or max(1, len(weights) // batch_size)
+    read_t = _reader(x[weights], y[weights], batch_size, seed, image_shape)
+    read_v = _reader(x[architecture], y[architecture], batch_size, seed + 1, image_shape)
+    return _epochs(lambda step: (read_t(step), read_v(step)), steps)
+
+
+def train_batches(
+    images: Images,
+    batch_size: int = 128,
+    seed: int = 0,
+    random_crop: int = 0,
+    random_flip: bool = False,
+) -> tf.data.Dataset:
+    """Batches to train one network with: `(pixels, labels)`, one pass an epoch.
+
+    Args:
+        images: The images.
+        batch_size: Images in a batch.
+        seed: Seed of the order and of the augmentation.
+        random_crop: Pixels that an image may move in each direction; what moves
+            in is 0.
+        random_flip: Whether half of the images are mirrored left to right.
+
+    Returns:
+        A dataset of one epoch; each time that it is iterated it goes on with the
+        next epoch.
+    """
+    read = _reader(images.x, images.y, batch_size, seed, images.image_shape)
+
+    def augmented(step):
+        x, y = read(step)
+        key = tf.stack([tf.constant(seed, tf.int64), step])
+        if random_crop:
+            x = _random_crop(x, random_crop, key)
+        if random_flip:
+            x = tf.image.stateless_random_flip_left_right(x, key)
+        return x, y
+
+    return _epochs(augmented, max(1, len(images.y) // batch_size))
+
+
+def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
+    """All images once, in order: `(pixels, labels)`, the last batch smaller."""
+    x, y = tf.constant(images.x), tf.constant(images.y)
+    dataset = tf.data.Dataset.range(len(images.y)).batch(batch_size)
+
+    def read(indices):
+        return _pixels(tf.gather(x, indices), images.image_shape), tf.gather(y, indices)
+
+    return dataset.map(read, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
+
+
+def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int) -> tf.data.Dataset:
+    """`batch(step)` for `steps` steps; a new iteration is a new epoch."""
+    epochs = itertools.count()
+
+    def epoch_steps():
+        first = next(epochs) * steps
+        return iter(range(first, first + steps))
+
+    dataset = tf.data.Dataset.from_generator(
+        epoch_steps, output_signature=tf.TensorSpec((), tf.int64)
+    )
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    return dataset.map(batch, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
+
+
+def _reader(x, y, batch_size, seed, image_shape):
+    """A function from a step to that step's batch: pass after pass, each in its own order."""
+    n = len(y)
+    # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
+    x, y = tf.constant(x), tf.constant(y, tf.int32)
+
+    def read(step):
+        positions = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+        seeds = tf.stack(
+            [tf.fill([batch_size], tf.constant(seed, tf.int64)), positions // n, positions * 0], 1
+        )
+        # tf.random.experimental.index_shuffle, which takes no seed for each index in 2.21.
+        indices = tf.raw_ops.RandomIndexShuffle(
+            index=positions % n, seed=seeds, max_index=tf.constant(n - 1, tf.int64), rounds=4
+        )
+        indices = tf.ensure_shape(indices, (batch_size,))
+        return _pixels(tf.gather(x, indices), image_shape), tf.gather(y, indices)
+
+    return read
+
+
+def _pixels(x, image_shape):
+    """float32 pixels of a batch of images or of file names."""
+    if x.dtype == tf.string:
+        x = tf.map_fn(lambda path: _decode(path, image_shape), x, fn_output_signature=tf.uint8)
+        x = tf.ensure_shape(x, (None, *image_shape))
+    return tf.cast(x, tf.float32)
+
+
+def _decode(path, image_shape):
+    image = tf.io.decode_image(
+        tf.io.read_file(path), channels=image_shape[-1], expand_animations=False
+    )
+    return _resize(image, image_shape[0])
+
+
+def _resize(image, image_size):
+    """uint8 image or batch of images -> uint8 of `image_size`, with anti-aliasing."""
+    if image.shape[-3:-1] != (image_size, image_size):
+        image = tf.image.resize(image, (image_size, image_size), antialias=True)
+        image = tf.clip_by_value(tf.round(image), 0, 255)
+    return tf.cast(image, tf.uint8)
+
+
+def _random_crop(x, pixels, key):
+    batch, height, width = x.shape[0], x.shape[1], x.shape[2]
+    x = tf.pad(x, [[0, 0], [pixels, pixels], [pixels, pixels], [0, 0]])
+    first = tf.random.stateless_uniform((batch, 2), key, 0, 2 * pixels + 1, tf.int32)
+    x = tf.gather(x, first[:, :1] + tf.range(height), axis=1, batch_dims=1)
+    return tf.gather(x, first[:, 1:] + tf.range(width), axis=2, batch_dims=1)
+
+
+def _hold_out(y, split_name):
+    """Indices of the training or the test set of data that comes without a test set."""
+    train, test = split(y, TEST_FRACTION, seed=0)
+    return train if split_name == "train" else test
+
+
+def _digits(split_name, image_size):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    indices = _hold_out(digits.target, split_name)
+    x = (digits.images[indices, ..., None] * (255 / 16)).round().astype(np.uint8)
+    return Images(
+        _resize(tf.constant(x), image_size).numpy(),
+        digits.target[indices].astype(np.int32),
+        tuple(str(name) for name in digits.target_names),
+        (image_size, image_size, 1),
+    )
+
+
+def _tfds(name, split_name, image_size, data_dir, download):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        if download:
+            builder.download_and_prepare()
+        info = builder.info
+        test = next((s for s in ("test", "validation") if s in info.splits), None)
+        source = test if split_name == "test" and test else "train"
+        dataset = builder.as_dataset(split=source, as_supervised=True, shuffle_files=False)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"cannot read the data set `{name}` of tensorflow_datasets (data_dir={data_dir}, "
+            f"download={download}): {reason[0]}"
+        ) from None
+    image, label = (info.features[key] for key in info.supervised_keys[:2])
+    if not hasattr(label, "num_classes") or len(image.shape or ()) != 3:
+        raise ValueError(f"the data set `{name}` must have images and one class label each")
+    image_shape = (image_size, image_size, image.shape[-1] or 3)
+    count = info.splits[source].num_examples
+    _check_memory(name, count, image_shape)
+    dataset = dataset.map(lambda x, y: (_resize(x, image_size), y), num_parallel_calls=_AUTOTUNE)
+    x, y = _collect(dataset.batch(500).prefetch(2), count, image_shape, f"reading {name}")
+    if test is None:
+        indices = _hold_out(y, split_name)
+        x, y = x[indices], y[indices]
+    return Images(x, y, tuple(label.names), image_shape)
+
+
+def _folder(path, split_name, image_size):
+    import keras
+
+    test = next((path / s for s in ("test", "val") if (path / s).is_dir()), None)
+    if not path.is_dir():
+        raise ValueError(f"`data` names no folder. Received: data=folder:{path}")
+    has_parts = (path / "train").is_dir()
+    if has_parts:
+        folder = test if split_name == "test" and test else path / "train"
+    else:
+        folder, test = path, None
+    try:
+        files = keras.utils.image_dataset_from_directory(
+            folder, labels="inferred", batch_size=None, shuffle=False, verbose=False
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the folder {folder} must hold one folder of images for each class: {error}"
+        ) from None
+    names, paths = tuple(files.class_names), np.array(files.file_paths)
+    classes = [pathlib.Path(file).relative_to(folder).parts[0] for file in paths]
+    y = np.array([names.index(each) for each in classes], np.int32)
+    missing = sorted(set(names) - set(classes))
+    if missing or len(names) < 2:
+        raise ValueError(
+            f"the folder {folder} must hold images of at least 2 classes, and no empty class. "
+            f"Received: classes {', '.join(names)}; without images: {', '.join(missing) or 'none'}"
+        )
+    if test is None:
+        indices = _hold_out(y, split_name)
+        paths, y = paths[indices], y[indices]
+    try:
+        channels = tf.io.decode_image(tf.io.read_file(paths[0]), expand_animations=False).shape[-1]
+        image_shape = (image_size, image_size, 1 if channels == 1 else 3)
+        if len(y) * np.prod(image_shape) <= MEMORY_LIMIT:
+            dataset = tf.data.Dataset.from_tensor_slices((paths, y))
+            dataset = dataset.map(
+                lambda p, label: (_decode(p, image_shape), label), num_parallel_calls=_AUTOTUNE
+            )
+            paths, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, str(folder))
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(f"an image in {folder} cannot be decoded: {error.message}") from None
+    return Images(paths, y, names, image_shape)
+
+
+def _check_memory(name, count, image_shape):
+    if count * np.prod(image_shape, dtype=np.int64) > MEMORY_LIMIT:
+        raise ValueError(
+            f"the data set `{name}` does not fit into memory at {image_shape} "
+            f"({count:,} images; at most {MEMORY_LIMIT / 2**30:.0f} GiB); write it to a folder of "
+            "class folders and use folder:PATH, or choose a smaller `input_size`"
+        )
+
+
+def _collect(dataset, count, image_shape, description):
+    x, y = np.empty((count, *image_shape), np.uint8), np.empty(count, np.int32)
+    with tqdm(total=count, desc=description, unit=" images", delay=5, mininterval=1) as progress:
+        for images, labels in dataset.as_numpy_iterator():
+            end = progress.n + len(labels)
+            x[progress.n : end], y[progress.n : end] = images, labels
+            progress.update(len(labels))
+    return x, y

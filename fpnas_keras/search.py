@@ -1,0 +1,232 @@
+"""Searches a space for an architecture: flags in, a run directory out.
+
+    python -m fpnas_keras.search --flagfile=configs/quickstart.flags
+"""
+
+import shlex
+
+import keras
+from absl import flags, logging
+
+from fpnas_keras import cli, data, spaces
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.callbacks import MetricsFile
+from fpnas_keras.cost import MacsCost, ParamsCost
+from fpnas_keras.estimator import AdaptiveSamples
+from fpnas_keras.files import replacing
+from fpnas_keras.searcher import ArchitectureSearch
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(cli)
+flags.DEFINE_string("output_dir", None, "Directory of the run, new or empty.", required=True)
+flags.DEFINE_string(
+    "space", "mobile_mini", f"Search space, one of: {', '.join(spaces.names())}."
+)
+flags.DEFINE_integer(
+    "input_size",
+    32,
+    "Height and width in pixels that images are resized to. Larger sees more and costs "
+    "its square.",
+    lower_bound=1,
+)
+flags.DEFINE_enum(
+    "cost",
+    "none",
+    ["none", "macs", "params"],
+    "What --target limits: multiply-adds of one image, or trainable parameters.",
+)
+flags.DEFINE_float(
+    "target",
+    None,
+    "What the architecture may cost, in the unit of --cost (3e6 is 3 million).",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "cost_coefficient",
+    1.0,
+    "Weight of the cost against the likelihood (the paper's beta). Raise it when the "
+    "result is over the target.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "sample_scale",
+    0.25,
+    "Architectures drawn a step for each nat of the distribution's entropy. Larger is less "
+    "noisy and slower.",
+)
+flags.DEFINE_integer("min_samples", 2, "Fewest architectures drawn a step.", lower_bound=1)
+flags.DEFINE_integer("max_samples", 64, "Most architectures drawn a step.", lower_bound=1)
+flags.DEFINE_integer(
+    "samples",
+    None,
+    "A fixed number of architectures a step, instead of one that follows the entropy.",
+    lower_bound=1,
+)
+flags.DEFINE_float(
+    "likelihood_scale",
+    1.0,
+    "Factor of the mean log-likelihoods in the importance weights (tau). Larger makes the best "
+    "sample of a step count more; the batch size gives the sum over the batch.",
+)
+flags.DEFINE_boolean(
+    "control_variate",
+    True,
+    "Whether 1/K is subtracted from the importance weights; without it (the paper's formula) "
+    "the logits follow mostly noise.",
+)
+flags.DEFINE_integer("batch_size", 64, "Images a batch, of each part of the data.", lower_bound=2)
+flags.DEFINE_integer("epochs", 30, "Epochs to search.", lower_bound=1)
+flags.DEFINE_integer(
+    "steps_per_epoch",
+    None,
+    "Steps an epoch; by default one pass over the weights part of the data.",
+    lower_bound=1,
+)
+flags.DEFINE_float(
+    "learning_rate", 0.05, "Peak learning rate of the shared weights (SGD, cosine to 0)."
+)
+flags.DEFINE_float(
+    "architecture_learning_rate",
+    0.02,
+    "Learning rate of the architecture logits (Adam). Higher decides earlier, on less evidence.",
+)
+flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
+
+_COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}
+
+
+def main() -> None:
+    """Runs the search that the flags describe."""
+    run = cli.Run(FLAGS.output_dir, __name__)
+    if run.finished:
+        _report(run)
+        return
+    keras.utils.set_random_seed(FLAGS.seed)
+    search, batches = _set_up()
+    run.begin()
+    search.fit(
+        batches,
+        epochs=FLAGS.epochs,
+        shuffle=False,
+        callbacks=[
+            keras.callbacks.TerminateOnNaN(),
+            MetricsFile(run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)),
+        ],
+    )
+    with replacing(run.path("search.weights.h5")) as temporary:
+        search.save_weights(temporary)
+    architecture = search.derive()
+    architecture.save(run.path("architecture.json"))
+    run.finish(**_summary(search, architecture))
+    _report(run)
+
+
+def _set_up():
+    """The compiled search and its data, or a `ValueError` about the flags."""
+    if (FLAGS.cost == "none") != (FLAGS.target is None):
+        raise ValueError(
+            "`target` needs `cost`, and the other way round. "
+            f"Received: cost={FLAGS.cost}, target={FLAGS.target}"
+        )
+    spaces.get(FLAGS.space)  # An unknown name should not wait for the data.
+    images = cli.load_data("train", FLAGS.input_size)
+    space = spaces.get(FLAGS.space, images.image_shape, len(images.class_names))
+    adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
+    search = ArchitectureSearch(
+        space,
+        samples=FLAGS.samples or adaptive,
+        cost=_COSTS[FLAGS.cost](FLAGS.target),
+        cost_coefficient=FLAGS.cost_coefficient,
+        likelihood_scale=FLAGS.likelihood_scale,
+        control_variate=FLAGS.control_variate,
+        seed=FLAGS.seed,
+    )
+    batches = data.search_batches(
+        images.x,
+        images.y,
+        FLAGS.batch_size,
+        FLAGS.seed,
+        FLAGS.steps_per_epoch,
+        images.image_shape,
+    )
+    steps = int(batches.cardinality()) * FLAGS.epochs
+    search.compile(
+        optimizer=keras.optimizers.SGD(
+            keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps),
+            momentum=0.9,
+            nesterov=True,
+        ),
+        architecture_optimizer=keras.optimizers.Adam(FLAGS.architecture_learning_rate),
+    )
+    table, unit = search.cost_table, search.cost.unit
+    logging.info(
+        "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
+        space.name,
+        space.num_architectures,
+        search.distribution.count_params(),
+        f"{table.least():,.0f}",
+        f"{table.largest():,.0f}",
+        unit,
+        steps,
+    )
+    return search, batches
+
+
+def _row(search, epoch, logs):
+    first = {
+        "step": int(search.step.numpy()),
+        "epoch": epoch + 1,
+        "phase": "factorized",
+        "samples": logs["samples"],
+        "total_samples": int(search.total_samples.numpy()),
+    }
+    return first | {name: value for name, value in logs.items() if name != "samples"}
+
+
+def _summary(search, architecture):
+    table = search.cost_table
+    return {
+        "space": search.space.name,
+        "input_shape": search.space.input_shape,
+        "num_classes": search.space.num_classes,
+        "num_architectures": search.space.num_architectures,
+        "num_logits": search.distribution.count_params(),
+        "data": FLAGS.data,
+        "seed": FLAGS.seed,
+        "steps": int(search.step.numpy()),
+        "total_samples": int(search.total_samples.numpy()),
+        "entropy": float(search.distribution.entropy()),
+        "cost": FLAGS.cost,
+        "target": FLAGS.target,
+        "expected_cost": float(table.expected(search.distribution.block_probabilities())),
+        "macs": architecture.macs(),
+        "params": architecture.params(),
+    }
+
+
+def _report(run):
+    """Prints the result of a finished run and what to type next."""
+    summary = run.summary()
+    architecture = Architecture.load(run.path("architecture.json"))
+    print(f"\n{'block':>5} {'stride':>6} {'filters':>7} kernel expansion activation splits")
+    for index, block in enumerate(architecture.blocks):
+        row = f"{index:5} {block.strides:6} {block.filters:7} "
+        if block.skip:
+            print(row + "skip")
+        else:
+            kernel = f"{block.kernel_size}x{block.kernel_size}"
+            print(row + f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}")
+    target = "" if summary["target"] is None else f" (target {summary['target']:,.0f})"
+    print(
+        f"\n{summary['macs']:,} MACs, {summary['params']:,} parameters{target}; "
+        f"{summary['total_samples']:,} samples in {summary['steps']:,} steps, "
+        f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_mb']:,} MB\n"
+        f"results: {run.directory}\n"
+        "next, train it:\n"
+        f"  python -m fpnas_keras.train --architecture={shlex.quote(str(run.path('architecture.json')))} "
+        f"{cli.data_arguments()} --output_dir={shlex.quote(str(run.directory) + '_trained')}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

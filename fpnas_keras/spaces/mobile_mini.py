@@ -1,0 +1,47 @@
+"""`mobile_mini`: small MBConv networks for images of 28 to 96 pixels.
+
+| stage | blocks | stride | filters | skip |
+|---|---|---|---|---|
+| stem | 3x3 convolution | 1 | 16 | |
+| 1 | 2 | 2, 1 | 12, 16, 20 | second block |
+| 2 | 3 | 2, 1, 1 | 24, 28, 32 | second and third |
+| 3 | 3 | 2, 1, 1 | 40, 48, 56, 64 | second and third |
+| head | 1x1 convolution | 1 | 256 | |
+
+Every block chooses kernel size 3 or 5, expansion 1, 3 or 6, ReLU or hard swish,
+and with or without squeeze-excite.
+"""
+
+from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.spaces.space import SearchBlock, Space
+
+STAGES = (
+    (2, (12, 16, 20)),
+    (3, (24, 28, 32)),
+    (3, (40, 48, 56, 64)),
+)
+
+
+def mobile_mini(input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10) -> Space:
+    """The space as in the table above."""
+    blocks = [
+        SearchBlock(
+            filters=filters,
+            kernel_size=(3, 5),
+            expansion=(1, 3, 6),
+            activation=("relu", "hard_silu"),
+            splits=(0, 1),
+            skip=(False,) if position == 0 else (False, True),
+            strides=2 if position == 0 else 1,
+        )
+        for repeats, filters in STAGES
+        for position in range(repeats)
+    ]
+    return Space(
+        name="mobile_mini",
+        input_shape=input_shape,
+        num_classes=num_classes,
+        stem=Stem(filters=16, kernel_size=3, strides=1, activation="hard_silu"),
+        blocks=tuple(blocks),
+        head=Head(filters=256, activation="hard_silu"),
+    )

@@ -1,0 +1,209 @@
+"""Trains one architecture from scratch: flags in, `model.keras` out.
+
+    python -m fpnas_keras.train --architecture=FILE --output_dir=DIR
+"""
+
+import shlex
+
+import keras
+from absl import flags, logging
+
+from fpnas_keras import cli, data
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.callbacks import MetricsFile
+from fpnas_keras.files import replacing
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(cli)
+flags.DEFINE_string("output_dir", None, "Directory of the run, new or empty.", required=True)
+flags.DEFINE_string("architecture", None, "Architecture file (JSON) to train.", required=True)
+flags.DEFINE_integer("epochs", 20, "Epochs to train.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=2)
+flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "SGD with Nesterov momentum 0.9, or AdamW.")
+flags.DEFINE_float(
+    "learning_rate",
+    None,
+    "Peak learning rate, cosine to 0; by default 0.1 for sgd and 0.002 for adamw. Scale it with "
+    "the batch size.",
+)
+flags.DEFINE_float("warmup_epochs", 1.0, "Epochs over which the learning rate rises from 0.", 0)
+flags.DEFINE_float(
+    "weight_decay",
+    None,
+    "Decoupled weight decay of all but biases and batch norms, times the learning rate a step; "
+    "by default 0.001 for sgd and 0.05 for adamw. Raise it against overfitting.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "label_smoothing",
+    0.1,
+    "Part of each label spread over all classes, 0 to 1.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_integer(
+    "random_crop",
+    2,
+    "Pixels that an image may move in each direction; about an eighth of small images.",
+    lower_bound=0,
+)
+flags.DEFINE_boolean(
+    "random_flip",
+    False,
+    "Mirror half of the images left to right. For photos; not for digits or text.",
+)
+flags.DEFINE_float(
+    "ema_momentum",
+    0.0,
+    "Momentum of an exponential moving average of the weights that replaces them at the end; "
+    "0 is off, 0.999 usual.",
+    lower_bound=0,
+    upper_bound=0.999999,
+)
+flags.DEFINE_float(
+    "validation_split",
+    0.0,
+    "Part of the training set held out to report val_accuracy an epoch, 0 to 0.9. Choose flags by "
+    "it: the test set is read once, at the end.",
+    lower_bound=0,
+    upper_bound=0.9,
+)
+flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
+
+_DEFAULTS = {
+    "sgd": {"learning_rate": 0.1, "weight_decay": 0.001},
+    "adamw": {"learning_rate": 0.002, "weight_decay": 0.05},
+}
+# Batches that the batch norms' moving statistics are estimated on after averaging.
+_RECALIBRATION_BATCHES = 100
+
+
+def main() -> None:
+    """Runs the training that the flags describe."""
+    run = cli.Run(FLAGS.output_dir, __name__)
+    if run.finished:
+        _report(run)
+        return
+    keras.utils.set_random_seed(FLAGS.seed)
+    architecture = Architecture.load(FLAGS.architecture)
+    images, held_out = _training_data(architecture)
+    batches = data.train_batches(
+        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
+    )
+    model = architecture.build()
+    optimizer = _optimizer(int(batches.cardinality()))
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, label_smoothing=FLAGS.label_smoothing
+        ),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    logging.info(
+        "%s: %s MACs, %s parameters; %d training images",
+        FLAGS.architecture,
+        f"{architecture.macs():,}",
+        f"{architecture.params():,}",
+        len(images.y),
+    )
+    run.begin()
+
+    def row(epoch, logs):
+        step = int(optimizer.iterations.numpy())
+        return {"step": step, "epoch": epoch + 1} | logs
+
+    history = model.fit(
+        batches,
+        epochs=FLAGS.epochs,
+        shuffle=False,
+        validation_data=data.test_batches(held_out) if held_out else None,
+        callbacks=[
+            keras.callbacks.TerminateOnNaN(),
+            MetricsFile(run.path("metrics.csv"), row),
+        ],
+    )
+    if FLAGS.ema_momentum:
+        _recalibrate(model, batches)
+    test = cli.load_data("test", architecture.input_shape[0])
+    loss, accuracy = model.evaluate(data.test_batches(test))
+    with replacing(run.path("model.keras")) as temporary:
+        model.save(temporary)
+    run.finish(
+        architecture=architecture.to_dict(),
+        data=FLAGS.data,
+        seed=FLAGS.seed,
+        epochs=FLAGS.epochs,
+        macs=architecture.macs(),
+        params=architecture.params(),
+        train_loss=history.history["loss"][-1],
+        test_loss=loss,
+        test_accuracy=accuracy,
+    )
+    _report(run)
+
+
+def _training_data(architecture):
+    """The images to train on, and those held out of them or `None`."""
+    images = cli.load_data("train", architecture.input_shape[0])
+    received = (images.image_shape, len(images.class_names))
+    if received != (architecture.input_shape, architecture.num_classes):
+        raise ValueError(
+            f"the architecture {FLAGS.architecture} is for images of {architecture.input_shape} and "
+            f"{architecture.num_classes} classes. Received: data={FLAGS.data} with images of "
+            f"{received[0]} and {received[1]} classes"
+        )
+    if not FLAGS.validation_split:
+        return images, None
+    kept, held_out = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
+    return tuple(
+        images._replace(x=images.x[part], y=images.y[part]) for part in (kept, held_out)
+    )
+
+
+def _optimizer(steps_per_epoch):
+    defaults = _DEFAULTS[FLAGS.optimizer]
+    peak = defaults["learning_rate"] if FLAGS.learning_rate is None else FLAGS.learning_rate
+    decay = defaults["weight_decay"] if FLAGS.weight_decay is None else FLAGS.weight_decay
+    steps = steps_per_epoch * FLAGS.epochs
+    warmup_steps = min(int(FLAGS.warmup_epochs * steps_per_epoch), steps - 1)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup_steps else peak,
+        decay_steps=steps - warmup_steps,
+        warmup_target=peak if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )
+    common = {
+        "weight_decay": decay,
+        "use_ema": FLAGS.ema_momentum > 0,
+        "ema_momentum": FLAGS.ema_momentum,
+    }
+    if FLAGS.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, **common)
+    else:
+        optimizer = keras.optimizers.AdamW(schedule, **common)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+def _recalibrate(model, batches):
+    """Estimates the moving statistics anew: they belong to the weights before averaging."""
+    for images, _ in batches.take(_RECALIBRATION_BATCHES):
+        model(images, training=True)
+
+
+def _report(run):
+    """Prints the result of a finished run and what to type next."""
+    summary = run.summary()
+    print(
+        f"\ntest accuracy {summary['test_accuracy']:.2%}; {summary['macs']:,} MACs, "
+        f"{summary['params']:,} parameters; {summary['wall_seconds']:.0f} s\n"
+        f"results: {run.directory}\n"
+        "next, write it for the phone:\n"
+        f"  python -m export.tflite --model={shlex.quote(str(run.path('model.keras')))} "
+        f"{cli.data_arguments()}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
