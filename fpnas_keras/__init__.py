@@ -1,6 +1,6 @@
 """Fast probabilistic neural architecture search in Keras.
 
-    import fpnas_keras as fpnas
+import fpnas_keras as fpnas
 """
 
 from fpnas_keras import data, spaces

@@ -199,7 +199,8 @@ class Architecture:
             num_classes=data["num_classes"],
             stem=_read(Stem, data["stem"], "stem"),
             blocks=tuple(
-                _read(Block, block, f"blocks[{index}]") for index, block in enumerate(data["blocks"])
+                _read(Block, block, f"blocks[{index}]")
+                for index, block in enumerate(data["blocks"])
             ),
             head=_read(Head, data["head"], "head"),
             space=data["space"],
@@ -222,7 +223,9 @@ class Architecture:
             text = pathlib.Path(path).read_text(encoding="utf-8")
             return cls.from_dict(json.loads(text, object_pairs_hook=_unique_keys))
         except OSError as error:
-            raise ValueError(f"cannot read the architecture file {path}: {error.strerror}") from None
+            raise ValueError(
+                f"cannot read the architecture file {path}: {error.strerror}"
+            ) from None
         except RecursionError:
             raise ValueError(f"{path} is not an architecture file: nested too deeply") from None
         except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
@@ -285,7 +288,9 @@ def _check_keys(data, expected, where):
             raise ValueError(f"{where} lacks the key `{key}`")
     for key in data:
         if key not in expected:
-            raise ValueError(f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}")
+            raise ValueError(
+                f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}"
+            )
 
 
 def _unique_keys(pairs):
@@ -332,5 +337,5 @@ def _check_choice(owner, name, choices):
     value = getattr(owner, name)
     if value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(map(str, choices))}. Received: {name}={_short(value)}"
+            f"`{name}` must be one of {', '.join(choices)}. Received: {name}={_short(value)}"
         )

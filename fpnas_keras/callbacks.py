@@ -26,11 +26,11 @@ class MetricsFile(keras.callbacks.Callback):
         self.path = pathlib.Path(path)
         self.row = row
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         self.start = time.monotonic()
         self.path.write_text("")
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         row = self.row(epoch, logs) | {"seconds": round(time.monotonic() - self.start, 2)}
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row.keys(), lineterminator="\n")

@@ -56,7 +56,7 @@ class FactorizedLogits(keras.layers.Layer):
         self._skip_choices = skip_choices
         self.build()
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: object = None) -> None:
         self.logits = self.add_weight(
             name="logits", shape=(int(self._searched.sum()),), initializer="zeros"
         )
@@ -99,7 +99,9 @@ class FactorizedLogits(keras.layers.Layer):
             result.append(joint)
         return result
 
-    def sample(self, count: tf.Tensor | int, seed: tf.Tensor | int, step: tf.Tensor | int):
+    def sample(
+        self, count: tf.Tensor | int, seed: tf.Tensor | int, step: tf.Tensor | int
+    ) -> tf.Tensor:
         """Draws architectures; a pure function of its arguments and the logits.
 
         Args:
@@ -197,7 +199,7 @@ class SlicedConv(keras.layers.Layer):
         self.use_bias = use_bias
         self.build()
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: object = None) -> None:
         self.kernel = self.add_weight(
             name="kernel", shape=self.shape, initializer=conv_initializer()
         )
@@ -227,7 +229,7 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         self.strides = strides
         self.build()
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: object = None) -> None:
         self.kernel = self.add_weight(
             name="kernel", shape=self.shape, initializer=conv_initializer()
         )
@@ -256,7 +258,7 @@ class SlicedBatchNorm(keras.layers.Layer):
         self.filters = filters
         self.build()
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: object = None) -> None:
         # float32 under any policy: the fused op wants its scale and offset so.
         self.gamma = self.add_weight(
             name="gamma", shape=(self.filters,), initializer="ones", autocast=False

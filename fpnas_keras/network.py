@@ -30,9 +30,9 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
         return bn(x, name, activation)
 
     def bn(x, name, activation=None):
-        x = layers.BatchNormalization(
-            momentum=bn_momentum, epsilon=BN_EPSILON, name=f"{name}_bn"
-        )(x)
+        x = layers.BatchNormalization(momentum=bn_momentum, epsilon=BN_EPSILON, name=f"{name}_bn")(
+            x
+        )
         return layers.Activation(activation, name=f"{name}_activation")(x) if activation else x
 
     def block(x, block: Block, name):

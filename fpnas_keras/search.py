@@ -1,6 +1,6 @@
 """Searches a space for an architecture: flags in, a run directory out.
 
-    python -m fpnas_keras.search --flagfile=configs/quickstart.flags
+python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 """
 
 import shlex
@@ -19,14 +19,11 @@ from fpnas_keras.searcher import ArchitectureSearch
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
 flags.DEFINE_string("output_dir", None, "Directory of the run, new or empty.", required=True)
-flags.DEFINE_string(
-    "space", "mobile_mini", f"Search space, one of: {', '.join(spaces.names())}."
-)
+flags.DEFINE_string("space", "mobile_mini", f"Search space, one of: {', '.join(spaces.names())}.")
 flags.DEFINE_integer(
     "input_size",
     32,
-    "Height and width in pixels that images are resized to. Larger sees more and costs "
-    "its square.",
+    "Height and width in pixels that images are resized to. Larger sees more and costs its square.",
     lower_bound=1,
 )
 flags.DEFINE_enum(
@@ -87,7 +84,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "architecture_learning_rate",
-    0.02,
+    0.01,
     "Learning rate of the architecture logits (Adam). Higher decides earlier, on less evidence.",
 )
 flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
@@ -217,14 +214,15 @@ def _report(run):
             kernel = f"{block.kernel_size}x{block.kernel_size}"
             print(row + f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}")
     target = "" if summary["target"] is None else f" (target {summary['target']:,.0f})"
+    file = shlex.quote(str(run.path("architecture.json")))
     print(
         f"\n{summary['macs']:,} MACs, {summary['params']:,} parameters{target}; "
         f"{summary['total_samples']:,} samples in {summary['steps']:,} steps, "
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_mb']:,} MB\n"
         f"results: {run.directory}\n"
         "next, train it:\n"
-        f"  python -m fpnas_keras.train --architecture={shlex.quote(str(run.path('architecture.json')))} "
-        f"{cli.data_arguments()} --output_dir={shlex.quote(str(run.directory) + '_trained')}"
+        f"  python -m fpnas_keras.train --architecture={file} {cli.data_arguments()} "
+        f"--output_dir={shlex.quote(str(run.directory) + '_trained')}"
     )
 
 

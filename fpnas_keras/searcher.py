@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from fpnas_keras import estimator
@@ -193,7 +192,7 @@ class ArchitectureSearch(keras.Model):
             The gradient of each weight, and loss and accuracy of each sample on
             the training and on the validation batch, shape `(K, 2)`.
         """
-        weights = self.supernet.trainable_variables
+        weights = [variable.value for variable in self.supernet.trainable_variables]
         count = tf.shape(choices)[0]
 
         def body(index, sums, train, validation):
@@ -202,9 +201,7 @@ class ArchitectureSearch(keras.Model):
                 loss = result[0]
             gradients = tape.gradient(loss, weights, unconnected_gradients="zero")
             sums = sums.add(-self.likelihood_scale * loss, gradients)
-            validation = validation.write(
-                index, self._evaluate(validation_batch, choices[index])
-            )
+            validation = validation.write(index, self._evaluate(validation_batch, choices[index]))
             return index + 1, sums, train.write(index, result), validation
 
         results = [tf.TensorArray(tf.float32, count, element_shape=(2,)) for _ in range(2)]

@@ -95,28 +95,30 @@ class SupernetBlock(keras.layers.Layer):
         self.bottleneck = np.vectorize(attention_filters)(self.expanded).astype(np.int32)
         widest, filters = int(self.expanded.max()), max(block.filters)
         if set(block.expansion) != {1}:
-            self.expand = SlicedConv(max(filters_in), widest, name="expand")
-            self.expand_bn = SlicedBatchNorm(widest, name="expand_bn")
+            self.expand = SlicedConv(max(filters_in), widest, name=f"{self.name}_expand")
+            self.expand_bn = SlicedBatchNorm(widest, name=f"{self.name}_expand_bn")
         self.depthwise = SlicedDepthwiseConv(
-            widest, max(block.kernel_size), block.strides, name="depthwise"
+            widest, max(block.kernel_size), block.strides, name=f"{self.name}_depthwise"
         )
-        self.depthwise_bn = SlicedBatchNorm(widest, name="depthwise_bn")
+        self.depthwise_bn = SlicedBatchNorm(widest, name=f"{self.name}_depthwise_bn")
         if max(block.splits) > 0:
             bottleneck = int(self.bottleneck.max())
             self.attention_reduce = SlicedConv(
-                widest, bottleneck, use_bias=True, name="attention_reduce"
+                widest, bottleneck, use_bias=True, name=f"{self.name}_attention_reduce"
             )
             self.attention_expand = SlicedConv(
-                bottleneck, widest, use_bias=True, name="attention_expand"
+                bottleneck, widest, use_bias=True, name=f"{self.name}_attention_expand"
             )
-        self.project = SlicedConv(widest, filters, name="project")
-        self.project_bn = SlicedBatchNorm(filters, name="project_bn")
+        self.project = SlicedConv(widest, filters, name=f"{self.name}_project")
+        self.project_bn = SlicedBatchNorm(filters, name=f"{self.name}_project_bn")
         # Whether input and output can, and whether they always do, have one shape.
         self.may_agree = block.strides == 1 and bool(set(filters_in) & set(block.filters))
         self.must_agree = block.strides == 1 and len(set(filters_in) | set(block.filters)) == 1
         if True in block.skip and not self.must_agree:
-            self.skip = SlicedConv(max(filters_in), filters, strides=block.strides, name="skip")
-            self.skip_bn = SlicedBatchNorm(filters, name="skip_bn")
+            self.skip = SlicedConv(
+                max(filters_in), filters, strides=block.strides, name=f"{self.name}_skip"
+            )
+            self.skip_bn = SlicedBatchNorm(filters, name=f"{self.name}_skip_bn")
         self.built = True
 
     def call(self, x: tf.Tensor, choices: tf.Tensor, filters_in: tf.Tensor) -> tf.Tensor:
@@ -138,7 +140,9 @@ class SupernetBlock(keras.layers.Layer):
     def _mbconv(self, inputs, choice, filters_in, filters):
         row, column = filters_in, choice["expansion"]
         expanded = tf.constant(self.expanded)[row, column]
-        x = switch(column, [self._expand_branch(inputs, e, choice, expanded) for e in self.block.expansion])
+        x = switch(
+            column, [self._expand_branch(inputs, e, choice, expanded) for e in self.block.expansion]
+        )
         kernel_size = tf.gather(tf.constant(self.block.kernel_size), choice["kernel_size"])
         x = self._activate(self.depthwise_bn(self.depthwise(x, kernel_size)), choice)
         bottleneck = tf.constant(self.bottleneck)[row, column]

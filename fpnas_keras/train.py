@@ -1,6 +1,6 @@
 """Trains one architecture from scratch: flags in, `model.keras` out.
 
-    python -m fpnas_keras.train --architecture=FILE --output_dir=DIR
+python -m fpnas_keras.train --architecture=FILE --output_dir=DIR
 """
 
 import shlex
@@ -98,7 +98,7 @@ def main() -> None:
             from_logits=True, label_smoothing=FLAGS.label_smoothing
         ),
         metrics=["accuracy"],
-        jit_compile=False,
+        jit_compile=False,  # XLA takes 8 times as long on CPUs.
     )
     logging.info(
         "%s: %s MACs, %s parameters; %d training images",
@@ -149,16 +149,14 @@ def _training_data(architecture):
     received = (images.image_shape, len(images.class_names))
     if received != (architecture.input_shape, architecture.num_classes):
         raise ValueError(
-            f"the architecture {FLAGS.architecture} is for images of {architecture.input_shape} and "
-            f"{architecture.num_classes} classes. Received: data={FLAGS.data} with images of "
+            f"the architecture {FLAGS.architecture} is for images of {architecture.input_shape} "
+            f"and {architecture.num_classes} classes. Received: data={FLAGS.data} with images of "
             f"{received[0]} and {received[1]} classes"
         )
     if not FLAGS.validation_split:
         return images, None
     kept, held_out = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
-    return tuple(
-        images._replace(x=images.x[part], y=images.y[part]) for part in (kept, held_out)
-    )
+    return tuple(images._replace(x=images.x[part], y=images.y[part]) for part in (kept, held_out))
 
 
 def _optimizer(steps_per_epoch):

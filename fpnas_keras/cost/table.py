@@ -105,6 +105,8 @@ class CostTable:
         best = np.zeros(1)  # by choice of filters in
         for table, cardinalities in zip(self.blocks, self.cardinalities):
             costs = table.reshape(-1, *cardinalities)
-            costs = np.moveaxis(costs, 1 + _FILTERS, 1).reshape(*costs.shape[:1], cardinalities[_FILTERS], -1)
+            costs = np.moveaxis(costs, 1 + _FILTERS, 1).reshape(
+                *costs.shape[:1], cardinalities[_FILTERS], -1
+            )
             best = reduce(best[:, None] + reduce(costs, axis=-1), axis=0)
         return self.fixed + float(reduce(best))

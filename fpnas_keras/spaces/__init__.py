@@ -15,9 +15,7 @@ def names() -> list[str]:
     return sorted(_SPACES)
 
 
-def get(
-    name: str, input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10
-) -> Space:
+def get(name: str, input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10) -> Space:
     """The space of that name for images of a given shape.
 
     Args:

@@ -142,9 +142,7 @@ class Space:
             input_shape=self.input_shape,
             num_classes=self.num_classes,
             stem=self.stem,
-            blocks=tuple(
-                block.block(row) for block, row in zip(self.blocks, choices, strict=True)
-            ),
+            blocks=tuple(block.block(row) for block, row in zip(self.blocks, choices, strict=True)),
             head=self.head,
             space=self.name,
         )

@@ -1,0 +1,184 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from fpnas_keras import data
+
+
+def test_digits_are_split_the_same_way_whatever_is_asked_first():
+    train, test = data.load("digits", "train", 16), data.load("digits", "test", 16)
+    assert (len(train.y), len(test.y)) == (1437, 360)
+    assert train.x.shape == (1437, 16, 16, 1)
+    assert (train.x.dtype, train.x.min(), train.x.max()) == (np.uint8, 0, 255)
+    assert train.class_names == tuple("0123456789")
+    assert not {x.tobytes() for x in train.x} & {x.tobytes() for x in test.x}
+    assert np.bincount(test.y).min() >= 34  # stratified
+
+
+def test_split_is_disjoint_stratified_and_reproducible():
+    y = np.repeat([0, 1, 2], [10, 20, 30])
+    first, second = data.split(y, 0.5, seed=1)
+    assert sorted([*first, *second]) == list(range(60))
+    assert np.bincount(y[second]).tolist() == [5, 10, 15]
+    assert np.array_equal(first, data.split(y, 0.5, seed=1)[0])
+    assert not np.array_equal(first, data.split(y, 0.5, seed=2)[0])
+
+
+def test_a_class_with_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="every class needs at least 2 images.*class 1"):
+        data.split(np.array([0, 0, 1, 2, 2]), 0.5, seed=0)
+
+
+def numbered_images(count):
+    """Images that say which one they are."""
+    x = np.zeros((count, 4, 4, 1), np.float32) + np.arange(count)[:, None, None, None]
+    return x, np.arange(count) % 2
+
+
+def test_search_batches_are_passes_over_two_disjoint_parts():
+    x, y = numbered_images(80)
+    batches = data.search_batches(x, y, batch_size=10)
+    assert int(batches.cardinality()) == 4
+    epochs = [
+        [
+            [part[:, 0, 0, 0] for part in (x_t, x_v)]
+            for (x_t, _), (x_v, _) in batches.as_numpy_iterator()
+        ]
+        for _ in range(3)
+    ]
+    passes = np.array(epochs).transpose(0, 2, 1, 3).reshape(3, 2, 40)
+    for weights, architecture in passes:
+        assert sorted([*weights, *architecture]) == list(range(80))
+    assert not np.array_equal(passes[0, 0], passes[1, 0])
+    again = [
+        x_t[:, 0, 0, 0]
+        for (x_t, _), _ in data.search_batches(x, y, batch_size=10).as_numpy_iterator()
+    ]
+    assert np.array_equal(np.concatenate(again), passes[0, 0])
+    for (x_t, y_t), (x_v, y_v) in batches.as_numpy_iterator():
+        assert np.array_equal(x_t[:, 0, 0, 0] % 2, y_t)
+        assert np.array_equal(x_v[:, 0, 0, 0] % 2, y_v)
+
+
+def test_keras_takes_each_epoch_once():
+    x, y = numbered_images(80)
+    seen = []
+
+    class Watcher(keras.Model):
+        def train_step(self, batch):
+            tf.py_function(lambda v: seen.append(v.numpy()), [batch[0][0][:, 0, 0, 0]], [])
+            return {"loss": 0.0}
+
+    watcher = Watcher()
+    watcher.compile(optimizer="sgd", jit_compile=False)
+    watcher.fit(data.search_batches(x, y, batch_size=10), epochs=2, verbose=0, shuffle=False)
+    expected = data.search_batches(x, y, batch_size=10)
+    order = [x_t[:, 0, 0, 0] for _ in range(2) for (x_t, _), _ in expected.as_numpy_iterator()]
+    assert np.array_equal(seen, order)
+
+
+def test_batches_may_be_larger_than_the_data():
+    x, y = numbered_images(6)
+    ((x_t, _), _) = next(data.search_batches(x, y, batch_size=8).as_numpy_iterator())
+    counts = np.unique(x_t[:, 0, 0, 0], return_counts=True)[1]
+    assert sorted(counts) == [2, 3, 3]
+
+
+def test_augmentation_moves_and_mirrors_and_is_reproducible():
+    x = np.zeros((64, 8, 8, 1), np.uint8)
+    x[:, 3, 2] = 200  # one bright pixel
+    images = data.Images(x, np.zeros(64, np.int32), ("a", "b"), (8, 8, 1))
+
+    def positions(**kwargs):
+        x, _ = next(data.train_batches(images, 64, **kwargs).as_numpy_iterator())
+        assert x.shape == (64, 8, 8, 1)
+        return np.argwhere(x[..., 0])[:, 1:]
+
+    assert np.all(positions() == [3, 2])
+    assert np.unique(positions(random_flip=True), axis=0).tolist() == [[3, 2], [3, 5]]
+    cropped = positions(random_crop=2)
+    rows, columns = np.unique(cropped[:, 0]), np.unique(cropped[:, 1])
+    assert rows.tolist() == [1, 2, 3, 4, 5]
+    assert columns.tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(cropped, positions(random_crop=2))
+    assert not np.array_equal(cropped, positions(random_crop=2, seed=1))
+
+
+def write_image(path, value, size=(9, 7), channels=3):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = tf.fill((*size, channels), tf.constant(value, tf.uint8))
+    tf.io.write_file(str(path), tf.io.encode_png(image))
+
+
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_folder_with_its_own_test_set(tmp_path, test_name):
+    root = tmp_path / "mit Leerzeichen und ä"
+    for part, count in (("train", 4), (test_name, 2)):
+        for label, name in enumerate(["cat", "dog", "emu"]):
+            for index in range(count):
+                write_image(root / part / name / f"{index}.png", 50 * label + index)
+    train = data.load(f"folder:{root}", "train", 8)
+    assert train.x.shape == (12, 8, 8, 3)
+    assert train.class_names == ("cat", "dog", "emu")
+    assert np.array_equal(train.x[:, 0, 0, 0], 50 * train.y + np.tile(np.arange(4), 3))
+    assert len(data.load(f"folder:{root}", "test", 8).y) == 6
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_folder_of_classes_is_split_and_grey_stays_grey(tmp_path, channels):
+    for label, name in enumerate(["cat", "dog"]):
+        for index in range(10):
+            write_image(tmp_path / name / f"{index}.png", 100 * label + index, channels=channels)
+    train, test = (data.load(f"folder:{tmp_path}", split, 8) for split in ("train", "test"))
+    assert train.image_shape == (8, 8, 1 if channels == 1 else 3)
+    assert (len(train.y), np.bincount(test.y).tolist()) == (16, [2, 2])
+    assert not set(train.x[:, 0, 0, 0]) & set(test.x[:, 0, 0, 0])
+
+
+def test_images_that_do_not_fit_into_memory_stay_on_the_disk(tmp_path, monkeypatch):
+    for label, name in enumerate(["cat", "dog"]):
+        for index in range(10):
+            write_image(tmp_path / name / f"{index}.png", 100 * label + index)
+    in_memory = data.load(f"folder:{tmp_path}", "train", 8)
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 100)
+    on_disk = data.load(f"folder:{tmp_path}", "train", 8)
+    assert on_disk.x.shape == (16,)
+    for one, other in zip(
+        data.search_batches(*on_disk[:2], batch_size=4, image_shape=on_disk.image_shape),
+        data.search_batches(*in_memory[:2], batch_size=4),
+    ):
+        for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other)):
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonesuch", "`data` must be digits, tfds:NAME or folder:PATH. Received: data='nonesuch'"),
+        ("tfds:", "`data` must be"),
+        ("tfds:nonesuch_data_set", "cannot read the data set `nonesuch_data_set`"),
+        ("tfds:mnist", "cannot read the data set `mnist`.*download=False"),
+        ("folder:/nonesuch", "`data` names no folder"),
+    ],
+)
+def test_data_that_is_not_there(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name, data_dir=str(tmp_path), download=False)
+
+
+def test_folders_that_hold_no_classes(tmp_path):
+    with pytest.raises(ValueError, match="must hold one folder of images for each class"):
+        data.load(f"folder:{tmp_path}")
+    write_image(tmp_path / "cat" / "1.png", 1)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        data.load(f"folder:{tmp_path}")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(ValueError, match="without images: dog"):
+        data.load(f"folder:{tmp_path}")
+    (tmp_path / "dog" / "1.png").write_bytes(b"no image")
+    for index in range(5):
+        write_image(tmp_path / "cat" / f"{index}.png", 1)
+        (tmp_path / "dog" / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        data.load(f"folder:{tmp_path}")

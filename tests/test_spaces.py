@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from helpers import all_choices, random_choices
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpnas_keras import MacsCost, spaces
+from fpnas_keras.cost import CostTable
+from fpnas_keras.spaces import SearchBlock
+
+BLOCKS = st.builds(
+    SearchBlock,
+    filters=st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True),
+    kernel_size=st.lists(st.sampled_from([3, 5, 7]), min_size=1, unique=True),
+    expansion=st.lists(st.sampled_from([1, 2.5, 3, 6]), min_size=1, unique=True),
+    activation=st.lists(st.sampled_from(["relu", "hard_silu"]), min_size=1, unique=True),
+    splits=st.lists(st.sampled_from([0, 1]), min_size=1, unique=True),
+    skip=st.sampled_from([(False,), (False, True), (True, False)]),
+)
+
+
+def test_mobile_mini_has_the_sizes_it_says():
+    space = spaces.get("mobile_mini")
+    table = CostTable(space, MacsCost())
+    assert table.least() < 1e6
+    assert 10e6 < table.largest() < 12.5e6
+    assert [block.strides for block in space.blocks] == [2, 1, 2, 1, 1, 2, 1, 1]
+    # 24 combinations of the other variables; a skipped block counts once a width.
+    assert (
+        space.num_architectures
+        == (3 * 24) * (3 * 25) * (3 * 24) * (3 * 25) ** 2 * (4 * 24) * (4 * 25) ** 2
+    )
+
+
+def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
+    assert len(all_choices(tiny_space)) == tiny_space.num_architectures
+
+
+@settings(max_examples=50, deadline=None)
+@given(BLOCKS)
+def test_number_of_choices_of_any_block(block):
+    assert len(set(block.all_blocks())) == block.num_choices
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_choices_is_the_inverse_of_architecture(seed):
+    space = spaces.get("mobile_mini", input_shape=(28, 28, 1))
+    choices = random_choices(space, np.random.default_rng(seed))
+    architecture = space.architecture(choices)
+    assert np.array_equal(space.choices(architecture), choices)
+    assert architecture.input_shape == (28, 28, 1)
+
+
+def test_architectures_outside_the_space_are_refused(tiny_space):
+    other = spaces.get("mobile_mini", input_shape=(8, 8, 1), num_classes=3)
+    foreign = other.architecture(0 * other.cardinalities)
+    with pytest.raises(ValueError, match="`stem` must be"):
+        tiny_space.choices(foreign)
+
+
+def test_unknown_space_is_refused_by_name():
+    with pytest.raises(ValueError, match="must be one of mobile_mini. Received: space='nonesuch'"):
+        spaces.get("nonesuch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"filters": ()}, "`filters` must have at least one choice"),
+        ({"kernel_size": (3, 3)}, "`kernel_size` must have at least one choice and none twice"),
+        ({"kernel_size": (3, 4)}, "`kernel_size` must be odd"),
+        ({"skip": (True,)}, "`skip` must have the choice False"),
+        ({"splits": (0, 3)}, "`splits` must be"),
+        ({"strides": 0}, "`strides` must be"),
+    ],
+)
+def test_impossible_blocks_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SearchBlock(**{"filters": (8,)} | change)
