@@ -1,6 +1,7 @@
 """Keras callbacks of the command lines."""
 
 import csv
+import math
 import os
 import pathlib
 import time
@@ -8,6 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+
+
+class StopOnDivergence(keras.callbacks.Callback):
+    """Ends training with a `ValueError` when a metric is no longer finite.
+
+    `keras.callbacks.TerminateOnNaN` stops too, but as if training had ended well.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        for name, value in (logs or {}).items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"training diverged: {name} is {value} in epoch {epoch + 1}; try a lower "
+                    "`learning_rate`"
+                )
 
 
 class MetricsFile(keras.callbacks.Callback):

@@ -10,7 +10,7 @@ from absl import flags, logging
 
 from fpnas_keras import cli, data, spaces
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import MetricsFile
+from fpnas_keras.callbacks import MetricsFile, StopOnDivergence
 from fpnas_keras.cost import MacsCost, ParamsCost
 from fpnas_keras.estimator import AdaptiveSamples
 from fpnas_keras.files import replacing
@@ -106,7 +106,7 @@ def main() -> None:
         epochs=FLAGS.epochs,
         shuffle=False,
         callbacks=[
-            keras.callbacks.TerminateOnNaN(),
+            StopOnDivergence(),
             MetricsFile(run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)),
         ],
     )

@@ -139,7 +139,7 @@ class ArchitectureSearch(keras.Model):
         return self.supernet(images, self.distribution.mode())
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
-        """One step on `((x_t, y_t), (x_v, y_v))`: DESIGN.md, section 2."""
+        """One update of the weights on the first batch and of the logits on the second."""
         train_batch, validation_batch = data
         entropy = self.distribution.entropy()
         count = self.samples(entropy) if callable(self.samples) else tf.constant(self.samples)
@@ -205,8 +205,8 @@ class ArchitectureSearch(keras.Model):
             return index + 1, sums, train.write(index, result), validation
 
         results = [tf.TensorArray(tf.float32, count, element_shape=(2,)) for _ in range(2)]
-        # One at a time: it is what bounds memory, and more corrupts oneDNN's heap
-        # (DESIGN.md, section 5).
+        # One at a time: it bounds the memory, and with TensorFlow 2.21's default of 10
+        # the oneDNN kernels corrupt the heap within a minute.
         _, sums, train, validation = tf.while_loop(
             lambda index, *_: index < count,
             body,

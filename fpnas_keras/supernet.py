@@ -38,7 +38,7 @@ class Supernet(keras.layers.Layer):
             SupernetBlock(block, space.filters_in(index), name=f"block_{index}")
             for index, block in enumerate(space.blocks)
         ]
-        self.head = SlicedConv(max(space.blocks[-1].filters), head.filters, name="head")
+        self.head = SlicedConv(max(space.filters_in(len(space.blocks))), head.filters, name="head")
         self.head_bn = SlicedBatchNorm(head.filters, name="head_bn")
         self.head_activation = keras.activations.get(head.activation)
         features = head.filters
@@ -69,7 +69,8 @@ class Supernet(keras.layers.Layer):
         filters_in = tf.constant(0)
         for block, own in zip(self.blocks, tf.unstack(choices, num=len(self.blocks))):
             x = block(x, own, filters_in)
-            filters_in = own[VARIABLES.index("filters")]
+            if not block.block.keeps_filters:
+                filters_in = own[VARIABLES.index("filters")]
         x = self.head_activation(self.head_bn(self.head(x)))
         x = tf.reduce_mean(x, axis=[1, 2])
         if self.head_dense is not None:
@@ -78,7 +79,10 @@ class Supernet(keras.layers.Layer):
 
 
 class SupernetBlock(keras.layers.Layer):
-    """An MBConv block whose variables are tensors; see DESIGN.md, "what a block computes".
+    """An MBConv block whose variables are tensors.
+
+    What it computes is what `network.py` builds for the same choices: 1x1 expand,
+    depthwise, attention, 1x1 project, and the input added where shapes agree.
 
     Args:
         block: The choices.
@@ -93,7 +97,8 @@ class SupernetBlock(keras.layers.Layer):
         expanded = [[expanded_filters(n, e) for e in block.expansion] for n in filters_in]
         self.expanded = np.array(expanded, np.int32)
         self.bottleneck = np.vectorize(attention_filters)(self.expanded).astype(np.int32)
-        widest, filters = int(self.expanded.max()), max(block.filters)
+        filters_out = filters_in if block.keeps_filters else block.filters
+        widest, filters = int(self.expanded.max()), max(filters_out)
         if set(block.expansion) != {1}:
             self.expand = SlicedConv(max(filters_in), widest, name=f"{self.name}_expand")
             self.expand_bn = SlicedBatchNorm(widest, name=f"{self.name}_expand_bn")
@@ -112,8 +117,10 @@ class SupernetBlock(keras.layers.Layer):
         self.project = SlicedConv(widest, filters, name=f"{self.name}_project")
         self.project_bn = SlicedBatchNorm(filters, name=f"{self.name}_project_bn")
         # Whether input and output can, and whether they always do, have one shape.
-        self.may_agree = block.strides == 1 and bool(set(filters_in) & set(block.filters))
-        self.must_agree = block.strides == 1 and len(set(filters_in) | set(block.filters)) == 1
+        self.may_agree = block.strides == 1 and bool(set(filters_in) & set(filters_out))
+        self.must_agree = block.strides == 1 and (
+            block.keeps_filters or len({*filters_in, *filters_out}) == 1
+        )
         if True in block.skip and not self.must_agree:
             self.skip = SlicedConv(
                 max(filters_in), filters, strides=block.strides, name=f"{self.name}_skip"
@@ -130,7 +137,10 @@ class SupernetBlock(keras.layers.Layer):
             filters_in: Index of the channels of `x` among the block's `filters_in`.
         """
         choice = dict(zip(VARIABLES, tf.unstack(choices, num=len(VARIABLES))))
-        filters = tf.gather(tf.constant(self.block.filters), choice["filters"])
+        if self.block.keeps_filters:
+            filters = tf.shape(x)[-1]
+        else:
+            filters = tf.gather(tf.constant(self.block.filters), choice["filters"])
         branches = {
             False: lambda: self._mbconv(x, choice, filters_in, filters),
             True: lambda: self._skipped(x, filters),

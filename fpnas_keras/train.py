@@ -6,11 +6,12 @@ python -m fpnas_keras.train --architecture=FILE --output_dir=DIR
 import shlex
 
 import keras
+import tensorflow as tf
 from absl import flags, logging
 
 from fpnas_keras import cli, data
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import MetricsFile
+from fpnas_keras.callbacks import MetricsFile, StopOnDivergence
 from fpnas_keras.files import replacing
 
 FLAGS = flags.FLAGS
@@ -87,14 +88,17 @@ def main() -> None:
     keras.utils.set_random_seed(FLAGS.seed)
     architecture = Architecture.load(FLAGS.architecture)
     images, held_out = _training_data(architecture)
-    batches = data.train_batches(
-        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
+    batches = _one_hot(
+        data.train_batches(
+            images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
+        ),
+        images,
     )
     model = architecture.build()
     optimizer = _optimizer(int(batches.cardinality()))
     model.compile(
         optimizer=optimizer,
-        loss=keras.losses.SparseCategoricalCrossentropy(
+        loss=keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=FLAGS.label_smoothing
         ),
         metrics=["accuracy"],
@@ -117,16 +121,16 @@ def main() -> None:
         batches,
         epochs=FLAGS.epochs,
         shuffle=False,
-        validation_data=data.test_batches(held_out) if held_out else None,
+        validation_data=_one_hot(data.test_batches(held_out), images) if held_out else None,
         callbacks=[
-            keras.callbacks.TerminateOnNaN(),
+            StopOnDivergence(),
             MetricsFile(run.path("metrics.csv"), row),
         ],
     )
     if FLAGS.ema_momentum:
         _recalibrate(model, batches)
     test = cli.load_data("test", architecture.input_shape[0])
-    loss, accuracy = model.evaluate(data.test_batches(test))
+    _, accuracy = model.evaluate(_one_hot(data.test_batches(test), images))
     with replacing(run.path("model.keras")) as temporary:
         model.save(temporary)
     run.finish(
@@ -137,7 +141,6 @@ def main() -> None:
         macs=architecture.macs(),
         params=architecture.params(),
         train_loss=history.history["loss"][-1],
-        test_loss=loss,
         test_accuracy=accuracy,
     )
     _report(run)
@@ -157,6 +160,12 @@ def _training_data(architecture):
         return images, None
     kept, held_out = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
     return tuple(images._replace(x=images.x[part], y=images.y[part]) for part in (kept, held_out))
+
+
+def _one_hot(batches, images):
+    """Keras smooths labels only where they are one-hot."""
+    classes = len(images.class_names)
+    return batches.map(lambda x, y: (x, tf.one_hot(y, classes)))
 
 
 def _optimizer(steps_per_epoch):

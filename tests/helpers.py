@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces import SearchBlock, Space
+from fpnas_keras.spaces import SAME, SearchBlock, Space
 
 
 def make_tiny_space(input_shape=(8, 8, 1), num_classes=3):
-    """Every variable, skip with and without a projection, 3 blocks, small enough to enumerate."""
+    """Small enough to enumerate: every variable, skip with and without projection, kept filters."""
     return Space(
         name="tiny",
         input_shape=input_shape,
@@ -31,6 +31,7 @@ def make_tiny_space(input_shape=(8, 8, 1), num_classes=3):
                 splits=(1, 0),
                 skip=(False, True),
             ),
+            SearchBlock(filters=(SAME,), activation=("relu", "hard_silu"), skip=(False, True)),
             SearchBlock(filters=(8, 12), expansion=(3,), skip=(True, False), strides=2),
         ),
         head=Head(filters=16, activation="hard_silu", dense_units=8),

@@ -156,7 +156,7 @@ def test_bad_files_are_refused_by_key(tmp_path, change, message):
     change(data)
     path = tmp_path / "architecture.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="architecture.json is not an architecture file") as error:
+    with pytest.raises(ValueError, match="is not an architecture file") as error:
         Architecture.load(path)
     assert message in str(error.value)
 

@@ -26,7 +26,7 @@ def test_split_is_disjoint_stratified_and_reproducible():
 
 
 def test_a_class_with_one_image_cannot_be_split():
-    with pytest.raises(ValueError, match="every class needs at least 2 images.*class 1"):
+    with pytest.raises(ValueError, match=r"every class needs at least 2 images.*class 1"):
         data.split(np.array([0, 0, 1, 2, 2]), 0.5, seed=0)
 
 

@@ -89,7 +89,7 @@ def _table_index(choices):
 
 
 def test_the_control_variate_changes_the_variance_and_not_the_mean(tiny_space):
-    table = tf.random.stateless_normal((3, 6, 3), (5, 6)) * 0.1
+    table = tf.random.stateless_normal((4, 6, 3), (5, 6)) * 0.1
     _, plain = estimates(tiny_space, table, 8, 4000, False)
     _, reduced = estimates(tiny_space, table, 8, 4000, True)
     error = plain.std(axis=0) / np.sqrt(len(plain))
@@ -101,7 +101,7 @@ def test_the_estimator_reaches_the_exact_gradient_as_samples_grow(tiny_space):
     """The exact gradient is that of log E_p[exp(l)], PARSEC's objective, by enumeration."""
     from helpers import all_choices
 
-    table = tf.random.stateless_normal((3, 6, 3), (5, 6))
+    table = tf.random.stateless_normal((4, 6, 3), (5, 6))
     distribution, many = estimates(tiny_space, table, 4096, 20, True)
     choices = tf.constant(all_choices(tiny_space))
     log_likelihoods = tf.reduce_sum(tf.gather_nd(table, _table_index(choices)), axis=-1)

@@ -91,7 +91,7 @@ def test_gradient_is_that_of_automatic_differentiation(distribution):
 
 
 def test_irrelevant_variables_of_a_skipped_block_get_no_gradient(distribution):
-    skipped = np.zeros((1, 3, 6), np.int32)
+    skipped = np.zeros((1, 4, 6), np.int32)
     skipped[0, 1, 0] = 1  # block 1: skip is its second choice
     gradient = distribution.gradient(tf.constant(skipped), tf.ones(1)).numpy()
     owners = np.argwhere(distribution._searched)  # (block, variable, choice) of each logit
@@ -102,11 +102,12 @@ def test_irrelevant_variables_of_a_skipped_block_get_no_gradient(distribution):
 
 
 def test_probabilities_by_name(distribution):
-    first, second, third = distribution.probabilities()
+    first, second, third, last = distribution.probabilities()
     assert list(first) == ["filters", "kernel_size", "expansion", "activation", "splits"]
     assert list(second["splits"]) == [1, 0]
-    assert list(third) == ["skip", "filters"]
-    for choices in (*first.values(), *second.values(), *third.values()):
+    assert list(third) == ["skip", "activation"]
+    assert list(last) == ["skip", "filters"]
+    for choices in (*first.values(), *second.values(), *third.values(), *last.values()):
         assert sum(choices.values()) == pytest.approx(1.0, abs=1e-6)
 
 

@@ -59,7 +59,7 @@ def test_one_step_is_the_formula():
     l_v = tf.stack([-_loss_and_accuracy(y_v, search.supernet(x_v, c))[0] for c in choices])
     costs = [search.space.architecture(c).macs() for c in choices.numpy()]
     penalties = tf.cast(hinge(tf.constant(costs, tf.float64), target), tf.float32)
-    assert 0 < np.count_nonzero(penalties)
+    assert np.count_nonzero(penalties) > 0
     with tf.GradientTape() as tape:
         log_p = search.distribution.log_prob(choices)
         loss = -tf.reduce_sum((tf.nn.softmax(scale * l_v) - 1 / count) * log_p)
@@ -137,7 +137,7 @@ def test_search_finds_what_the_cost_asks_for():
 
 def test_the_shared_weights_learn():
     search = make_search(keras.optimizers.SGD(0.05, momentum=0.9), samples=3)
-    search.fit(batches(steps=40), epochs=2, verbose=0, shuffle=False)
+    search.fit(batches(steps=60), epochs=3, verbose=0, shuffle=False)
     x, y = tiny_images(30, seed=1)
     result = search.evaluate(x, y, batch_size=30, verbose=0, return_dict=True)
     assert result["validation_accuracy"] > 0.8

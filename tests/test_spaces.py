@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import all_choices, random_choices
@@ -6,11 +8,11 @@ from hypothesis import strategies as st
 
 from fpnas_keras import MacsCost, spaces
 from fpnas_keras.cost import CostTable
-from fpnas_keras.spaces import SearchBlock
+from fpnas_keras.spaces import SAME, SearchBlock
 
 BLOCKS = st.builds(
     SearchBlock,
-    filters=st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True),
+    filters=st.just((SAME,)) | st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True),
     kernel_size=st.lists(st.sampled_from([3, 5, 7]), min_size=1, unique=True),
     expansion=st.lists(st.sampled_from([1, 2.5, 3, 6]), min_size=1, unique=True),
     activation=st.lists(st.sampled_from(["relu", "hard_silu"]), min_size=1, unique=True),
@@ -25,11 +27,8 @@ def test_mobile_mini_has_the_sizes_it_says():
     assert table.least() < 1e6
     assert 10e6 < table.largest() < 12.5e6
     assert [block.strides for block in space.blocks] == [2, 1, 2, 1, 1, 2, 1, 1]
-    # 24 combinations of the other variables; a skipped block counts once a width.
-    assert (
-        space.num_architectures
-        == (3 * 24) * (3 * 25) * (3 * 24) * (3 * 25) ** 2 * (4 * 24) * (4 * 25) ** 2
-    )
+    # 24 combinations of the other variables, one more where a block may be skipped.
+    assert space.num_architectures == (3 * 24) * 25 * (3 * 24) * 25**2 * (4 * 24) * 25**2
 
 
 def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
@@ -39,7 +38,7 @@ def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
 @settings(max_examples=50, deadline=None)
 @given(BLOCKS)
 def test_number_of_choices_of_any_block(block):
-    assert len(set(block.all_blocks())) == block.num_choices
+    assert len(set(block.all_blocks(16))) == block.num_choices
 
 
 @settings(max_examples=50, deadline=None)
@@ -57,10 +56,15 @@ def test_architectures_outside_the_space_are_refused(tiny_space):
     foreign = other.architecture(0 * other.cardinalities)
     with pytest.raises(ValueError, match="`stem` must be"):
         tiny_space.choices(foreign)
+    mine = tiny_space.architecture(0 * tiny_space.cardinalities)
+    blocks = list(mine.blocks)
+    blocks[2] = dataclasses.replace(blocks[2], filters=24)
+    with pytest.raises(ValueError, match="`filters` of block 2 must be one of"):
+        tiny_space.choices(dataclasses.replace(mine, blocks=blocks))
 
 
 def test_unknown_space_is_refused_by_name():
-    with pytest.raises(ValueError, match="must be one of mobile_mini. Received: space='nonesuch'"):
+    with pytest.raises(ValueError, match="Received: space='nonesuch'"):
         spaces.get("nonesuch")
 
 
@@ -72,6 +76,7 @@ def test_unknown_space_is_refused_by_name():
         ({"kernel_size": (3, 4)}, "`kernel_size` must be odd"),
         ({"skip": (True,)}, "`skip` must have the choice False"),
         ({"splits": (0, 3)}, "`splits` must be"),
+        ({"filters": (SAME, 8)}, "`filters` must be an integer"),
         ({"strides": 0}, "`strides` must be"),
     ],
 )

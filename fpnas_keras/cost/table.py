@@ -37,20 +37,23 @@ class CostTable:
         self.blocks = [
             np.array(
                 [
-                    [cost.block(choice, sizes[index], filters) for choice in block.all_blocks()]
+                    [cost.block(each, sizes[index], filters) for each in block.all_blocks(filters)]
                     for filters in space.filters_in(index)
                 ],
                 np.float64,
             )
             for index, block in enumerate(space.blocks)
         ]
-        # What the head costs depends on the filters of the last block alone.
-        last = self.blocks[-1]
-        heads = [
-            cost.head(space.head, sizes[-1], choice.filters, space.num_classes)
-            for choice in space.blocks[-1].all_blocks()
-        ]
-        self.blocks[-1] = last + np.array(heads, np.float64)
+        # The head, by the filters that reach it.
+        self.heads = np.array(
+            [
+                cost.head(space.head, sizes[-1], filters, space.num_classes)
+                for filters in space.filters_in(len(space.blocks))
+            ],
+            np.float64,
+        )
+        # The block whose choice of filters reaches each block and, last, the head.
+        self.sources = [space.filters_source(index) for index in range(len(space.blocks) + 1)]
 
     def __call__(self, choices: tf.Tensor) -> tf.Tensor:
         """Costs of architectures.
@@ -69,9 +72,13 @@ class CostTable:
         reverse = np.concatenate([self.cardinalities[:, 1:], ones], axis=1)[:, ::-1]
         place_values = np.cumprod(reverse, axis=1)[:, ::-1]
         own = tf.reduce_sum(choices * tf.constant(place_values, choices.dtype), axis=-1)
-        filters_in = tf.pad(choices[:, :-1, _FILTERS], [[0, 0], [1, 0]])
-        index = first_rows + tf.cast(filters_in, tf.int64) * row_sizes + tf.cast(own, tf.int64)
-        return self.fixed + tf.reduce_sum(tf.gather(tf.constant(flat), index), axis=-1)
+        # Column 0 stands for the stem, which has one choice.
+        filters = tf.pad(tf.cast(choices[..., _FILTERS], tf.int64), [[0, 0], [1, 0]])
+        sources = [0 if source is None else source + 1 for source in self.sources]
+        filters_in = tf.gather(filters, sources, axis=1)
+        index = first_rows + filters_in[:, :-1] * row_sizes + tf.cast(own, tf.int64)
+        blocks = tf.reduce_sum(tf.gather(tf.constant(flat), index), axis=-1)
+        return self.fixed + blocks + tf.gather(tf.constant(self.heads), filters_in[:, -1])
 
     def expected(self, block_probabilities: Sequence[tf.Tensor]) -> tf.Tensor:
         """The exact expectation of the cost, E[cost(A)] for A ~ p.
@@ -85,12 +92,14 @@ class CostTable:
         """
         total = tf.constant(self.fixed, tf.float64)
         filters_in = tf.ones((1,), tf.float64)
-        for table, cardinalities, own in zip(self.blocks, self.cardinalities, block_probabilities):
+        for index, (table, own) in enumerate(zip(self.blocks, block_probabilities)):
             own = tf.cast(own, tf.float64)
             total += tf.reduce_sum(filters_in[:, None] * tf.constant(table) * own[None, :])
-            other_axes = [axis for axis in range(len(VARIABLES)) if axis != _FILTERS]
-            filters_in = tf.reduce_sum(tf.reshape(own, cardinalities), axis=other_axes)
-        return total
+            if self.sources[index + 1] == index:
+                other_axes = [axis for axis in range(len(VARIABLES)) if axis != _FILTERS]
+                own = tf.reshape(own, self.cardinalities[index])
+                filters_in = tf.reduce_sum(own, axis=other_axes)
+        return total + tf.reduce_sum(filters_in * tf.constant(self.heads))
 
     def least(self) -> float:
         """Cost of the cheapest architecture of the space."""
@@ -103,10 +112,11 @@ class CostTable:
     def _extreme(self, reduce: Callable) -> float:
         """Dynamic programming over the filters between blocks."""
         best = np.zeros(1)  # by choice of filters in
-        for table, cardinalities in zip(self.blocks, self.cardinalities):
-            costs = table.reshape(-1, *cardinalities)
-            costs = np.moveaxis(costs, 1 + _FILTERS, 1).reshape(
-                *costs.shape[:1], cardinalities[_FILTERS], -1
-            )
-            best = reduce(best[:, None] + reduce(costs, axis=-1), axis=0)
-        return self.fixed + float(reduce(best))
+        for index, (table, cardinalities) in enumerate(zip(self.blocks, self.cardinalities)):
+            if self.sources[index + 1] != index:
+                best = best + reduce(table, axis=1)
+                continue
+            costs = np.moveaxis(table.reshape(-1, *cardinalities), 1 + _FILTERS, 1)
+            costs = reduce(costs.reshape(*costs.shape[:2], -1), axis=-1)
+            best = reduce(best[:, None] + costs, axis=0)
+        return self.fixed + float(reduce(best + self.heads))

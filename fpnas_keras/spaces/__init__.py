@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from fpnas_keras.spaces.mobile_mini import mobile_mini
-from fpnas_keras.spaces.space import VARIABLES, SearchBlock, Space
+from fpnas_keras.spaces.space import SAME, VARIABLES, SearchBlock, Space
 
-__all__ = ["VARIABLES", "SearchBlock", "Space", "get", "names"]
+__all__ = ["SAME", "VARIABLES", "SearchBlock", "Space", "get", "names"]
 
 _SPACES: dict[str, Callable[..., Space]] = {"mobile_mini": mobile_mini}
 

@@ -9,11 +9,13 @@
 | head | 1x1 convolution | 1 | 256 | |
 
 Every block chooses kernel size 3 or 5, expansion 1, 3 or 6, ReLU or hard swish,
-and with or without squeeze-excite.
+and with or without squeeze-excite. The first block of a stage chooses the filters
+of the stage: with filters of their own the stride-1 blocks would mostly lack the
+addition of their input, and the shared weights learn several times slower.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SearchBlock, Space
+from fpnas_keras.spaces.space import SAME, SearchBlock, Space
 
 STAGES = (
     (2, (12, 16, 20)),
@@ -26,7 +28,7 @@ def mobile_mini(input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: in
     """The space as in the table above."""
     blocks = [
         SearchBlock(
-            filters=filters,
+            filters=filters if position == 0 else (SAME,),
             kernel_size=(3, 5),
             expansion=(1, 3, 6),
             activation=("relu", "hard_silu"),

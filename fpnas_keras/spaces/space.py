@@ -20,6 +20,8 @@ from fpnas_keras.architecture import (
 VARIABLES = ("skip", "filters", "kernel_size", "expansion", "activation", "splits")
 # Those that a skipped block still has.
 RELEVANT_WHEN_SKIPPED = ("skip", "filters")
+# The only choice of `filters` of a block that keeps the channels it gets.
+SAME = "same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,16 @@ class SearchBlock:
     """One position in the network: for every variable, its choices.
 
     A variable with one choice is fixed. `skip` holds `False` and, where the
-    block may be skipped, `True`.
+    block may be skipped, `True`. A block whose `filters` are `(SAME,)` keeps the
+    channels it gets, so that the blocks of a stage share what its first one chose
+    and, at stride 1, always have their input added.
 
     Raises:
         ValueError: When a variable has no choices, or a choice that no block
             can have.
     """
 
-    filters: tuple[int, ...]
+    filters: tuple[int | str, ...]
     kernel_size: tuple[int, ...] = (3,)
     expansion: tuple[float, ...] = (1,)
     activation: tuple[str, ...] = ("relu",)
@@ -51,10 +55,17 @@ class SearchBlock:
                     f"`{name}` must have at least one choice and none twice. "
                     f"Received: {name}={choices}"
                 )
+            if name == "filters" and choices == (SAME,):
+                continue
             for choice in choices:  # Block knows which values are legal.
                 Block(**{"filters": 1, "strides": self.strides, name: choice})
         if False not in self.skip:
             raise ValueError(f"`skip` must have the choice False. Received: skip={self.skip}")
+
+    @property
+    def keeps_filters(self) -> bool:
+        """Whether the block has as many channels out as it gets."""
+        return self.filters == (SAME,)
 
     @property
     def cardinalities(self) -> tuple[int, ...]:
@@ -68,16 +79,19 @@ class SearchBlock:
         others = math.prod(self.cardinalities) // kept // len(self.skip)
         return kept * (others + (True in self.skip))
 
-    def block(self, choices: Sequence[int]) -> Block:
-        """The block with the given index for each variable of `VARIABLES`."""
+    def block(self, choices: Sequence[int], filters_in: int) -> Block:
+        """The block with the given index for each variable, on `filters_in` channels."""
         values = {
             name: getattr(self, name)[index] for name, index in zip(VARIABLES, choices, strict=True)
         }
+        if self.keeps_filters:
+            values["filters"] = filters_in
         return Block(strides=self.strides, **values)
 
-    def all_blocks(self) -> list[Block]:
+    def all_blocks(self, filters_in: int) -> list[Block]:
         """All combinations of choices, row-major in the order of `VARIABLES`."""
-        return [self.block(c) for c in itertools.product(*map(range, self.cardinalities))]
+        every = itertools.product(*map(range, self.cardinalities))
+        return [self.block(choices, filters_in) for choices in every]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +134,15 @@ class Space:
         """Number of choices, int32 of shape `(blocks, variables)`."""
         return np.array([block.cardinalities for block in self.blocks], np.int32)
 
+    def filters_source(self, index: int) -> int | None:
+        """The block that chooses the channels that reach block `index`, or `None`: the stem."""
+        earlier = range(index - 1, -1, -1)
+        return next((each for each in earlier if not self.blocks[each].keeps_filters), None)
+
     def filters_in(self, index: int) -> tuple[int, ...]:
-        """The numbers of channels that may reach block `index`."""
-        return self.blocks[index - 1].filters if index else (self.stem.filters,)
+        """The numbers of channels that may reach block `index` (or, last, the head)."""
+        source = self.filters_source(index)
+        return (self.stem.filters,) if source is None else self.blocks[source].filters
 
     def input_sizes(self) -> list[tuple[int, int]]:
         """Height and width that reach each block and, last, the head."""
@@ -138,11 +158,15 @@ class Space:
             choices: Index of the choice of each variable of each block, integers
                 of shape `(blocks, variables)`.
         """
+        blocks, filters = [], self.stem.filters
+        for search_block, row in zip(self.blocks, choices, strict=True):
+            blocks.append(search_block.block(row, filters))
+            filters = blocks[-1].filters
         return Architecture(
             input_shape=self.input_shape,
             num_classes=self.num_classes,
             stem=self.stem,
-            blocks=tuple(block.block(row) for block, row in zip(self.blocks, choices, strict=True)),
+            blocks=tuple(blocks),
             head=self.head,
             space=self.name,
         )
@@ -167,6 +191,7 @@ class Space:
                 f"Received: {len(architecture.blocks)} blocks"
             )
         choices = np.zeros((len(self.blocks), len(VARIABLES)), np.int32)
+        filters = self.stem.filters
         for index, (search_block, block) in enumerate(zip(self.blocks, architecture.blocks)):
             if block.strides != search_block.strides:
                 raise ValueError(
@@ -176,10 +201,13 @@ class Space:
             names = RELEVANT_WHEN_SKIPPED if block.skip else VARIABLES
             for name in names:
                 value, legal = getattr(block, name), getattr(search_block, name)
+                if legal == (SAME,):
+                    legal = (filters,)
                 if value not in legal:
                     raise ValueError(
                         f"`{name}` of block {index} must be one of {legal} in the space "
                         f"`{self.name}`. Received: {name}={value}"
                     )
                 choices[index, VARIABLES.index(name)] = legal.index(value)
+            filters = block.filters
         return choices

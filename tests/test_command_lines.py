@@ -1,0 +1,239 @@
+"""The commands as a user types them, as processes, on the digits that come with scikit-learn."""
+
+import csv
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+
+from fpnas_keras import Architecture, data, spaces
+
+ROOT = pathlib.Path(__file__).parents[1]
+# One worker runs this file, so that the finished run is made once.
+pytestmark = pytest.mark.xdist_group("command_lines")
+SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=2"]
+SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--seed=5", "--sample_scale=0.1"]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+
+def next_command(stdout):
+    """What the output tells the user to type next, as arguments after `python -m`."""
+    words = shlex.split(stdout.strip().splitlines()[-1])
+    assert words[:2] == ["python", "-m"]
+    return words[2:]
+
+
+def assert_refused(result, message):
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("with space") / "searched"
+    result = run(*SEARCH, f"--output_dir={directory}")
+    assert result.returncode == 0, result.stderr
+    return directory, result.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(searched):
+    result = run(*next_command(searched[1]), "--epochs=2", "--ema_momentum=0.9")
+    assert result.returncode == 0, result.stderr
+    return searched[0].with_name("searched_trained"), result.stdout
+
+
+def test_search_leaves_a_run_directory(searched):
+    directory, stdout = searched
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "architecture.json",
+        "flags.txt",
+        "metrics.csv",
+        "search.weights.h5",
+        "summary.json",
+    ]
+    architecture = Architecture.load(directory / "architecture.json")
+    space = spaces.get("mobile_mini", (16, 16, 1), 10)
+    space.choices(architecture)  # raises unless it is in the space
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["macs"] == architecture.macs()
+    assert (summary["space"], summary["seed"], summary["steps"]) == ("mobile_mini", 5, 6)
+    assert summary["num_architectures"] == space.num_architectures
+    assert f"{architecture.macs():,} MACs" in stdout
+    with (directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["epoch"], row["phase"]) for row in rows] == [
+        ("2", "1", "factorized"),
+        ("4", "2", "factorized"),
+        ("6", "3", "factorized"),
+    ]
+    assert int(rows[-1]["total_samples"]) == summary["total_samples"] == 6 * 4
+    assert {
+        "samples",
+        "entropy",
+        "expected_cost",
+        "train_loss",
+        "validation_loss",
+        "seconds",
+    } <= set(rows[0])
+
+
+def test_the_same_flags_give_the_same_search(searched, tmp_path):
+    result = run(
+        "fpnas_keras.search", f"--flagfile={searched[0]}/flags.txt", f"--output_dir={tmp_path}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "architecture.json").read_text() == (
+        searched[0] / "architecture.json"
+    ).read_text()
+
+    def without_seconds(directory):
+        lines = (directory / "metrics.csv").read_text().splitlines()
+        return [line.rsplit(",", 1)[0] for line in lines]
+
+    assert without_seconds(tmp_path) == without_seconds(searched[0])
+
+
+def test_a_finished_search_prints_its_result_again(searched):
+    directory, stdout = searched
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    again = run("fpnas_keras.search", f"--flagfile={directory}/flags.txt")
+    assert again.returncode == 0, again.stderr
+    assert len(again.stdout) > 500
+    assert stdout.endswith(again.stdout)
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+
+def test_training_and_export_follow_the_printed_commands(trained):
+    directory, stdout = trained
+    summary = json.loads((directory / "summary.json").read_text())
+    test = data.load("digits", "test", 16)
+    model = keras.saving.load_model(directory / "model.keras")
+    logits = model.predict(test.x.astype(np.float32), verbose=0)
+    assert (logits.argmax(-1) == test.y).mean() == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    assert summary["macs"] == Architecture.from_dict(summary["architecture"]).macs()
+    assert len((directory / "metrics.csv").read_text().splitlines()) == 3
+
+    result = run(*next_command(stdout))
+    assert result.returncode == 0, result.stderr
+    assert (directory / "labels.txt").read_text().split() == list("0123456789")
+    report = json.loads((directory / "model_report.json").read_text())
+    assert report["max_difference"] <= 1e-4
+    assert report["bytes"] == (directory / "model.tflite").stat().st_size
+    assert report["test_images"] == 360
+    assert report["tflite_accuracy"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    serve = Interpreter(str(directory / "model.tflite")).get_signature_runner("serving_default")
+    image = test.x[:1].astype(np.float32)
+    np.testing.assert_allclose(serve(image=image)["logits"], logits[:1], atol=1e-4)
+
+    again = run(*next_command(stdout))
+    assert_refused(again, "exists already; --overwrite replaces it")
+    assert run(*next_command(stdout), "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--space=nonesuch"], "`space` must be one of mobile_mini. Received: space='nonesuch'"),
+        (["--target=1e3"], "`target` must be at least 112,928 MACs"),
+        (["--cost=none"], "`target` needs `cost`"),
+        (["--samples=1"], "`samples` must be at least 2"),
+        (["--min_samples=9", "--max_samples=8"], "`minimum` must be from 1 to `maximum`"),
+        (["--data=folder:/nonesuch"], "`data` names no folder. Received: data=folder:/nonesuch"),
+        (["--data=nonesuch"], "`data` must be digits"),
+    ],
+)
+def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
+    directory = tmp_path / "run"
+    assert_refused(run(*SEARCH, f"--output_dir={directory}", *arguments), message)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--nonesuch=1"], ["--epochs=0"], ["--epochs=x"], ["extra"], []]
+)
+def test_flags_that_absl_refuses_give_no_traceback(tmp_path, arguments):
+    output_dir = [f"--output_dir={tmp_path / 'run'}"] if arguments else []
+    result = run("fpnas_keras.search", *output_dir, *arguments)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_directories_that_hold_something_else_are_refused(searched, tmp_path):
+    directory, _ = searched
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    flags = f"--flagfile={directory}/flags.txt"
+    result = run("fpnas_keras.search", flags, "--seed=6", "--target=600e3")
+    assert_refused(result, "holds another run; it differs in --seed, --target")
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert_refused(run(*SEARCH, f"--output_dir={tmp_path}"), "which holds other files")
+    assert_refused(run(*SEARCH, f"--output_dir={tmp_path}/thesis.txt"), "is not a directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_killed_search_is_not_taken_for_a_finished_one(tmp_path):
+    command = [sys.executable, "-m", *SEARCH, "--epochs=1000", f"--output_dir={tmp_path}/run"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        while not (tmp_path / "run" / "flags.txt").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = run(*SEARCH, "--epochs=1000", f"--output_dir={tmp_path}/run")
+    assert_refused(result, "holds an unfinished run")
+
+
+def test_bad_input_of_training_is_refused(searched, tmp_path):
+    out = f"--output_dir={tmp_path / 'run'}"
+    missing = run("fpnas_keras.train", "--architecture=/nonesuch.json", out)
+    assert_refused(missing, "cannot read the architecture file /nonesuch.json")
+    (tmp_path / "bad.json").write_text("{")
+    bad = run("fpnas_keras.train", f"--architecture={tmp_path}/bad.json", out)
+    assert_refused(bad, "bad.json is not an architecture file")
+    architecture = Architecture.load(searched[0] / "architecture.json").to_dict()
+    (tmp_path / "rgb.json").write_text(json.dumps(architecture | {"input_shape": [16, 16, 3]}))
+    mismatch = run("fpnas_keras.train", f"--architecture={tmp_path}/rgb.json", out)
+    assert_refused(mismatch, "is for images of (16, 16, 3) and 10 classes. Received: data=digits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_of_export_is_refused(trained, tmp_path):
+    missing = run("export.tflite", "--model=/nonesuch.keras")
+    assert_refused(missing, "`model` must be an existing .keras file")
+    (tmp_path / "bad.keras").write_text("no model")
+    assert_refused(
+        run("export.tflite", f"--model={tmp_path}/bad.keras"), "cannot load the Keras model"
+    )
+    code = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Lambda(lambda x: x[:, 0, :, 0])])
+    code.save(tmp_path / "code.keras")
+    hostile = run("export.tflite", f"--model={tmp_path}/code.keras")
+    assert_refused(hostile, "cannot load the Keras model")
+    assert not list(tmp_path.glob("*.tflite"))
+    output = run(
+        "export.tflite", f"--model={trained[0]}/model.keras", "--output=/nonesuch/a.tflite"
+    )
+    assert_refused(output, "`output` must lie in an existing folder")

@@ -1,0 +1,83 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from ai_edge_litert.interpreter import Interpreter
+from helpers import make_tiny_space
+
+from export import tflite
+from fpnas_keras import data
+from fpnas_keras.architecture import Architecture, Block, Head, Stem
+
+
+def make_model(block, activation="relu"):
+    architecture = Architecture(
+        (16, 16, 3),
+        5,
+        Stem(8, 3, 2, activation),
+        (block, Block(12, skip=True)),
+        Head(24, activation),
+    )
+    model = architecture.build()
+    x = 255 * tf.random.stateless_uniform((32, 16, 16, 3), (1, 2))
+    for _ in range(30):  # moving statistics that fit the weights
+        model(x, training=True)
+    return model
+
+
+def random_images(count=20):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return data.Images(x, np.arange(count) % 5, tuple("abcde"), (16, 16, 3))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block(8, 3, 3, 1, "relu", 0),
+        Block(8, 5, 1, 1, "relu6", 1),
+        Block(12, 5, 6, 2, "hard_silu", 1),
+        Block(12, 7, 2.5, 1, "hard_silu", 0),
+        Block(16, skip=True, strides=2),
+    ],
+    ids=lambda block: f"k{block.kernel_size}-{block.activation}-{block.splits}-{block.skip}",
+)
+def test_every_choice_is_exported_and_gives_the_same_logits(block):
+    model = make_model(block, block.activation)
+    content = tflite.convert(model)
+    comparison = tflite.compare(model, content, random_images())
+    assert comparison.max_difference < 1e-4
+    assert comparison.agreement == 1.0
+    names = set(tflite.operators(content))
+    assert not {name for name in names if "Flex" in name or "CUSTOM" in name}
+    assert "DELEGATE" not in names
+    assert ("HARD_SWISH" in names) == (block.activation == "hard_silu")
+    assert Interpreter(model_content=content).get_signature_list() == {
+        "serving_default": {"inputs": ["image"], "outputs": ["logits"]}
+    }
+
+
+def test_compare_sees_a_file_that_is_another_model():
+    one, other = make_model(Block(8)), make_model(Block(8))
+    comparison = tflite.compare(one, tflite.convert(other), random_images())
+    assert comparison.max_difference > 0.1
+    assert comparison.agreement < 1.0
+    assert comparison.keras_accuracy != comparison.tflite_accuracy or comparison.agreement < 1
+
+
+def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch):
+    space = make_tiny_space((16, 16, 1), 10)
+    space.architecture(0 * space.cardinalities).build().save(tmp_path / "model.keras")
+    monkeypatch.setattr(tflite, "MAX_DIFFERENCE", -1.0)
+    flags.FLAGS(["export.tflite", f"--model={tmp_path}/model.keras"])
+    with pytest.raises(ValueError, match=r"differs from Keras by .* nothing is written"):
+        tflite.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_models_that_are_no_classifiers_are_refused(tmp_path):
+    path = str(tmp_path / "dense.keras")
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(path)
+    with pytest.raises(ValueError, match="must go from"):
+        tflite.load_model(path)
