@@ -100,7 +100,9 @@ class Run:
                 "holds other files"
             )
         theirs = flag_file.read_text().splitlines()
-        differing = sorted({line.split("=")[0] for line in set(theirs) ^ set(self.flags)})
+        differing = {line.split("=")[0] for line in set(theirs) ^ set(self.flags)}
+        # One directory may be spelled in several ways.
+        differing = sorted(differing - {"--output_dir"})
         if differing:
             raise ValueError(
                 f"`output_dir` {self.directory} holds another run; it differs in "

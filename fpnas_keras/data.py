@@ -120,8 +120,10 @@ def search_batches(
     """
     weights, architecture = split(y, 0.5, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
-    read_t = _reader(x[weights], y[weights], batch_size, seed, image_shape)
-    read_v = _reader(x[architecture], y[architecture], batch_size, seed + 1, image_shape)
+    # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
+    x, y = tf.constant(x), tf.constant(y, tf.int32)
+    read_t = _reader(x, y, weights, batch_size, seed, image_shape)
+    read_v = _reader(x, y, architecture, batch_size, seed + 1, image_shape)
     return _epochs(lambda step: (read_t(step), read_v(step)), steps)
 
 
@@ -146,7 +148,8 @@ def train_batches(
         A dataset of one epoch; each time that it is iterated it goes on with the
         next epoch.
     """
-    read = _reader(images.x, images.y, batch_size, seed, images.image_shape)
+    x, y = tf.constant(images.x), tf.constant(images.y)
+    read = _reader(x, y, np.arange(len(images.y)), batch_size, seed, images.image_shape)
 
     def augmented(step):
         x, y = read(step)
@@ -186,11 +189,9 @@ def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int) -> tf.data.Dataset:
     return dataset.map(batch, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
 
 
-def _reader(x, y, batch_size, seed, image_shape):
-    """A function from a step to that step's batch: pass after pass, each in its own order."""
-    n = len(y)
-    # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
-    x, y = tf.constant(x), tf.constant(y, tf.int32)
+def _reader(x, y, part, batch_size, seed, image_shape):
+    """From a step to its batch of the images `part`: pass after pass, each in its own order."""
+    n, part = len(part), tf.constant(part)
 
     def read(step):
         positions = step * batch_size + tf.range(batch_size, dtype=tf.int64)
@@ -201,7 +202,7 @@ def _reader(x, y, batch_size, seed, image_shape):
         indices = tf.raw_ops.RandomIndexShuffle(
             index=positions % n, seed=seeds, max_index=tf.constant(n - 1, tf.int64), rounds=4
         )
-        indices = tf.ensure_shape(indices, (batch_size,))
+        indices = tf.gather(part, tf.ensure_shape(indices, (batch_size,)))
         return _pixels(tf.gather(x, indices), image_shape), tf.gather(y, indices)
 
     return read

@@ -50,6 +50,7 @@ flags.DEFINE_float(
     0.25,
     "Architectures drawn a step for each nat of the distribution's entropy. Larger is less "
     "noisy and slower.",
+    lower_bound=0.001,
 )
 flags.DEFINE_integer("min_samples", 2, "Fewest architectures drawn a step.", lower_bound=1)
 flags.DEFINE_integer("max_samples", 64, "Most architectures drawn a step.", lower_bound=1)
@@ -80,14 +81,26 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_float(
-    "learning_rate", 0.05, "Peak learning rate of the shared weights (SGD, cosine to 0)."
+    "learning_rate", 0.05, "Peak learning rate of the shared weights (SGD, cosine to 0).", 0
 )
 flags.DEFINE_float(
     "architecture_learning_rate",
     0.01,
     "Learning rate of the architecture logits (Adam). Higher decides earlier, on less evidence.",
+    lower_bound=0,
 )
 flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
+
+flags.register_multi_flags_validator(
+    ["min_samples", "max_samples"],
+    lambda values: values["min_samples"] <= values["max_samples"],
+    "--min_samples must be at most --max_samples",
+)
+flags.register_multi_flags_validator(
+    ["cost", "target"],
+    lambda values: (values["cost"] == "none") == (values["target"] is None),
+    "--target needs --cost=macs or --cost=params, and the other way round",
+)
 
 _COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}
 
@@ -95,9 +108,12 @@ _COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}
 def main() -> None:
     """Runs the search that the flags describe."""
     run = cli.Run(FLAGS.output_dir, __name__)
-    if run.finished:
-        _report(run)
-        return
+    if not run.finished:
+        _search(run)
+    _report(run)
+
+
+def _search(run):
     keras.utils.set_random_seed(FLAGS.seed)
     search, batches = _set_up()
     run.begin()
@@ -106,8 +122,8 @@ def main() -> None:
         epochs=FLAGS.epochs,
         shuffle=False,
         callbacks=[
-            StopOnDivergence(),
             MetricsFile(run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)),
+            StopOnDivergence(),
         ],
     )
     with replacing(run.path("search.weights.h5")) as temporary:
@@ -115,16 +131,10 @@ def main() -> None:
     architecture = search.derive()
     architecture.save(run.path("architecture.json"))
     run.finish(**_summary(search, architecture))
-    _report(run)
 
 
 def _set_up():
     """The compiled search and its data, or a `ValueError` about the flags."""
-    if (FLAGS.cost == "none") != (FLAGS.target is None):
-        raise ValueError(
-            "`target` needs `cost`, and the other way round. "
-            f"Received: cost={FLAGS.cost}, target={FLAGS.target}"
-        )
     spaces.get(FLAGS.space)  # An unknown name should not wait for the data.
     images = cli.load_data("train", FLAGS.input_size)
     space = spaces.get(FLAGS.space, images.image_shape, len(images.class_names))

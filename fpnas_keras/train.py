@@ -26,6 +26,7 @@ flags.DEFINE_float(
     None,
     "Peak learning rate, cosine to 0; by default 0.1 for sgd and 0.002 for adamw. Scale it with "
     "the batch size.",
+    lower_bound=0,
 )
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs over which the learning rate rises from 0.", 0)
 flags.DEFINE_float(
@@ -82,9 +83,12 @@ _RECALIBRATION_BATCHES = 100
 def main() -> None:
     """Runs the training that the flags describe."""
     run = cli.Run(FLAGS.output_dir, __name__)
-    if run.finished:
-        _report(run)
-        return
+    if not run.finished:
+        _train(run)
+    _report(run)
+
+
+def _train(run):
     keras.utils.set_random_seed(FLAGS.seed)
     architecture = Architecture.load(FLAGS.architecture)
     images, held_out = _training_data(architecture)
@@ -123,8 +127,8 @@ def main() -> None:
         shuffle=False,
         validation_data=_one_hot(data.test_batches(held_out), images) if held_out else None,
         callbacks=[
-            StopOnDivergence(),
             MetricsFile(run.path("metrics.csv"), row),
+            StopOnDivergence(),
         ],
     )
     if FLAGS.ema_momentum:
@@ -143,7 +147,6 @@ def main() -> None:
         train_loss=history.history["loss"][-1],
         test_accuracy=accuracy,
     )
-    _report(run)
 
 
 def _training_data(architecture):
