@@ -60,6 +60,13 @@ flags.DEFINE_integer(
     "A fixed number of architectures a step, instead of one that follows the entropy.",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "warmup_steps",
+    300,
+    "Steps at the start that train the shared weights alone. Untrained weights favour the smallest "
+    "networks; raise it when the result is far under the target.",
+    lower_bound=0,
+)
 flags.DEFINE_float(
     "likelihood_scale",
     1.0,
@@ -81,7 +88,7 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_float(
-    "learning_rate", 0.05, "Peak learning rate of the shared weights (SGD, cosine to 0).", 0
+    "learning_rate", 0.1, "Peak learning rate of the shared weights (SGD, cosine to 0).", 0
 )
 flags.DEFINE_float(
     "architecture_learning_rate",
@@ -144,6 +151,7 @@ def _set_up():
         samples=FLAGS.samples or adaptive,
         cost=_COSTS[FLAGS.cost](FLAGS.target),
         cost_coefficient=FLAGS.cost_coefficient,
+        warmup_steps=FLAGS.warmup_steps,
         likelihood_scale=FLAGS.likelihood_scale,
         control_variate=FLAGS.control_variate,
         seed=FLAGS.seed,
@@ -157,6 +165,11 @@ def _set_up():
         images.image_shape,
     )
     steps = int(batches.cardinality()) * FLAGS.epochs
+    if FLAGS.warmup_steps >= steps:
+        raise ValueError(
+            f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
+            f"`steps_per_epoch`). Received: warmup_steps={FLAGS.warmup_steps}"
+        )
     search.compile(
         optimizer=keras.optimizers.SGD(
             keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps),
@@ -180,10 +193,11 @@ def _set_up():
 
 
 def _row(search, epoch, logs):
+    step = int(search.step.numpy())
     first = {
-        "step": int(search.step.numpy()),
+        "step": step,
         "epoch": epoch + 1,
-        "phase": "factorized",
+        "phase": "warm_up" if step <= FLAGS.warmup_steps else "factorized",
         "samples": logs["samples"],
         "total_samples": int(search.total_samples.numpy()),
     }

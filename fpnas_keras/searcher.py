@@ -32,6 +32,10 @@ class ArchitectureSearch(keras.Model):
             target, if it has one, is held against.
         cost_coefficient: Weight of the cost in the gradient of the logits (the
             paper's beta).
+        warmup_steps: Steps at the start that train the weights alone, on uniformly
+            drawn architectures. Untrained weights favour the smallest networks, which
+            learn first; a few hundred steps are enough to turn that round.
+        warmup_samples: Architectures a step in the warm-up.
         likelihood_scale: tau of the importance weights softmax(tau * l_k), l_k the
             mean log-likelihood of an example.
         control_variate: Whether 1/K is subtracted from the importance weights in
@@ -63,6 +67,8 @@ class ArchitectureSearch(keras.Model):
         samples: AdaptiveSamples | int = AdaptiveSamples(),
         cost: MacsCost | None = None,
         cost_coefficient: float = 1.0,
+        warmup_steps: int = 300,
+        warmup_samples: int = 2,
         likelihood_scale: float = 1.0,
         control_variate: bool = True,
         seed: int = 0,
@@ -80,6 +86,8 @@ class ArchitectureSearch(keras.Model):
         self.samples = samples
         self.cost = cost or MacsCost()
         self.cost_coefficient = cost_coefficient
+        self.warmup_steps = warmup_steps
+        self.warmup_samples = warmup_samples
         self.likelihood_scale = likelihood_scale
         self.control_variate = control_variate
         self.seed = seed
@@ -141,8 +149,10 @@ class ArchitectureSearch(keras.Model):
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """One update of the weights on the first batch and of the logits on the second."""
         train_batch, validation_batch = data
+        warming_up = self.step < self.warmup_steps
         entropy = self.distribution.entropy()
         count = self.samples(entropy) if callable(self.samples) else tf.constant(self.samples)
+        count = tf.where(warming_up, self.warmup_samples, count)
         choices = self.distribution.sample(count, self.seed, self.step)
         # Both halves use the weights and the logits from the step's start.
         gradients, train, validation = self._run_samples(choices, train_batch, validation_batch)
@@ -156,7 +166,8 @@ class ArchitectureSearch(keras.Model):
         )
         logits_gradient = self.distribution.gradient(choices, coefficients)
         self.optimizer.apply(gradients, self.supernet.trainable_variables)
-        self.architecture_optimizer.apply([logits_gradient], self.distribution.trainable_variables)
+        # A zero gradient would not do: the optimizer would count the step.
+        tf.cond(warming_up, lambda: None, lambda: self._update_logits(logits_gradient))
         self.step.assign_add(1)
         self.total_samples.assign_add(tf.cast(count, tf.int64))
         return self._track(
@@ -178,6 +189,9 @@ class ArchitectureSearch(keras.Model):
     def derive(self) -> Architecture:
         """The most probable architecture."""
         return self.space.architecture(self.distribution.mode().numpy())
+
+    def _update_logits(self, gradient):
+        self.architecture_optimizer.apply([gradient], self.distribution.trainable_variables)
 
     def _penalties(self, choices):
         costs = self.cost_table(choices)

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("command_lines")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=2"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--seed=5", "--sample_scale=0.1"]
+SEARCH += ["--warmup_steps=2"]
 
 
 def environment():
@@ -83,11 +84,11 @@ def test_search_leaves_a_run_directory(searched):
     with (directory / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["epoch"], row["phase"]) for row in rows] == [
-        ("2", "1", "factorized"),
+        ("2", "1", "warm_up"),
         ("4", "2", "factorized"),
         ("6", "3", "factorized"),
     ]
-    assert int(rows[-1]["total_samples"]) == summary["total_samples"] == 6 * 4
+    assert int(rows[-1]["total_samples"]) == summary["total_samples"] == 2 * 2 + 4 * 3
     assert {
         "samples",
         "entropy",
@@ -156,6 +157,7 @@ def test_training_and_export_follow_the_printed_commands(trained):
     [
         (["--space=nonesuch"], "`space` must be one of mobile_mini. Received: space='nonesuch'"),
         (["--target=1e3"], "`target` must be at least 112,928 MACs"),
+        (["--warmup_steps=6"], "`warmup_steps` must be below the 6 steps of the search"),
         (["--samples=1"], "`samples` must be at least 2"),
         (["--data=folder:/nonesuch"], "`data` names no folder. Received: data=folder:/nonesuch"),
         (["--data=nonesuch"], "`data` must be digits"),

@@ -24,8 +24,8 @@ def batches(steps=4, **kwargs):
     return fpnas.data.search_batches(*tiny_images(), batch_size=10, steps_per_epoch=steps, **kwargs)
 
 
-def make_search(optimizer=None, architecture_optimizer=None, **kwargs):
-    search = fpnas.ArchitectureSearch(make_tiny_space(), **kwargs)
+def make_search(optimizer=None, architecture_optimizer=None, warmup_steps=0, **kwargs):
+    search = fpnas.ArchitectureSearch(make_tiny_space(), warmup_steps=warmup_steps, **kwargs)
     search.compile(optimizer or "sgd", architecture_optimizer or "adam")
     return search
 
@@ -142,6 +142,20 @@ def test_the_shared_weights_learn():
     result = search.evaluate(x, y, batch_size=30, verbose=0, return_dict=True)
     assert result["validation_accuracy"] > 0.8
     assert search.predict(x, verbose=0).shape == (30, 3)
+
+
+def test_warm_up_trains_the_weights_and_leaves_the_logits():
+    search = make_search(samples=4, warmup_steps=6, warmup_samples=3)
+    weight = search.supernet.classes.kernel
+    before = weight.numpy()
+    history = search.fit(batches(steps=5), epochs=2, verbose=0, shuffle=False).history
+    assert history["samples"] == [3.0, pytest.approx((3 + 4 * 4) / 5)]
+    assert not np.array_equal(weight, before)
+    # The optimizer of the logits has seen the 4 steps after the warm-up, no more.
+    assert int(search.architecture_optimizer.iterations.numpy()) == 4
+    first = make_search(samples=4, warmup_steps=100)
+    first.fit(batches(steps=5), verbose=0, shuffle=False)
+    assert np.all(first.distribution.logits.numpy() == 0)
 
 
 def test_same_seed_same_search_and_another_seed_another():
