@@ -38,8 +38,8 @@ class AdaptiveSamples:
     maximum: int = 64
 
     def __post_init__(self):
-        if not self.scale > 0:
-            raise ValueError(f"`scale` must be above 0. Received: scale={self.scale}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"`scale` must be above 0 and finite. Received: scale={self.scale}")
         if not 1 <= self.minimum <= self.maximum:
             raise ValueError(
                 "`minimum` must be from 1 to `maximum`. "
@@ -48,8 +48,8 @@ class AdaptiveSamples:
 
     def __call__(self, entropy: tf.Tensor) -> tf.Tensor:
         """The number of samples, int32, for an entropy in nats."""
-        count = tf.cast(tf.math.ceil(self.scale * entropy), tf.int32)
-        return tf.clip_by_value(count, self.minimum, self.maximum)
+        count = tf.math.ceil(self.scale * entropy)
+        return tf.cast(tf.clip_by_value(count, self.minimum, self.maximum), tf.int32)
 
 
 def hinge(costs: tf.Tensor, target: float) -> tf.Tensor:

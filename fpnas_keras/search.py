@@ -40,9 +40,9 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "cost_coefficient",
-    1.0,
+    0.3,
     "Weight of the cost against the likelihood (the paper's beta). Raise it when the "
-    "result is over the target.",
+    "result is over the target, lower it when it is far under.",
     lower_bound=0,
 )
 flags.DEFINE_float(
@@ -62,9 +62,10 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
     "warmup_steps",
-    300,
-    "Steps at the start that train the shared weights alone. Untrained weights favour the smallest "
-    "networks; raise it when the result is far under the target.",
+    None,
+    "Steps at the start that train the shared weights alone; by default a fifth of all steps, at "
+    "most 300. Untrained weights favour the smallest networks; raise it when the result is far "
+    "under the target.",
     lower_bound=0,
 )
 flags.DEFINE_float(
@@ -145,17 +146,6 @@ def _set_up():
     spaces.get(FLAGS.space)  # An unknown name should not wait for the data.
     images = cli.load_data("train", FLAGS.input_size)
     space = spaces.get(FLAGS.space, images.image_shape, len(images.class_names))
-    adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
-    search = ArchitectureSearch(
-        space,
-        samples=FLAGS.samples or adaptive,
-        cost=_COSTS[FLAGS.cost](FLAGS.target),
-        cost_coefficient=FLAGS.cost_coefficient,
-        warmup_steps=FLAGS.warmup_steps,
-        likelihood_scale=FLAGS.likelihood_scale,
-        control_variate=FLAGS.control_variate,
-        seed=FLAGS.seed,
-    )
     batches = data.search_batches(
         images.x,
         images.y,
@@ -165,11 +155,23 @@ def _set_up():
         images.image_shape,
     )
     steps = int(batches.cardinality()) * FLAGS.epochs
-    if FLAGS.warmup_steps >= steps:
+    warmup_steps = min(300, steps // 5) if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+    if warmup_steps >= steps:
         raise ValueError(
             f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
-            f"`steps_per_epoch`). Received: warmup_steps={FLAGS.warmup_steps}"
+            f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
         )
+    adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
+    search = ArchitectureSearch(
+        space,
+        samples=FLAGS.samples or adaptive,
+        cost=_COSTS[FLAGS.cost](FLAGS.target),
+        cost_coefficient=FLAGS.cost_coefficient,
+        warmup_steps=warmup_steps,
+        likelihood_scale=FLAGS.likelihood_scale,
+        control_variate=FLAGS.control_variate,
+        seed=FLAGS.seed,
+    )
     search.compile(
         optimizer=keras.optimizers.SGD(
             keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps),
@@ -197,7 +199,7 @@ def _row(search, epoch, logs):
     first = {
         "step": step,
         "epoch": epoch + 1,
-        "phase": "warm_up" if step <= FLAGS.warmup_steps else "factorized",
+        "phase": "warm_up" if step <= search.warmup_steps else "factorized",
         "samples": logs["samples"],
         "total_samples": int(search.total_samples.numpy()),
     }

@@ -66,7 +66,7 @@ class ArchitectureSearch(keras.Model):
         space: Space,
         samples: AdaptiveSamples | int = AdaptiveSamples(),
         cost: MacsCost | None = None,
-        cost_coefficient: float = 1.0,
+        cost_coefficient: float = 0.3,
         warmup_steps: int = 300,
         warmup_samples: int = 2,
         likelihood_scale: float = 1.0,
@@ -187,7 +187,17 @@ class ArchitectureSearch(keras.Model):
         return self._track(validation_loss=loss, validation_accuracy=accuracy)
 
     def derive(self) -> Architecture:
-        """The most probable architecture."""
+        """The most probable architecture.
+
+        Raises:
+            ValueError: When the search has not left its warm-up, and knows nothing.
+        """
+        if self.step < self.warmup_steps:
+            raise ValueError(
+                f"the search has made {int(self.step.numpy())} steps, all of them in its warm-up: "
+                f"`warmup_steps` must be lower, or the search longer. "
+                f"Received: warmup_steps={self.warmup_steps}"
+            )
         return self.space.architecture(self.distribution.mode().numpy())
 
     def _update_logits(self, gradient):

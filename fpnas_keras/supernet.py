@@ -49,7 +49,8 @@ class Supernet(keras.layers.Layer):
             )
             self.head_dense.build((None, features))
             features = head.dense_units
-        self.classes = keras.layers.Dense(space.num_classes, name="classes")
+        # Logits stay float32 under any policy.
+        self.classes = keras.layers.Dense(space.num_classes, dtype="float32", name="classes")
         self.classes.build((None, features))
         self.built = True
 
