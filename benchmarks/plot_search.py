@@ -33,11 +33,12 @@ def main(_: list[str]) -> None:
     samples.set(ylabel="samples a step (K)", ylim=(0, None))
     samples.yaxis.label.set_color("tab:orange")
 
-    middle.plot(steps, [cost / 1e6 for cost in metrics["expected_cost"]], label="expected")
-    middle.axhline(summary["macs"] / 1e6, color="tab:green", ls=":", label="derived network")
-    if summary["cost"] == "macs":
+    cost, unit = ("params", "parameters") if summary["cost"] == "params" else ("macs", "MACs")
+    middle.plot(steps, [value / 1e6 for value in metrics["expected_cost"]], label="expected")
+    middle.axhline(summary[cost] / 1e6, color="tab:green", ls=":", label="derived network")
+    if summary["target"] is not None:
         middle.axhline(summary["target"] / 1e6, color="tab:red", ls="--", label="target")
-    middle.set(title="cost", xlabel="step", ylabel="million MACs", ylim=(0, None))
+    middle.set(title="cost", xlabel="step", ylabel=f"million {unit}", ylim=(0, None))
     middle.legend()
 
     right.plot(steps, metrics["train_loss"], label="weights part")

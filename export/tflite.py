@@ -73,7 +73,7 @@ def convert(model: keras.Model) -> bytes:
     try:
         return converter.convert()
     except Exception as error:  # ConverterError is not public.
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ValueError(f"the model {model.name} cannot be converted: {reason}") from None
 
 
@@ -86,7 +86,8 @@ def compare(model: keras.Model, tflite: bytes, images: data.Images) -> Compariso
         for x, y in data.test_batches(images).as_numpy_iterator():
             expected = model.predict_on_batch(x)
             received = np.concatenate([serve(image=image[None])["logits"] for image in x])
-            difference = max(difference, float(np.abs(expected - received).max()))
+            # np.maximum keeps a NaN, max() would drop it.
+            difference = float(np.maximum(difference, np.abs(expected - received).max()))
             classes = np.stack([expected.argmax(-1), received.argmax(-1)])
             agreed += int((classes[0] == classes[1]).sum())
             right += (classes == y).sum(axis=-1)
@@ -108,8 +109,8 @@ def operators(tflite: bytes) -> dict[str, int]:
 
 def main() -> None:
     """Converts the model that the flags name, checks the file and reports."""
-    output, labels, report = _output_paths()
     model = load_model(FLAGS.model)
+    output, labels, report = _output_paths()
     images = _test_images(model, labels)
     tflite = convert(model)
     comparison = compare(model, tflite, images)
@@ -183,14 +184,9 @@ def _refuse_existing(paths):
 
 
 def _test_images(model, labels):
-    images = cli.load_data("test", model.input_shape[1])
-    shapes = (images.image_shape, len(images.class_names))
-    if shapes != (model.input_shape[1:], model.output_shape[-1]):
-        raise ValueError(
-            f"the model {FLAGS.model} is for images of {model.input_shape[1:]} and "
-            f"{model.output_shape[-1]} classes. Received: data={FLAGS.data} with images of "
-            f"{shapes[0]} and {shapes[1]} classes"
-        )
+    images = cli.load_data_for(
+        f"the model {FLAGS.model}", model.input_shape[1:], model.output_shape[-1], "test"
+    )
     # Several files of one data set may share a folder and its labels.
     if labels.exists() and labels.read_text() != _label_text(images):
         _refuse_existing([labels])

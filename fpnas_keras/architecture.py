@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -74,7 +73,7 @@ class Block:
         _check_number(self, "expansion", 0.01, 100.0)
         object.__setattr__(self, "expansion", float(self.expansion))
         _check_choice(self, "activation", ACTIVATIONS)
-        _check_integer(self, "splits", min(SPLITS), max(SPLITS))
+        _check_choice(self, "splits", SPLITS)
         if not isinstance(self.skip, bool):
             raise ValueError(f"`skip` must be true or false. Received: skip={self.skip!r}")
         if self.skip:
@@ -320,8 +319,8 @@ def _check_integer(owner, name, low, high):
 
 def _check_number(owner, name, low, high):
     value = getattr(owner, name)
-    is_number = (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
-    if not is_number or not low <= value <= high:
+    is_number = _is_integer(value) or isinstance(value, float)
+    if not is_number or not low <= value <= high:  # nan is in no range
         raise ValueError(
             f"`{name}` must be a number from {low} to {high}. Received: {name}={_short(value)}"
         )
@@ -335,7 +334,8 @@ def _check_kernel_size(owner):
 
 def _check_choice(owner, name, choices):
     value = getattr(owner, name)
-    if value not in choices:
+    if isinstance(value, bool) or value not in choices:
         raise ValueError(
-            f"`{name}` must be one of {', '.join(choices)}. Received: {name}={_short(value)}"
+            f"`{name}` must be one of {', '.join(map(str, choices))}. "
+            f"Received: {name}={_short(value)}"
         )

@@ -1,6 +1,7 @@
 """What the command lines share: flags, run directories, errors in one line."""
 
 import json
+import math
 import pathlib
 import resource
 import shlex
@@ -39,6 +40,30 @@ def load_data(split: str, image_size: int) -> data.Images:
     return data.load(FLAGS.data, split, image_size, FLAGS.data_dir, FLAGS.download)
 
 
+def load_data_for(
+    owner: str, input_shape: tuple[int, int, int], num_classes: int, split: str
+) -> data.Images:
+    """Reads the data that the flags name for a network.
+
+    Args:
+        owner: What the network is called in the message of the error.
+        input_shape: Shape of the images that it takes.
+        num_classes: Number of its classes.
+        split: "train" or "test".
+
+    Raises:
+        ValueError: When the data has other images or another number of classes.
+    """
+    images = load_data(split, input_shape[0])
+    received = (images.image_shape, len(images.class_names))
+    if received != (input_shape, num_classes):
+        raise ValueError(
+            f"{owner} is for images of {input_shape} and {num_classes} classes. Received: "
+            f"data={FLAGS.data} with images of {received[0]} and {received[1]} classes"
+        )
+    return images
+
+
 def data_arguments() -> str:
     """The flags that name the data, to be typed in another command."""
     arguments = [f"--data={FLAGS.data}"]
@@ -56,14 +81,24 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
         try:
+            _check_finite()
             main()
         except (ValueError, OSError) as error:
             logging.debug("where it happened", exc_info=True)
             sys.exit(f"error: {error}")
+        except tf.errors.OpError as error:  # An image on the disk that cannot be decoded, say.
+            logging.debug("where it happened", exc_info=True)
+            sys.exit(f"error: {error.message.strip().splitlines()[0]}")
         except KeyboardInterrupt:
             sys.exit("interrupted")
 
     app.run(checked)
+
+
+def _check_finite():
+    for name, value in FLAGS.flag_values_dict().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number. Received: {name}={value}")
 
 
 class Run:

@@ -1,7 +1,8 @@
 """Images for searching and training: digits, tfds:NAME, folder:PATH.
 
-Every batch is a pure function of (seed, step), and every image is decoded once
-(once a batch where the images do not fit into memory).
+A batch is a pure function of (seed, step); a dataset goes on counting its steps
+from one iteration to the next. Every image is decoded once (once a batch where the
+images do not fit into memory).
 """
 
 import itertools
@@ -63,6 +64,8 @@ def load(
     Raises:
         ValueError: When there is no such data.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be train or test. Received: split={split!r}")
     kind, _, rest = name.partition(":")
     if name == "digits":
         return _digits(split, image_size)
@@ -81,11 +84,16 @@ def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.nda
     """
     from sklearn.model_selection import train_test_split
 
-    counts = np.bincount(y)
-    if counts[counts > 0].min() < 2:
+    y = np.asarray(y)
+    if y.ndim != 1:
+        raise ValueError(f"`y` must have one class an image. Received: y of shape {y.shape}")
+    classes, counts = np.unique(y, return_counts=True)
+    smaller = round(len(y) * min(fraction, 1 - fraction))
+    if counts.min() < 2 or smaller < len(classes):
         raise ValueError(
-            "every class needs at least 2 images to be split. "
-            f"Received: 1 image of class {int(np.flatnonzero(counts == 1)[0])}"
+            f"too few images to set {fraction:.0%} of them apart with every class in both parts. "
+            f"Received: {len(y)} images of {len(classes)} classes, {counts.min()} of class "
+            f"{classes[counts.argmin()]}"
         )
     first, second = train_test_split(
         np.arange(len(y)), test_size=fraction, stratify=y, random_state=seed
@@ -250,6 +258,7 @@ def _digits(split_name, image_size):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
+    _check_memory("digits", len(digits.target), (image_size, image_size, 1))
     indices = _hold_out(digits.target, split_name)
     x = (digits.images[indices, ..., None] * (255 / 16)).round().astype(np.uint8)
     return Images(
@@ -268,23 +277,29 @@ def _tfds(name, split_name, image_size, data_dir, download):
         if download:
             builder.download_and_prepare()
         info = builder.info
-        test = next((s for s in ("test", "validation") if s in info.splits), None)
+        test = next((each for each in ("test", "validation") if each in info.splits), None)
         source = test if split_name == "test" and test else "train"
         dataset = builder.as_dataset(split=source, as_supervised=True, shuffle_files=False)
-    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # It raises what its many readers and downloaders raise.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"cannot read the data set `{name}` of tensorflow_datasets (data_dir={data_dir}, "
             f"download={download}): {reason[0]}"
         ) from None
     image, label = (info.features[key] for key in info.supervised_keys[:2])
-    if not hasattr(label, "num_classes") or len(image.shape or ()) != 3:
-        raise ValueError(f"the data set `{name}` must have images and one class label each")
+    is_image = len(image.shape or ()) == 3 and image.dtype == np.uint8
+    if not is_image or not hasattr(label, "num_classes"):
+        raise ValueError(
+            f"the data set `{name}` must have uint8 images and one class label each. "
+            f"Received: {image} and {label}"
+        )
     image_shape = (image_size, image_size, image.shape[-1] or 3)
     count = info.splits[source].num_examples
     _check_memory(name, count, image_shape)
     dataset = dataset.map(lambda x, y: (_resize(x, image_size), y), num_parallel_calls=_AUTOTUNE)
     x, y = _collect(dataset.batch(500).prefetch(2), count, image_shape, f"reading {name}")
+    if y.min() < 0:
+        raise ValueError(f"the split `{source}` of the data set `{name}` has no labels")
     if test is None:
         indices = _hold_out(y, split_name)
         x, y = x[indices], y[indices]
@@ -292,16 +307,44 @@ def _tfds(name, split_name, image_size, data_dir, download):
 
 
 def _folder(path, split_name, image_size):
-    import keras
-
-    test = next((path / s for s in ("test", "val") if (path / s).is_dir()), None)
     if not path.is_dir():
         raise ValueError(f"`data` names no folder. Received: data=folder:{path}")
-    has_parts = (path / "train").is_dir()
-    if has_parts:
-        folder = test if split_name == "test" and test else path / "train"
+    train = path / "train"
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if not train.is_dir():
+        train, test = path, None
+    names, paths, y = _list_classes(train)
+    # Decided on the training set for both, so that they agree.
+    image_shape = (image_size, image_size, _channels(paths, y))
+    if test is not None:
+        test_names, test_paths, test_y = _list_classes(test)
+        if test_names != names:
+            raise ValueError(
+                f"{train} and {test} must have the same classes. "
+                f"Received: {', '.join(sorted(set(names) ^ set(test_names)))} in one of them only"
+            )
+        if split_name == "test":
+            paths, y = test_paths, test_y
     else:
-        folder, test = path, None
+        indices = _hold_out(y, split_name)
+        paths, y = paths[indices], y[indices]
+    if len(y) * np.prod(image_shape) > MEMORY_LIMIT:
+        return Images(paths, y, names, image_shape)
+    dataset = tf.data.Dataset.from_tensor_slices((paths, y))
+    dataset = dataset.map(
+        lambda file, label: (_decode(file, image_shape), label), num_parallel_calls=_AUTOTUNE
+    )
+    try:
+        x, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, f"reading {path}")
+    except tf.errors.OpError as error:
+        raise ValueError(f"an image in {path} cannot be read: {error.message}") from None
+    return Images(x, y, names, image_shape)
+
+
+def _list_classes(folder):
+    """Names of the classes, names of the files and class of each file."""
+    import keras
+
     try:
         files = keras.utils.image_dataset_from_directory(
             folder, labels="inferred", batch_size=None, shuffle=False, verbose=False
@@ -311,29 +354,32 @@ def _folder(path, split_name, image_size):
             f"the folder {folder} must hold one folder of images for each class: {error}"
         ) from None
     names, paths = tuple(files.class_names), np.array(files.file_paths)
-    classes = [pathlib.Path(file).relative_to(folder).parts[0] for file in paths]
-    y = np.array([names.index(each) for each in classes], np.int32)
-    missing = sorted(set(names) - set(classes))
+    parts = [pathlib.Path(file).relative_to(folder).parts for file in paths]
+    deep = next((each for each in parts if len(each) > 2), None)
+    if deep:
+        raise ValueError(
+            f"the class folder {folder / deep[0]} must hold images. Received: the folder {deep[1]} "
+            "in it (splits are named train and test or val)"
+        )
+    missing = sorted(set(names) - {each[0] for each in parts})
     if missing or len(names) < 2:
         raise ValueError(
             f"the folder {folder} must hold images of at least 2 classes, and no empty class. "
             f"Received: classes {', '.join(names)}; without images: {', '.join(missing) or 'none'}"
         )
-    if test is None:
-        indices = _hold_out(y, split_name)
-        paths, y = paths[indices], y[indices]
-    try:
-        channels = tf.io.decode_image(tf.io.read_file(paths[0]), expand_animations=False).shape[-1]
-        image_shape = (image_size, image_size, 1 if channels == 1 else 3)
-        if len(y) * np.prod(image_shape) <= MEMORY_LIMIT:
-            dataset = tf.data.Dataset.from_tensor_slices((paths, y))
-            dataset = dataset.map(
-                lambda p, label: (_decode(p, image_shape), label), num_parallel_calls=_AUTOTUNE
-            )
-            paths, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, str(folder))
-    except tf.errors.InvalidArgumentError as error:
-        raise ValueError(f"an image in {folder} cannot be decoded: {error.message}") from None
-    return Images(paths, y, names, image_shape)
+    return names, paths, np.array([names.index(each[0]) for each in parts], np.int32)
+
+
+def _channels(paths, y):
+    """1 where the first image of every class is grey, else 3."""
+    channels = set()
+    for file in paths[np.unique(y, return_index=True)[1]]:
+        try:
+            image = tf.io.decode_image(tf.io.read_file(file), expand_animations=False)
+        except tf.errors.OpError as error:
+            raise ValueError(f"the image {file} cannot be read: {error.message}") from None
+        channels.add(image.shape[-1])
+    return 1 if channels == {1} else 3
 
 
 def _check_memory(name, count, image_shape):

@@ -18,6 +18,11 @@ _SKIP = VARIABLES.index("skip")
 _IRRELEVANT = np.array([name not in RELEVANT_WHEN_SKIPPED for name in VARIABLES])
 
 
+def rescaling() -> keras.layers.Rescaling:
+    """The first layer of every network: pixels 0..255 to -1..1."""
+    return keras.layers.Rescaling(1 / 127.5, -1.0, name="rescaling")
+
+
 def conv_initializer() -> keras.initializers.Initializer:
     """A fresh initializer for convolutions: variance 2 / fan_out, as MobileNets have it.
 

@@ -9,7 +9,7 @@ from fpnas_keras.architecture import (
     attention_filters,
     expanded_filters,
 )
-from fpnas_keras.layers import BN_EPSILON, conv_initializer
+from fpnas_keras.layers import BN_EPSILON, conv_initializer, rescaling
 
 
 def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
@@ -58,7 +58,7 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
         return layers.Add(name=f"{name}_add")([x, inputs]) if agree else x
 
     images = keras.Input(architecture.input_shape, name="image")
-    x = layers.Rescaling(1 / 127.5, -1.0, name="rescaling")(images)
+    x = rescaling()(images)
     x = conv_bn(x, stem.filters, "stem", stem.kernel_size, stem.strides, stem.activation)
     for index, each in enumerate(architecture.blocks):
         x = block(x, each, f"block_{index}")
@@ -67,7 +67,7 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
     if head.dense_units:
         x = layers.Dense(head.dense_units, head.activation, use_bias=False, name="head_dense")(x)
     logits = layers.Dense(architecture.num_classes, dtype="float32", name="classes")(x)
-    return keras.Model(images, logits, name=architecture.space or "network")
+    return keras.Model(images, logits, name="network")
 
 
 def _conv(filters, kernel_size=1, strides=1, use_bias=True, name=None):

@@ -73,6 +73,7 @@ flags.DEFINE_float(
     1.0,
     "Factor of the mean log-likelihoods in the importance weights (tau). Larger makes the best "
     "sample of a step count more; the batch size gives the sum over the batch.",
+    lower_bound=0,
 )
 flags.DEFINE_boolean(
     "control_variate",

@@ -184,7 +184,9 @@ class ArchitectureSearch(keras.Model):
         """Loss and accuracy of the most probable architecture under the shared weights."""
         images, labels = data
         loss, accuracy = tf.unstack(_loss_and_accuracy(labels, self(images)))
-        return self._track(validation_loss=loss, validation_accuracy=accuracy)
+        # The last batch may be smaller.
+        count = tf.shape(images)[0]
+        return self._track(count, validation_loss=loss, validation_accuracy=accuracy)
 
     def derive(self) -> Architecture:
         """The most probable architecture.
@@ -243,9 +245,9 @@ class ArchitectureSearch(keras.Model):
         images, labels = batch
         return _loss_and_accuracy(labels, self.supernet(images, choices))
 
-    def _track(self, **values):
+    def _track(self, sample_weight=None, **values):
         for name, value in values.items():
-            self._trackers[name].update_state(value)
+            self._trackers[name].update_state(value, sample_weight)
         return {name: self._trackers[name].result() for name in values}
 
 

@@ -9,6 +9,7 @@ from fpnas_keras.layers import (
     SlicedBatchNorm,
     SlicedConv,
     SlicedDepthwiseConv,
+    rescaling,
     switch,
 )
 from fpnas_keras.spaces import VARIABLES, SearchBlock, Space
@@ -28,7 +29,7 @@ class Supernet(keras.layers.Layer):
         kwargs.setdefault("name", "supernet")
         super().__init__(**kwargs)
         stem, head = space.stem, space.head
-        self.rescaling = keras.layers.Rescaling(1 / 127.5, -1.0, name="rescaling")
+        self.rescaling = rescaling()
         self.stem = SlicedConv(
             space.input_shape[2], stem.filters, stem.kernel_size, stem.strides, name="stem"
         )

@@ -65,8 +65,9 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "validation_split",
     0.0,
-    "Part of the training set held out to report val_accuracy an epoch, 0 to 0.9. Choose flags by "
-    "it: the test set is read once, at the end.",
+    "Part of the training set held out to report val_accuracy an epoch (of the weights before "
+    "--ema_momentum averages them), 0 to 0.9. Choose flags by it: the test set is read once, at "
+    "the end.",
     lower_bound=0,
     upper_bound=0.9,
 )
@@ -83,21 +84,20 @@ _RECALIBRATION_BATCHES = 100
 def main() -> None:
     """Runs the training that the flags describe."""
     run = cli.Run(FLAGS.output_dir, __name__)
+    architecture = Architecture.load(FLAGS.architecture)
     if not run.finished:
-        _train(run)
+        _train(run, architecture)
+    elif run.summary()["architecture"] != architecture.to_dict():
+        raise ValueError(
+            f"`output_dir` {run.directory} holds a run of another architecture than "
+            f"{FLAGS.architecture} is now. Choose another directory."
+        )
     _report(run)
 
 
-def _train(run):
+def _train(run, architecture):
     keras.utils.set_random_seed(FLAGS.seed)
-    architecture = Architecture.load(FLAGS.architecture)
-    images, held_out = _training_data(architecture)
-    batches = _one_hot(
-        data.train_batches(
-            images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
-        ),
-        images,
-    )
+    batches, held_out = _batches(architecture)
     model = architecture.build()
     optimizer = _optimizer(int(batches.cardinality()))
     model.compile(
@@ -108,33 +108,22 @@ def _train(run):
         metrics=["accuracy"],
         jit_compile=False,  # XLA takes 8 times as long on CPUs.
     )
-    logging.info(
-        "%s: %s MACs, %s parameters; %d training images",
-        FLAGS.architecture,
-        f"{architecture.macs():,}",
-        f"{architecture.params():,}",
-        len(images.y),
-    )
     run.begin()
 
     def row(epoch, logs):
         step = int(optimizer.iterations.numpy())
         return {"step": step, "epoch": epoch + 1} | logs
 
-    history = model.fit(
+    model.fit(
         batches,
         epochs=FLAGS.epochs,
         shuffle=False,
-        validation_data=_one_hot(data.test_batches(held_out), images) if held_out else None,
-        callbacks=[
-            MetricsFile(run.path("metrics.csv"), row),
-            StopOnDivergence(),
-        ],
+        validation_data=held_out,
+        callbacks=[MetricsFile(run.path("metrics.csv"), row), StopOnDivergence()],
     )
     if FLAGS.ema_momentum:
         _recalibrate(model, batches)
-    test = cli.load_data("test", architecture.input_shape[0])
-    _, accuracy = model.evaluate(_one_hot(data.test_batches(test), images))
+    # Before anything that may fail: the training is worth more than its figures.
     with replacing(run.path("model.keras")) as temporary:
         model.save(temporary)
     run.finish(
@@ -144,31 +133,47 @@ def _train(run):
         epochs=FLAGS.epochs,
         macs=architecture.macs(),
         params=architecture.params(),
-        train_loss=history.history["loss"][-1],
-        test_accuracy=accuracy,
+        test_accuracy=_test_accuracy(model, architecture),
     )
 
 
-def _training_data(architecture):
-    """The images to train on, and those held out of them or `None`."""
-    images = cli.load_data("train", architecture.input_shape[0])
-    received = (images.image_shape, len(images.class_names))
-    if received != (architecture.input_shape, architecture.num_classes):
+def _batches(architecture):
+    """Batches to train on, and those of the held out images or `None`."""
+    owner = f"the architecture {FLAGS.architecture}"
+    images = cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, "train")
+    if FLAGS.random_crop >= architecture.input_shape[0]:
         raise ValueError(
-            f"the architecture {FLAGS.architecture} is for images of {architecture.input_shape} "
-            f"and {architecture.num_classes} classes. Received: data={FLAGS.data} with images of "
-            f"{received[0]} and {received[1]} classes"
+            f"`random_crop` must be below the image size, {architecture.input_shape[0]}. "
+            f"Received: random_crop={FLAGS.random_crop}"
         )
-    if not FLAGS.validation_split:
-        return images, None
-    kept, held_out = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
-    return tuple(images._replace(x=images.x[part], y=images.y[part]) for part in (kept, held_out))
+    held_out = None
+    if FLAGS.validation_split:
+        kept, rest = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
+        validation = images._replace(x=images.x[rest], y=images.y[rest])
+        held_out = _one_hot(data.test_batches(validation), architecture)
+        images = images._replace(x=images.x[kept], y=images.y[kept])
+    logging.info(
+        "%s: %s MACs, %s parameters; %d training images",
+        FLAGS.architecture,
+        f"{architecture.macs():,}",
+        f"{architecture.params():,}",
+        len(images.y),
+    )
+    batches = data.train_batches(
+        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
+    )
+    return _one_hot(batches, architecture), held_out
 
 
-def _one_hot(batches, images):
+def _test_accuracy(model, architecture):
+    owner = f"the architecture {FLAGS.architecture}"
+    test = cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, "test")
+    return model.evaluate(_one_hot(data.test_batches(test), architecture))[1]
+
+
+def _one_hot(batches, architecture):
     """Keras smooths labels only where they are one-hot."""
-    classes = len(images.class_names)
-    return batches.map(lambda x, y: (x, tf.one_hot(y, classes)))
+    return batches.map(lambda x, y: (x, tf.one_hot(y, architecture.num_classes)))
 
 
 def _optimizer(steps_per_epoch):
@@ -176,6 +181,12 @@ def _optimizer(steps_per_epoch):
     peak = defaults["learning_rate"] if FLAGS.learning_rate is None else FLAGS.learning_rate
     decay = defaults["weight_decay"] if FLAGS.weight_decay is None else FLAGS.weight_decay
     steps = steps_per_epoch * FLAGS.epochs
+    averaged = 1 / (1 - FLAGS.ema_momentum)
+    if FLAGS.ema_momentum and averaged > steps / 10:
+        raise ValueError(
+            f"`ema_momentum` averages {averaged:.0f} steps, which must be at most a tenth of the "
+            f"{steps} steps of the training. Received: ema_momentum={FLAGS.ema_momentum}"
+        )
     warmup_steps = min(int(FLAGS.warmup_epochs * steps_per_epoch), steps - 1)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup_steps else peak,
@@ -198,7 +209,7 @@ def _optimizer(steps_per_epoch):
 
 def _recalibrate(model, batches):
     """Estimates the moving statistics anew: they belong to the weights before averaging."""
-    for images, _ in batches.take(_RECALIBRATION_BATCHES):
+    for images, _ in batches.repeat().take(_RECALIBRATION_BATCHES):
         model(images, training=True)
 
 

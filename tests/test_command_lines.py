@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def searched(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(searched):
-    result = run(*next_command(searched[1]), "--epochs=2", "--ema_momentum=0.9")
+    result = run(*next_command(searched[1]), "--epochs=2", "--ema_momentum=0.5")
     assert result.returncode == 0, result.stderr
     return searched[0].with_name("searched_trained"), result.stdout
 
@@ -161,6 +162,8 @@ def test_training_and_export_follow_the_printed_commands(trained):
         (["--samples=1"], "`samples` must be at least 2"),
         (["--data=folder:/nonesuch"], "`data` names no folder. Received: data=folder:/nonesuch"),
         (["--data=nonesuch"], "`data` must be digits"),
+        (["--learning_rate=nan"], "`learning_rate` must be a finite number"),
+        (["--input_size=9000"], "does not fit into memory"),
     ],
 )
 def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
@@ -229,7 +232,29 @@ def test_bad_input_of_training_is_refused(searched, tmp_path):
     (tmp_path / "rgb.json").write_text(json.dumps(architecture | {"input_shape": [16, 16, 3]}))
     mismatch = run("fpnas_keras.train", f"--architecture={tmp_path}/rgb.json", out)
     assert_refused(mismatch, "is for images of (16, 16, 3) and 10 classes. Received: data=digits")
+    good = f"--architecture={searched[0]}/architecture.json"
+    for flag, message in (
+        ("--random_crop=16", "`random_crop` must be below the image size, 16"),
+        ("--ema_momentum=0.999", "`ema_momentum` averages 1000 steps"),
+    ):
+        assert_refused(run("fpnas_keras.train", good, out, flag), message)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_of_another_architecture_is_not_taken_for_this_one(trained, searched, tmp_path):
+    directory = tmp_path / "trained"
+    shutil.copytree(trained[0], directory)
+    flags = (directory / "flags.txt").read_text()
+    file = tmp_path / "architecture.json"
+    shutil.copy(searched[0] / "architecture.json", file)
+    (directory / "flags.txt").write_text(flags.replace(str(searched[0] / file.name), str(file)))
+    arguments = [f"--flagfile={directory}/flags.txt", f"--output_dir={directory}"]
+    same = run("fpnas_keras.train", *arguments)
+    assert same.returncode == 0, same.stderr
+    changed = json.loads(file.read_text())
+    changed["head"]["filters"] += 8
+    file.write_text(json.dumps(changed))
+    assert_refused(run("fpnas_keras.train", *arguments), "a run of another architecture")
 
 
 def test_bad_input_of_export_is_refused(trained, tmp_path):

@@ -26,8 +26,12 @@ def test_split_is_disjoint_stratified_and_reproducible():
 
 
 def test_a_class_with_one_image_cannot_be_split():
-    with pytest.raises(ValueError, match=r"every class needs at least 2 images.*class 1"):
+    with pytest.raises(ValueError, match="5 images of 3 classes, 1 of class 1"):
         data.split(np.array([0, 0, 1, 2, 2]), 0.5, seed=0)
+    with pytest.raises(ValueError, match="too few images to set 20% of them apart"):
+        data.split(np.repeat(np.arange(5), 2), 0.2, seed=0)
+    with pytest.raises(ValueError, match=r"y of shape \(10, 1\)"):
+        data.split(np.zeros((10, 1), int), 0.5, seed=0)
 
 
 def numbered_images(count):
@@ -59,6 +63,29 @@ def test_search_batches_are_passes_over_two_disjoint_parts():
     for (x_t, y_t), (x_v, y_v) in batches.as_numpy_iterator():
         assert np.array_equal(x_t[:, 0, 0, 0] % 2, y_t)
         assert np.array_equal(x_v[:, 0, 0, 0] % 2, y_v)
+
+
+@pytest.mark.parametrize("count", [80, 6000])
+def test_the_order_of_batches_is_random(count):
+    """On data sorted by class, as folders are: mixed batches, unrelated passes."""
+    x, _ = numbered_images(count)
+    y = np.arange(count) * 4 // count
+    images = data.Images(x, y, tuple("abcd"), (4, 4, 1))
+
+    def passes(seed):
+        batches = data.train_batches(images, 20, seed)
+        return [[(x[:, 0, 0, 0], y) for x, y in batches.as_numpy_iterator()] for _ in range(2)]
+
+    first, second = passes(0)
+    other, _ = passes(1)
+    orders = [np.concatenate([x for x, _ in epoch]) for epoch in (first, second, other)]
+    limit = 4.5 / np.sqrt(count)
+    assert np.all(np.abs(np.corrcoef([*orders, np.arange(count)]) - np.eye(4)) < limit)
+    classes = np.array([np.bincount(y, minlength=4) for _, y in first])
+    # Pearson's statistic of the batches' class counts; drawing without replacement lowers it.
+    statistic = ((classes - 5) ** 2 / 5).sum()
+    freedom = 3 * len(classes)
+    assert statistic < freedom + 4.5 * np.sqrt(2 * freedom)
 
 
 def test_keras_takes_each_epoch_once():
@@ -180,5 +207,34 @@ def test_folders_that_hold_no_classes(tmp_path):
     for index in range(5):
         write_image(tmp_path / "cat" / f"{index}.png", 1)
         (tmp_path / "dog" / f"{index}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="cannot be decoded"):
+    with pytest.raises(ValueError, match=r"the image .*dog/0.png cannot be read"):
         data.load(f"folder:{tmp_path}")
+    write_image(tmp_path / "dog" / "0.png", 1)  # the first image of the class is whole
+    with pytest.raises(ValueError, match=r"an image in .* cannot be read"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_training_and_test_folder_must_agree(tmp_path):
+    for part, names in (("train", ["cat", "dog"]), ("test", ["dog", "emu"])):
+        for name in names:
+            write_image(tmp_path / part / name / "1.png", 1)
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match="Received: cat, emu in one of them only"):
+            data.load(f"folder:{tmp_path}", split)
+
+
+def test_splits_under_other_names_are_not_taken_for_classes(tmp_path):
+    for part in ("Train", "Val"):
+        for name in ("cat", "dog"):
+            write_image(tmp_path / part / name / "1.png", 1)
+    with pytest.raises(ValueError, match=r"Train must hold images. Received: the folder cat in it"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_one_grey_image_does_not_make_the_data_grey(tmp_path):
+    for label, name in enumerate(["cat", "dog"]):
+        for index in range(10):
+            channels = 1 if (name, index) == ("cat", 0) else 3
+            write_image(tmp_path / name / f"{index}.png", 100 * label + index, channels=channels)
+    shapes = {data.load(f"folder:{tmp_path}", split, 8).image_shape for split in ("train", "test")}
+    assert shapes == {(8, 8, 3)}

@@ -27,14 +27,21 @@ def test_streaming_sum_is_the_softmax_weighted_sum(scores, seed):
 
 
 @pytest.mark.parametrize(
-    ("entropy", "expected"), [(0.0, 2), (8.0, 2), (8.1, 3), (36.5, 10), (1000.0, 16)]
+    ("entropy", "expected"), [(0.0, 2), (8.0, 2), (8.1, 3), (36.5, 10), (1000.0, 16), (1e12, 16)]
 )
 def test_sample_count_follows_the_entropy(entropy, expected):
     assert int(AdaptiveSamples(scale=0.25, maximum=16)(tf.constant(entropy))) == expected
 
 
 @pytest.mark.parametrize(
-    "change", [{"scale": 0}, {"scale": float("nan")}, {"minimum": 0}, {"minimum": 9, "maximum": 8}]
+    "change",
+    [
+        {"scale": 0},
+        {"scale": float("nan")},
+        {"scale": float("inf")},
+        {"minimum": 0},
+        {"minimum": 9, "maximum": 8},
+    ],
 )
 def test_impossible_sample_counts_are_refused(change):
     with pytest.raises(ValueError, match="Received: "):

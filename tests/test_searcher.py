@@ -156,6 +156,8 @@ def test_warm_up_trains_the_weights_and_leaves_the_logits():
     first = make_search(samples=4, warmup_steps=100)
     first.fit(batches(steps=5), verbose=0, shuffle=False)
     assert np.all(first.distribution.logits.numpy() == 0)
+    with pytest.raises(ValueError, match="5 steps, all of them in its warm-up"):
+        first.derive()
 
 
 def test_same_seed_same_search_and_another_seed_another():
@@ -169,6 +171,44 @@ def test_same_seed_same_search_and_another_seed_another():
     assert first[0] == second[0]
     assert np.array_equal(first[1], second[1])
     assert not np.array_equal(first[1], other[1])
+
+
+def test_saved_weights_load_again(tmp_path):
+    search = make_search(samples=2)
+    search.fit(batches(steps=3), verbose=0, shuffle=False)
+    search.save_weights(tmp_path / "search.weights.h5")
+    keras.utils.set_random_seed(99)
+    other = make_search(samples=2)
+    other.load_weights(tmp_path / "search.weights.h5")
+    x, _ = tiny_images(10)
+    assert other.derive() == search.derive()
+    assert int(other.step.numpy()) == 3
+    np.testing.assert_array_equal(other.predict(x, verbose=0), search.predict(x, verbose=0))
+
+
+def test_evaluate_weighs_a_smaller_last_batch():
+    search = make_search(samples=2)
+    x, y = tiny_images(30)
+    y[20:] = 0  # the last batch is another matter
+
+    def loss(part):
+        logs = search.evaluate(x[part], y[part], batch_size=20, verbose=0, return_dict=True)
+        return logs["validation_loss"]
+
+    expected = (2 * loss(slice(20)) + loss(slice(20, 30))) / 3
+    assert loss(slice(30)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_stay_float32_under_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        search = make_search(samples=2)
+        history = search.fit(batches(steps=2), verbose=0, shuffle=False).history
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert search(tiny_images(4)[0]).dtype == tf.float32
+    assert search.distribution.logits.dtype == "float32"
+    assert np.isfinite(history["train_loss"][0])
 
 
 @pytest.mark.parametrize(
