@@ -63,7 +63,10 @@ class FactorizedLogits(keras.layers.Layer):
 
     def build(self, input_shape: object = None) -> None:
         self.logits = self.add_weight(
-            name="logits", shape=(int(self._searched.sum()),), initializer="zeros"
+            name="logits",
+            shape=(int(self._searched.sum()),),
+            initializer="zeros",
+            autocast=False,  # not even inside a model that computes in bfloat16
         )
         self.built = True
 
