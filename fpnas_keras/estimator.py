@@ -30,7 +30,7 @@ class AdaptiveSamples:
     Raises:
         ValueError: When a value is out of its range.
 
-    Reference: FP-NAS, section 3.2, "adaptive sampling".
+    Reference: FP-NAS (arXiv:2011.10949), "adaptive sampling".
     """
 
     scale: float = 0.25

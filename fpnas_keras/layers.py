@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.spaces.space import RELEVANT_WHEN_SKIPPED, VARIABLES
+from fpnas_keras.spaces.space import RELEVANT_WHEN_SKIPPED, VARIABLES, SearchBlock
 
 BN_EPSILON = 1e-3
 _SKIP = VARIABLES.index("skip")
@@ -40,12 +40,12 @@ class FactorizedLogits(keras.layers.Layer):
     that of `skip` and `filters` alone, and the entropy follows the chain rule.
 
     Args:
-        blocks: The blocks of a space (`SearchBlock`).
+        blocks: The blocks of a space.
 
-    Reference: FP-NAS (arXiv:2011.10949), section 3.3, "factorized distribution".
+    Reference: FP-NAS (arXiv:2011.10949), "factorized distribution".
     """
 
-    def __init__(self, blocks: Sequence, **kwargs):
+    def __init__(self, blocks: Sequence[SearchBlock], **kwargs):
         kwargs.setdefault("name", "distribution")
         # The logits, their softmax and its logarithm stay float32 under any policy.
         super().__init__(dtype="float32", **kwargs)
