@@ -139,8 +139,7 @@ def _train(run, architecture):
 
 def _batches(architecture):
     """Batches to train on, and those of the held out images or `None`."""
-    owner = f"the architecture {FLAGS.architecture}"
-    images = cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, "train")
+    images = _load(architecture, "train")
     if FLAGS.random_crop >= architecture.input_shape[0]:
         raise ValueError(
             f"`random_crop` must be below the image size, {architecture.input_shape[0]}. "
@@ -166,9 +165,13 @@ def _batches(architecture):
 
 
 def _test_accuracy(model, architecture):
+    test = data.test_batches(_load(architecture, "test"))
+    return model.evaluate(_one_hot(test, architecture))[1]
+
+
+def _load(architecture, split):
     owner = f"the architecture {FLAGS.architecture}"
-    test = cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, "test")
-    return model.evaluate(_one_hot(data.test_batches(test), architecture))[1]
+    return cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, split)
 
 
 def _one_hot(batches, architecture):
