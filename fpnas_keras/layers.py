@@ -1,4 +1,4 @@
-"""Keras layers of the search: architecture logits, and layers that are sliced.
+"""Keras layers that are sliced: the parts of the shared weights.
 
 A sliced layer stores its weights at their largest size and uses the leading
 channels (and the middle of the kernel) that tensors ask for at call time, so
@@ -8,14 +8,9 @@ that one graph runs every architecture at that architecture's price.
 from collections.abc import Callable, Sequence
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.spaces.space import RELEVANT_WHEN_SKIPPED, VARIABLES, SearchBlock
-
 BN_EPSILON = 1e-3
-_SKIP = VARIABLES.index("skip")
-_IRRELEVANT = np.array([name not in RELEVANT_WHEN_SKIPPED for name in VARIABLES])
 
 
 def rescaling() -> keras.layers.Rescaling:
@@ -29,164 +24,6 @@ def conv_initializer() -> keras.initializers.Initializer:
     It suits depthwise kernels too, whose fan_out Keras takes to be one channel's.
     """
     return keras.initializers.VarianceScaling(2.0, "fan_out")
-
-
-class FactorizedLogits(keras.layers.Layer):
-    """p(A) as a product of independent softmaxes, one for each variable of each block.
-
-        p(A) = prod_l prod_m softmax(alpha_{l,m})[a_{l,m}]
-
-    What a skipped block makes irrelevant does not count: its log-probability is
-    that of `skip` and `filters` alone, and the entropy follows the chain rule.
-
-    Args:
-        blocks: The blocks of a space.
-
-    Reference: FP-NAS (arXiv:2011.10949), "factorized distribution".
-    """
-
-    def __init__(self, blocks: Sequence[SearchBlock], **kwargs):
-        kwargs.setdefault("name", "distribution")
-        # The logits, their softmax and its logarithm stay float32 under any policy.
-        super().__init__(dtype="float32", **kwargs)
-        self.blocks = tuple(blocks)
-        self.cardinalities = np.array([block.cardinalities for block in blocks], np.int32)
-        width = self.cardinalities.max()
-        # Which entries of (blocks, variables, choices) exist; fixed variables need no logit.
-        self._exists = np.arange(width) < self.cardinalities[..., None]
-        self._searched = self._exists & (self.cardinalities[..., None] > 1)
-        skip_choices = np.zeros((len(blocks), width), bool)
-        for index, block in enumerate(blocks):
-            skip_choices[index, : len(block.skip)] = block.skip
-        self._skip_choices = skip_choices
-        self.build()
-
-    def build(self, input_shape: object = None) -> None:
-        self.logits = self.add_weight(
-            name="logits",
-            shape=(int(self._searched.sum()),),
-            initializer="zeros",
-            autocast=False,  # not even inside a model that computes in bfloat16
-        )
-        self.built = True
-
-    def log_probabilities(self) -> tf.Tensor:
-        """log softmax(alpha), shape `(blocks, variables, choices)`, -inf where none is."""
-        positions = np.argwhere(self._searched)
-        logits = tf.tensor_scatter_nd_add(
-            tf.where(self._exists, 0.0, -np.inf), positions, self.logits.value
-        )
-        return tf.nn.log_softmax(logits)
-
-    def probabilities(self) -> list[dict[str, dict]]:
-        """For each block and each variable that is searched, the probability of each choice.
-
-        Example:
-
-        >>> search.distribution.probabilities()[1]["kernel_size"]
-        {3: 0.5, 5: 0.5}
-        """
-        values = tf.exp(self.log_probabilities()).numpy()
-        return [
-            {
-                name: dict(zip(getattr(block, name), row.tolist()))
-                for name, row in zip(VARIABLES, rows)
-                if len(getattr(block, name)) > 1
-            }
-            for block, rows in zip(self.blocks, values)
-        ]
-
-    def block_probabilities(self) -> list[tf.Tensor]:
-        """For each block the probability of each combination of its choices, row-major."""
-        result = []
-        blocks = tf.unstack(tf.exp(self.log_probabilities()))
-        for rows, cardinalities in zip(blocks, self.cardinalities):
-            joint = tf.ones((1,))
-            for row, cardinality in zip(tf.unstack(rows), cardinalities):
-                joint = tf.reshape(joint[:, None] * row[None, :cardinality], [-1])
-            result.append(joint)
-        return result
-
-    def sample(
-        self, count: tf.Tensor | int, seed: tf.Tensor | int, step: tf.Tensor | int
-    ) -> tf.Tensor:
-        """Draws architectures; a pure function of its arguments and the logits.
-
-        Args:
-            count: Number of architectures.
-            seed: Seed of the run.
-            step: Step of the run.
-
-        Returns:
-            Index of the choice of each variable, int32 of shape
-            `(count, blocks, variables)`; 0 for irrelevant variables.
-        """
-        shape = tf.concat([[count], self.cardinalities.shape], axis=0)
-        key = tf.stack([tf.cast(seed, tf.int64), tf.cast(step, tf.int64)])
-        uniform = tf.random.stateless_uniform(shape, key)
-        cumulative = tf.cumsum(tf.exp(self.log_probabilities()), axis=-1)
-        choices = tf.reduce_sum(tf.cast(uniform[..., None] >= cumulative, tf.int32), axis=-1)
-        # Rounding can leave the last cumulative probability just below 1.
-        choices = tf.minimum(choices, self.cardinalities - 1)
-        return tf.where(self._relevant(choices), choices, 0)
-
-    def mode(self) -> tf.Tensor:
-        """The most probable architecture, int32 of shape `(blocks, variables)`."""
-        log_p = self.log_probabilities()
-        best = tf.argmax(log_p, axis=-1, output_type=tf.int32)
-        log_best = tf.reduce_max(log_p, axis=-1)
-        # Not to skip competes with its best combination, not with all of them together.
-        others = tf.reduce_sum(tf.where(_IRRELEVANT, log_best, 0.0), axis=-1)
-        value = log_p[:, _SKIP] + tf.where(self._skip_choices, 0.0, others[:, None])
-        skip = tf.argmax(value, axis=-1, output_type=tf.int32)
-        choices = tf.concat([skip[:, None], best[:, 1:]], axis=-1)
-        return tf.where(self._relevant(choices), choices, 0)
-
-    def log_prob(self, choices: tf.Tensor) -> tf.Tensor:
-        """log p(A) of architectures.
-
-        Args:
-            choices: Integers of shape `(..., blocks, variables)`.
-
-        Returns:
-            float32 of shape `(...)`.
-        """
-        one_hot = tf.one_hot(choices, self._exists.shape[-1])
-        finite = tf.where(self._exists, self.log_probabilities(), 0.0)
-        log_p = tf.reduce_sum(one_hot * finite, axis=-1)
-        return tf.reduce_sum(tf.where(self._relevant(choices), log_p, 0.0), axis=[-2, -1])
-
-    def entropy(self) -> tf.Tensor:
-        """H(A) = -E[log p(A)] in nats, a float32 scalar."""
-        log_p = tf.where(self._exists, self.log_probabilities(), 0.0)
-        p = tf.where(self._exists, tf.exp(log_p), 0.0)
-        entropies = -tf.reduce_sum(p * log_p, axis=-1)
-        kept = tf.reduce_sum(tf.where(self._skip_choices, 0.0, p[:, _SKIP]), axis=-1)
-        return tf.reduce_sum(tf.where(_IRRELEVANT, kept[:, None] * entropies, entropies))
-
-    def gradient(self, choices: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
-        """sum_k c_k * d log p(A_k) / d alpha, in closed form (one-hot minus softmax).
-
-        Args:
-            choices: A_k, integers of shape `(K, blocks, variables)`.
-            coefficients: c_k, float32 of shape `(K,)`.
-
-        Returns:
-            float32, shaped as `logits`.
-        """
-        score = tf.one_hot(choices, self._exists.shape[-1]) - tf.exp(self.log_probabilities())
-        score = tf.where(self._relevant(choices)[..., None], score, 0.0)
-        total = tf.reduce_sum(coefficients[:, None, None, None] * score, axis=0)
-        return tf.boolean_mask(total, self._searched)
-
-    def _relevant(self, choices):
-        """Which variables of `choices` matter, bool, shaped as `choices`."""
-        skipped = tf.reduce_any(
-            tf.one_hot(choices[..., _SKIP], self._exists.shape[-1], True, False, dtype=tf.bool)
-            & self._skip_choices,
-            axis=-1,
-        )
-        return ~(skipped[..., None] & _IRRELEVANT)
 
 
 class SlicedConv(keras.layers.Layer):

@@ -222,7 +222,7 @@ def _summary(search, architecture):
         "entropy": float(search.distribution.entropy()),
         "cost": FLAGS.cost,
         "target": FLAGS.target,
-        "expected_cost": float(table.expected(search.distribution.block_probabilities())),
+        "expected_cost": float(table.expected(search.distribution.entry_probabilities())),
         "macs": architecture.macs(),
         "params": architecture.params(),
     }

@@ -8,8 +8,8 @@ import tensorflow as tf
 from fpnas_keras import estimator
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import CostTable, MacsCost
+from fpnas_keras.distributions import FactorizedLogits
 from fpnas_keras.estimator import AdaptiveSamples, StreamingSum
-from fpnas_keras.layers import FactorizedLogits
 from fpnas_keras.spaces import Space
 from fpnas_keras.supernet import Supernet
 
@@ -156,7 +156,7 @@ class ArchitectureSearch(keras.Model):
         choices = self.distribution.sample(count, self.seed, self.step)
         # Both halves use the weights and the logits from the step's start.
         gradients, train, validation = self._run_samples(choices, train_batch, validation_batch)
-        expected_cost = self.cost_table.expected(self.distribution.block_probabilities())
+        expected_cost = self.cost_table.expected(self.distribution.entry_probabilities())
         coefficients = estimator.sample_coefficients(
             -validation[:, 0],
             self._penalties(choices),

@@ -5,7 +5,7 @@ from helpers import all_choices, random_choices
 
 from fpnas_keras import MacsCost, ParamsCost, spaces
 from fpnas_keras.cost import CostTable
-from fpnas_keras.layers import FactorizedLogits
+from fpnas_keras.distributions import FactorizedLogits
 
 COSTS = [(MacsCost, "macs"), (ParamsCost, "params")]
 
@@ -29,7 +29,7 @@ def test_expectation_and_extremes_are_those_of_an_enumeration(tiny_space, cost, 
     choices = all_choices(tiny_space)
     costs = np.array([getattr(tiny_space.architecture(each), method)() for each in choices])
     p = np.exp(distribution.log_prob(tf.constant(choices)).numpy().astype(np.float64))
-    assert float(table.expected(distribution.block_probabilities())) == pytest.approx(
+    assert float(table.expected(distribution.entry_probabilities())) == pytest.approx(
         (p * costs).sum(), rel=1e-5
     )
     assert (table.least(), table.largest()) == (costs.min(), costs.max())

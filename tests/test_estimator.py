@@ -4,8 +4,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpnas_keras.distributions import FactorizedLogits
 from fpnas_keras.estimator import AdaptiveSamples, StreamingSum, hinge, sample_coefficients
-from fpnas_keras.layers import FactorizedLogits
 
 
 @settings(max_examples=50, deadline=None)

@@ -125,7 +125,7 @@ def test_search_finds_what_the_cost_asks_for():
         cost=fpnas.MacsCost(target=target),
         cost_coefficient=100.0,
     )
-    before = float(search.cost_table.expected(search.distribution.block_probabilities()))
+    before = float(search.cost_table.expected(search.distribution.entry_probabilities()))
     history = search.fit(batches(steps=20), epochs=5, verbose=0, shuffle=False).history
     assert before > 1.2 * target
     assert history["expected_cost"][-1] < 1.05 * target

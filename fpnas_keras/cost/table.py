@@ -1,18 +1,19 @@
 """A cost over a whole space, evaluated inside the graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.cost.costs import MacsCost
 from fpnas_keras.spaces import VARIABLES, Space
+from fpnas_keras.spaces.entries import Entries
 
 _FILTERS = VARIABLES.index("filters")
 
 
 class CostTable:
-    """Costs of all blocks of a space by (filters in, own choices).
+    """Costs of all blocks of a space by (filters in, entry).
 
     The cost of a network is the sum of its blocks' entries and of the fixed
     stem. Everything is float64: float32 loses single MACs above 16.7M.
@@ -31,9 +32,9 @@ class CostTable:
 
     def __init__(self, space: Space, cost: MacsCost):
         sizes = space.input_sizes()
-        self.cardinalities = space.cardinalities
+        self._entries = Entries(space.blocks)
         self.fixed = float(cost.stem(space.stem, space.input_shape[:2], space.input_shape[2]))
-        # One float64 array a block: (choices of filters in, own choices row-major).
+        # One float64 array a block: (choices of filters in, entries).
         self.blocks = [
             np.array(
                 [
@@ -68,37 +69,33 @@ class CostTable:
         row_sizes = np.array([block.shape[1] for block in self.blocks])
         first_rows = np.cumsum([0] + [block.size for block in self.blocks[:-1]])
         flat = np.concatenate([block.ravel() for block in self.blocks])
-        ones = np.ones_like(self.cardinalities[:, :1])
-        reverse = np.concatenate([self.cardinalities[:, 1:], ones], axis=1)[:, ::-1]
-        place_values = np.cumprod(reverse, axis=1)[:, ::-1]
-        own = tf.reduce_sum(choices * tf.constant(place_values, choices.dtype), axis=-1)
+        own = tf.cast(self._entries.index(choices), tf.int64)
         # Column 0 stands for the stem, which has one choice.
         filters = tf.pad(tf.cast(choices[..., _FILTERS], tf.int64), [[0, 0], [1, 0]])
         sources = [0 if source is None else source + 1 for source in self.sources]
         filters_in = tf.gather(filters, sources, axis=1)
-        index = first_rows + filters_in[:, :-1] * row_sizes + tf.cast(own, tf.int64)
+        index = first_rows + filters_in[:, :-1] * row_sizes + own
         blocks = tf.reduce_sum(tf.gather(tf.constant(flat), index), axis=-1)
         return self.fixed + blocks + tf.gather(tf.constant(self.heads), filters_in[:, -1])
 
-    def expected(self, block_probabilities: Sequence[tf.Tensor]) -> tf.Tensor:
+    def expected(self, probabilities: tf.Tensor) -> tf.Tensor:
         """The exact expectation of the cost, E[cost(A)] for A ~ p.
 
         Args:
-            block_probabilities: For each block the probabilities of its own
-                choices, row-major, shape `(own choices,)`; blocks are independent.
+            probabilities: Probability of each entry of each block, shape
+                `(blocks, entries)`; blocks are independent.
 
         Returns:
             A float64 scalar.
         """
         total = tf.constant(self.fixed, tf.float64)
         filters_in = tf.ones((1,), tf.float64)
-        for index, (table, own) in enumerate(zip(self.blocks, block_probabilities)):
-            own = tf.cast(own, tf.float64)
+        for index, (table, own) in enumerate(zip(self.blocks, tf.unstack(probabilities))):
+            own = tf.cast(own[: table.shape[1]], tf.float64)
             total += tf.reduce_sum(filters_in[:, None] * tf.constant(table) * own[None, :])
             if self.sources[index + 1] == index:
-                other_axes = [axis for axis in range(len(VARIABLES)) if axis != _FILTERS]
-                own = tf.reshape(own, self.cardinalities[index])
-                filters_in = tf.reduce_sum(own, axis=other_axes)
+                filters = self.filters_of_entries(index)
+                filters_in = tf.math.unsorted_segment_sum(own, filters, filters.max() + 1)
         return total + tf.reduce_sum(filters_in * tf.constant(self.heads))
 
     def least(self) -> float:
@@ -112,11 +109,19 @@ class CostTable:
     def _extreme(self, reduce: Callable) -> float:
         """Dynamic programming over the filters between blocks."""
         best = np.zeros(1)  # by choice of filters in
-        for index, (table, cardinalities) in enumerate(zip(self.blocks, self.cardinalities)):
+        for index, table in enumerate(self.blocks):
             if self.sources[index + 1] != index:
                 best = best + reduce(table, axis=1)
                 continue
-            costs = np.moveaxis(table.reshape(-1, *cardinalities), 1 + _FILTERS, 1)
-            costs = reduce(costs.reshape(*costs.shape[:2], -1), axis=-1)
-            best = reduce(best[:, None] + costs, axis=0)
+            filters = self.filters_of_entries(index)
+            best = np.array(
+                [
+                    reduce(best + reduce(table[:, filters == each], axis=1))
+                    for each in range(filters.max() + 1)
+                ]
+            )
         return self.fixed + float(reduce(best + self.heads))
+
+    def filters_of_entries(self, index: int) -> np.ndarray:
+        """The choice of filters of each entry of a block, integers of shape `(entries,)`."""
+        return self._entries.choices[index, : self.blocks[index].shape[1], _FILTERS]

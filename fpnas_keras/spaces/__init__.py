@@ -3,11 +3,15 @@
 from collections.abc import Callable
 
 from fpnas_keras.spaces.mobile_mini import mobile_mini
+from fpnas_keras.spaces.nas_bench_macro import nas_bench_macro
 from fpnas_keras.spaces.space import SAME, VARIABLES, SearchBlock, Space
 
 __all__ = ["SAME", "VARIABLES", "SearchBlock", "Space", "get", "names"]
 
-_SPACES: dict[str, Callable[..., Space]] = {"mobile_mini": mobile_mini}
+_SPACES: dict[str, Callable[..., Space]] = {
+    "mobile_mini": mobile_mini,
+    "nas_bench_macro": nas_bench_macro,
+}
 
 
 def names() -> list[str]:

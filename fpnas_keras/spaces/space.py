@@ -1,9 +1,10 @@
 """Search spaces as plain data: a stem, blocks with their variables, a head."""
 
 import dataclasses
-import itertools
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from fpnas_keras.architecture import (
 VARIABLES = ("skip", "filters", "kernel_size", "expansion", "activation", "splits")
 # Those that a skipped block still has.
 RELEVANT_WHEN_SKIPPED = ("skip", "filters")
+_SKIP = VARIABLES.index("skip")
+_IRRELEVANT_WHEN_SKIPPED = np.array([name not in RELEVANT_WHEN_SKIPPED for name in VARIABLES])
 # The only choice of `filters` of a block that keeps the channels it gets.
 SAME = "same"
 
@@ -33,9 +36,24 @@ class SearchBlock:
     channels it gets, so that the blocks of a stage share what its first one chose
     and, at stride 1, always have their input added.
 
+    Args:
+        filters, kernel_size, expansion, activation, splits, skip: The choices
+            of each variable.
+        strides: Stride of the block, fixed.
+        operation: A compound variable. Each of its choices sets the same
+            variables (which are then not given otherwise), or is `{"skip": True}`.
+
     Raises:
         ValueError: When a variable has no choices, or a choice that no block
             can have.
+
+    Example:
+
+    ```python
+    SearchBlock(filters=(24, 32), kernel_size=(3, 5), expansion=(3, 6), skip=(False, True))
+    operations = ({"skip": True}, {"kernel_size": 3, "expansion": 3})
+    SearchBlock(filters=(SAME,), activation=("relu", "hard_silu"), operation=operations)
+    ```
     """
 
     filters: tuple[int | str, ...]
@@ -45,8 +63,12 @@ class SearchBlock:
     splits: tuple[int, ...] = (0,)
     skip: tuple[bool, ...] = (False,)
     strides: int = 1
+    operation: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "operation", tuple(map(dict, self.operation)))
+        if self.operation:
+            self._set_by_operation()
         for name in VARIABLES:
             choices = tuple(getattr(self, name))
             object.__setattr__(self, name, choices)
@@ -72,12 +94,81 @@ class SearchBlock:
         """Number of choices of each variable, in the order of `VARIABLES`."""
         return tuple(len(getattr(self, name)) for name in VARIABLES)
 
-    @property
-    def num_choices(self) -> int:
-        """Number of different blocks that can be chosen here."""
-        kept = math.prod(len(getattr(self, name)) for name in RELEVANT_WHEN_SKIPPED[1:])
-        others = math.prod(self.cardinalities) // kept // len(self.skip)
-        return kept * (others + (True in self.skip))
+    def _set_by_operation(self):
+        """Makes the choices of the variables that the operations set."""
+        if len({tuple(sorted(each.items())) for each in self.operation}) < len(self.operation):
+            raise ValueError(f"`operation` must have no choice twice. Received: {self.operation}")
+        others = [each for each in self.operation if each != {"skip": True}]
+        names = others[0].keys() if others else set()
+        if not names or names - set(VARIABLES[2:]):
+            raise ValueError(
+                "`operation` must set some of the variables "
+                f"{', '.join(VARIABLES[2:])}, or be {{'skip': True}}. Received: {self.operation}"
+            )
+        if any(each.keys() != names for each in others):
+            raise ValueError(
+                f"every `operation` must set the same variables. Received: {self.operation}"
+            )
+        derived = {name: tuple(dict.fromkeys(each[name] for each in others)) for name in names}
+        derived["skip"] = (False,) + (True,) * (len(others) < len(self.operation))
+        for name, choices in derived.items():
+            if getattr(self, name) not in (choices, type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"`{name}` is set by `operation` and must not be given too. "
+                    f"Received: {name}={getattr(self, name)}"
+                )
+            object.__setattr__(self, name, choices)
+
+    @functools.cached_property
+    def entries(self) -> np.ndarray:
+        """Every block that can be chosen here, as the index of the choice of each variable.
+
+        Row-major; what a skipped block makes irrelevant is 0, so that each occurs
+        once. int32 of shape `(entries, variables)`.
+        """
+        every = np.indices(self.cardinalities, np.int32).reshape(len(VARIABLES), -1).T
+        irrelevant = self._skipped(every)[:, None] & _IRRELEVANT_WHEN_SKIPPED
+        every = np.unique(np.where(irrelevant, 0, every), axis=0)
+        return every[(self._operations(every) >= 0)] if self.operation else every
+
+    @functools.cached_property
+    def variables(self) -> dict[str, tuple[tuple, np.ndarray]]:
+        """The variables to choose here: name -> (choices, choice of each entry).
+
+        Those that `operation` sets are part of it. The choice of an entry is -1 where
+        it is skipped and the variable is irrelevant.
+        """
+        found, own = {}, set()
+        if self.operation:
+            labels = [", ".join(f"{k}={v}" for k, v in each.items()) for each in self.operation]
+            found["operation"] = (tuple(labels), self._operations(self.entries))
+            own = {"skip"}.union(*self.operation)
+        for column, name in enumerate(VARIABLES):
+            if name not in own:
+                irrelevant = self._skipped(self.entries) & _IRRELEVANT_WHEN_SKIPPED[column]
+                found[name] = (
+                    getattr(self, name),
+                    np.where(irrelevant, -1, self.entries[:, column]),
+                )
+        return found
+
+    def _skipped(self, choices):
+        return np.array(self.skip)[choices[:, _SKIP]]
+
+    def _operations(self, choices):
+        """Index of the operation in each row of choices; -1 where none does that."""
+        skipped = self._skipped(choices)
+        result = np.full(len(choices), -1, np.int32)
+        for index, operation in enumerate(self.operation):
+            if operation == {"skip": True}:
+                result[skipped] = index
+                continue
+            same = ~skipped
+            for name, value in operation.items():
+                column = choices[:, VARIABLES.index(name)]
+                same &= column == getattr(self, name).index(value)
+            result[same] = index
+        return result
 
     def block(self, choices: Sequence[int], filters_in: int) -> Block:
         """The block with the given index for each variable, on `filters_in` channels."""
@@ -89,9 +180,8 @@ class SearchBlock:
         return Block(strides=self.strides, **values)
 
     def all_blocks(self, filters_in: int) -> list[Block]:
-        """All combinations of choices, row-major in the order of `VARIABLES`."""
-        every = itertools.product(*map(range, self.cardinalities))
-        return [self.block(choices, filters_in) for choices in every]
+        """The block of each of `entries`, on `filters_in` channels."""
+        return [self.block(choices, filters_in) for choices in self.entries]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +217,7 @@ class Space:
     @property
     def num_architectures(self) -> int:
         """Number of different architectures; skipped blocks count once."""
-        return math.prod(block.num_choices for block in self.blocks)
+        return math.prod(len(block.entries) for block in self.blocks)
 
     @property
     def cardinalities(self) -> np.ndarray:
@@ -209,5 +299,10 @@ class Space:
                         f"`{self.name}`. Received: {name}={value}"
                     )
                 choices[index, VARIABLES.index(name)] = legal.index(value)
+            if not (search_block.entries == choices[index]).all(axis=1).any():
+                raise ValueError(
+                    f"block {index} must be one of the operations {search_block.operation} of the "
+                    f"space `{self.name}`. Received: {block}"
+                )
             filters = block.filters
         return choices

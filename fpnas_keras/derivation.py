@@ -1,0 +1,231 @@
+"""From a distribution to its most probable architecture under a budget, with a proof.
+
+max log p(A) subject to cost(A) <= budget is a knapsack over a chain of blocks: a block's
+cost depends on its own entry and on the filters that reach it.
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from fpnas_keras.cost import CostTable
+
+# Labels kept after each block in the first pass; each further pass keeps more.
+_FIRST_WIDTH, _WIDTH_FACTOR = 1_000, 8
+# Log-probabilities closer than this are equal.
+_TOLERANCE = 1e-9
+
+
+class Derivation(NamedTuple):
+    """An architecture and what is proven of it.
+
+    Attributes:
+        entries: Number of the entry of each block, integers of shape `(blocks,)`.
+        cost: Its cost.
+        log_prob: log p of it.
+        gap: No architecture within the budget has a log p above `log_prob + gap`;
+            0 when it is proven to be the most probable one.
+    """
+
+    entries: np.ndarray
+    cost: float
+    log_prob: float
+    gap: float
+
+
+def most_probable(
+    log_probabilities: np.ndarray, table: CostTable, budget: float, seconds: float = 60.0
+) -> Derivation:
+    """The most probable architecture whose cost is at or under a budget.
+
+    Label setting over (block, filters): a label is the beginning of an
+    architecture. It is dropped when another one with the same filters is neither dearer
+    nor less probable, when even its cheapest completion is over the budget, or
+    when a Lagrangian bound shows that no completion beats the best architecture so
+    far. Passes with more and more labels go on until one drops no other label, which
+    is a proof, or until the time is over.
+
+    Args:
+        log_probabilities: log p of each entry, shape `(blocks, entries)`.
+        table: The cost.
+        budget: In the unit of the cost.
+        seconds: Time after which the best one so far is returned with its gap.
+
+    Raises:
+        ValueError: When no architecture is within the budget.
+
+    Example:
+
+    ```python
+    found = most_probable(distribution.log_probabilities().numpy(), table, budget=3e6)
+    ```
+    """
+    if budget < table.least():
+        raise ValueError(
+            f"`budget` must be at least {table.least():,.0f}, the least cost in the space. "
+            f"Received: budget={budget:,.0f}"
+        )
+    chain = _Chain(np.asarray(log_probabilities, np.float64), table)
+    deadline = time.monotonic() + seconds
+    best, multipliers, upper = _relax(chain, budget)
+    width = _FIRST_WIDTH
+    while upper > best.log_prob + _TOLERANCE:
+        found = _search(chain, budget, multipliers, best, width, deadline)
+        if found is None:
+            return best._replace(gap=upper - best.log_prob)
+        best, cut = found
+        upper = min(upper, max(cut, best.log_prob))
+        width *= _WIDTH_FACTOR
+    return best
+
+
+class _Chain:
+    """Blocks as moves from filters to filters; the head is the last block."""
+
+    def __init__(self, log_probabilities, table):
+        self.fixed = table.fixed
+        # For each block and filters in: entry, cost, log p and filters out of each useful move.
+        self.moves = []
+        for index, costs in enumerate(table.blocks):
+            log_p = log_probabilities[index, : costs.shape[1]]
+            chooses = table.sources[index + 1] == index
+            filters = table.filters_of_entries(index)
+            self.moves.append(
+                [
+                    _undominated(row, log_p, filters if chooses else np.full_like(filters, state))
+                    for state, row in enumerate(costs)
+                ]
+            )
+        zeros = np.zeros(1)
+        self.moves.append(
+            [(np.zeros(1, int), np.array([cost]), zeros, np.zeros(1, int)) for cost in table.heads]
+        )
+
+    def best(self, multiplier, likelihood=1.0):
+        """max of likelihood * log p - multiplier * cost over all ways to the end.
+
+        Returns:
+            For each block, by filters, the value of the best way from there, and the
+            number of its first move.
+        """
+        values, choices = [np.zeros(1)], []
+        for block in reversed(self.moves):
+            scores = [
+                likelihood * log_p - multiplier * cost + values[0][states]
+                for _, cost, log_p, states in block
+            ]
+            choices.insert(0, [int(np.argmax(each)) for each in scores])
+            values.insert(0, np.array([np.max(each) for each in scores]))
+        return values, choices
+
+    def follow(self, choices):
+        """The architecture that takes the given move at each (block, filters)."""
+        state, cost, log_prob, entries = 0, self.fixed, 0.0, []
+        for block, move in zip(self.moves, choices):
+            entry, costs, log_p, states = (each[move[state]] for each in block[state])
+            cost, log_prob, state = cost + costs, log_prob + log_p, states
+            entries.append(entry)
+        return Derivation(np.array(entries[:-1]), float(cost), float(log_prob), 0.0)
+
+
+def _undominated(cost, log_p, states):
+    """The moves for which no other to the same filters is as cheap and as probable."""
+    order = np.lexsort((-log_p, cost, states))
+    kept = order[_is_front(states[order], log_p[order])]
+    return kept, cost[kept], log_p[kept], states[kept]
+
+
+def _is_front(states, log_p):
+    """Which of the labels, sorted by (state, cost), are more probable than all cheaper ones."""
+    front = np.ones(len(states), bool)
+    starts = np.flatnonzero(np.r_[True, states[1:] != states[:-1]])
+    for start, end in zip(starts, np.r_[starts[1:], len(states)]):
+        own = log_p[start:end]
+        front[start + 1 : end] = own[1:] > np.maximum.accumulate(own)[:-1]
+    return front
+
+
+def _relax(chain, budget):
+    """Lagrangian relaxation: for m >= 0, log p(A) <= max(log p - m * cost) + m * budget.
+
+    Returns:
+        The best architecture met within the budget, the multipliers worth using, and the
+        least upper bound.
+    """
+    best = chain.follow(chain.best(1.0, likelihood=0.0)[1])  # the cheapest
+    upper, tightest = np.inf, 0.0
+    low, high, multiplier = 0.0, None, 0.0
+    for _ in range(60):
+        values, choices = chain.best(multiplier)
+        found = chain.follow(choices)
+        bound = values[0][0] + multiplier * (budget - chain.fixed)
+        if bound < upper:
+            upper, tightest = bound, multiplier
+        if found.cost <= budget:
+            best = max(best, found, key=lambda each: each.log_prob)
+            high = multiplier
+            if multiplier == 0:
+                break
+        else:
+            low = multiplier
+        # Doubled until within the budget, then halved.
+        multiplier = max(2 * low, 1 / budget) if high is None else (low + high) / 2
+    return best, [factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)], upper
+
+
+def _search(chain, budget, multipliers, best, width, deadline):
+    """One pass with at most `width` labels after each block.
+
+    Returns:
+        The best architecture and the highest bound of a dropped label (-inf: none was);
+        `None` when the time is over.
+    """
+    cheapest = [-values for values in chain.best(1.0, likelihood=0.0)[0]]
+    bounds = [(each, chain.best(each)[0]) for each in multipliers]
+    state, cost, log_p = np.zeros(1, int), np.array([chain.fixed]), np.zeros(1)
+    history, cut = [], -np.inf
+    for index, block in enumerate(chain.moves):
+        if time.monotonic() > deadline:
+            return None
+        parent, entry, state, cost, log_p = _extend(block, state, cost, log_p)
+        left = budget - cost
+        completed = [values[index + 1][state] + m * left for m, values in bounds]
+        bound = log_p + np.min(completed, axis=0)
+        kept = np.flatnonzero(
+            (cheapest[index + 1][state] <= left) & (bound > best.log_prob + _TOLERANCE)
+        )
+        kept = kept[np.lexsort((-log_p[kept], cost[kept], state[kept]))]
+        kept = kept[_is_front(state[kept], log_p[kept])]
+        if len(kept) > width:
+            order = np.argsort(-bound[kept], kind="stable")
+            cut = max(cut, bound[kept[order[width]]])
+            kept = np.sort(kept[order[:width]])
+        history.append((parent[kept], entry[kept]))
+        state, cost, log_p = state[kept], cost[kept], log_p[kept]
+    if len(log_p):
+        last = position = int(np.argmax(log_p))
+        entries = []
+        for parent, entry in reversed(history):
+            entries.insert(0, entry[position])
+            position = parent[position]
+        best = Derivation(np.array(entries[:-1]), float(cost[last]), float(log_p[last]), 0.0)
+    return best, cut
+
+
+def _extend(block, state, cost, log_p):
+    """All labels with all moves: parent, entry, state, cost and log p of each."""
+    parts = []
+    for value, (entries, costs, log_ps, states) in enumerate(block):
+        (own,) = np.nonzero(state == value)
+        shape = (len(own), len(entries))
+        parts.append(
+            (
+                np.repeat(own, len(entries)),
+                np.broadcast_to(entries, shape).ravel(),
+                np.broadcast_to(states, shape).ravel(),
+                (cost[own, None] + costs).ravel(),
+                (log_p[own, None] + log_ps).ravel(),
+            )
+        )
+    return [np.concatenate(each) for each in zip(*parts)]

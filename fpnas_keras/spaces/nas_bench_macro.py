@@ -1,0 +1,46 @@
+"""`nas_bench_macro`: the space of NAS-Bench-Macro, for which every network's accuracy is published.
+
+| stage | blocks | stride | filters |
+|---|---|---|---|
+| stem | 3x3 convolution | 1 | 32 |
+| 1 | 2 | 2, 1 | 64 |
+| 2 | 3 | 2, 1, 1 | 128 |
+| 3 | 3 | 2, 1, 1 | 256 |
+| head | 1x1 convolution | 1 | 1280 |
+
+Every block is skipped, or has kernel size 3 and expansion 3, or kernel size 5 and expansion
+6, all with ReLU: 3^8 = 6,561 networks. An architecture's code in the published table is the
+digits of its operations in this order.
+
+Reference: Su et al., "Prioritized Architecture Sampling with Monto-Carlo Tree Search",
+CVPR 2021, arXiv:2103.11922.
+"""
+
+from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.spaces.space import SearchBlock, Space
+
+STAGES = ((2, 64), (3, 128), (3, 256))
+OPERATIONS = (
+    {"skip": True},
+    {"kernel_size": 3, "expansion": 3},
+    {"kernel_size": 5, "expansion": 6},
+)
+
+
+def nas_bench_macro(
+    input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10
+) -> Space:
+    """The space as in the table above."""
+    blocks = [
+        SearchBlock(filters=(filters,), operation=OPERATIONS, strides=2 if position == 0 else 1)
+        for repeats, filters in STAGES
+        for position in range(repeats)
+    ]
+    return Space(
+        name="nas_bench_macro",
+        input_shape=input_shape,
+        num_classes=num_classes,
+        stem=Stem(filters=32, kernel_size=3, strides=1, activation="relu"),
+        blocks=tuple(blocks),
+        head=Head(filters=1280, activation="relu"),
+    )
