@@ -66,6 +66,7 @@ def most_probable(
             f"`budget` must be at least {table.least():,.0f}, the least cost in the space. "
             f"Received: budget={budget:,.0f}"
         )
+    budget = min(budget, table.largest())  # which may be infinite
     chain = _Chain(np.asarray(log_probabilities, np.float64), table)
     deadline = time.monotonic() + seconds
     best, multipliers, upper = _relax(chain, budget)

@@ -1,7 +1,7 @@
 """The estimators of one search step, as pure functions.
 
 From samples A_1..A_K ~ p(A; alpha), their log-likelihoods l_k and costs to the
-number of samples, the gradient of the weights and that of the logits. Nothing
+number of samples, the gradient of the weights, that of the logits and the cost coefficient. Nothing
 here knows a network: log-likelihoods may come from a table as well.
 
 Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search",
@@ -52,43 +52,140 @@ class AdaptiveSamples:
         return tf.cast(tf.clip_by_value(count, self.minimum, self.maximum), tf.int32)
 
 
-def hinge(costs: tf.Tensor, target: float) -> tf.Tensor:
-    """max(0, cost / target - 1), the part of the target that a cost is over it."""
-    return tf.nn.relu(costs / target - 1.0)
+@dataclasses.dataclass(frozen=True)
+class CostController:
+    """Moves the cost coefficient beta so that the expected cost settles at the target.
 
+    A proportional-integral controller on the relative excess e = E[cost] / goal - 1:
 
-def sample_coefficients(
-    log_likelihoods: tf.Tensor,
-    penalties: tf.Tensor,
-    likelihood_scale: float = 1.0,
-    cost_coefficient: float = 1.0,
-    control_variate: bool = True,
-) -> tf.Tensor:
-    """Coefficients c_k of the gradient of the logits.
+        integral <- integral + integral_gain * e,   beta = proportional_gain * e + integral
 
-    The gradient to descend along is sum_k c_k * d log p(A_k) / d alpha with
-
-        c_k = -(r_k - b) + beta / K * (C_k - mean C),   r = softmax_k(tau * l_k)
-
-    b = 1/K with the control variate. As E[d log p] = 0 it leaves the expectation
-    as it is and takes away most of the variance; b = 0 is the paper's formula.
+    The goal moves from the expected cost of the start to the target in equal ratios over
+    `anneal_steps`, so that the integral does not wind up while the start is far away.
 
     Args:
-        log_likelihoods: l_k, on a batch of the architecture part, shape `(K,)`.
-        penalties: C_k, see `hinge`, shape `(K,)`.
+        two_sided: Whether beta may be negative and reward cost while the expected
+            cost is under the goal; else it stays at or above 0.
+        proportional_gain: Change of beta for an excess of 1.
+        integral_gain: Change of beta a step for an excess of 1.
+        anneal_steps: Steps until the goal is the target.
+
+    Raises:
+        ValueError: When a value is out of its range.
+    """
+
+    two_sided: bool = True
+    proportional_gain: float = 0.15
+    integral_gain: float = 0.003
+    anneal_steps: int = 1000
+
+    def __post_init__(self):
+        for name in ("proportional_gain", "integral_gain", "anneal_steps"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"`{name}` must be at least 0 and finite. Received: {name}={value}"
+                )
+
+    def goal(self, start: float, target: float, step: tf.Tensor) -> tf.Tensor:
+        """The cost to hold after `step` steps, float64, between `start` and `target`."""
+        done = tf.minimum(tf.cast(step, tf.float64) / max(self.anneal_steps, 1), 1.0)
+        return start * (target / start) ** done
+
+    def __call__(self, integral: tf.Tensor, excess: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """beta and the new integral, from the old one and the relative excess e."""
+        least = -float("inf") if self.two_sided else 0.0
+        integral = tf.maximum(integral + self.integral_gain * excess, least)
+        return tf.maximum(self.proportional_gain * excess + integral, least), integral
+
+
+class Samples(NamedTuple):
+    """Drawn architectures, those that are equal only once.
+
+    Attributes:
+        choices: int32 of shape `(evaluated, blocks, variables)`.
+        counts: How often each was drawn, int32 of shape `(evaluated,)`; their sum is K.
+    """
+
+    choices: tf.Tensor
+    counts: tf.Tensor
+
+    @classmethod
+    def unique(cls, choices: tf.Tensor) -> "Samples":
+        """Drawn choices of shape `(K, blocks, variables)`, in the order of their first draw."""
+        flat = tf.reshape(choices, (tf.shape(choices)[0], -1))
+        found = tf.raw_ops.UniqueWithCountsV2(x=flat, axis=[0])
+        return cls(tf.reshape(found.y, (-1, *choices.shape[1:])), found.count)
+
+    @classmethod
+    def each(cls, choices: tf.Tensor) -> "Samples":
+        """Drawn choices of shape `(K, blocks, variables)`, equal ones or not."""
+        return cls(choices, tf.ones(tf.shape(choices)[:1], tf.int32))
+
+
+def scores(log_likelihoods: tf.Tensor, counts: tf.Tensor, likelihood_scale: float) -> tf.Tensor:
+    """tau * l_k + log c_k, whose softmax over k are the importance weights r_k.
+
+    Args:
+        log_likelihoods: l_k, any shape.
+        counts: c_k, how many draws sample k stands for, the same shape.
         likelihood_scale: tau.
-        cost_coefficient: beta.
-        control_variate: Whether b is 1/K, else 0.
+    """
+    log_counts = tf.math.log(tf.cast(counts, tf.float32))
+    return likelihood_scale * tf.cast(log_likelihoods, tf.float32) + log_counts
+
+
+def likelihood_coefficients(
+    log_likelihoods: tf.Tensor,
+    counts: tf.Tensor,
+    likelihood_scale: float = 1.0,
+    control_variate: bool = True,
+) -> tf.Tensor:
+    """Coefficients of d log p(A_k) / d alpha that raise the likelihood: -(r_k - b_k).
+
+    r = softmax_k(tau * l_k + log c_k), b_k = c_k / K with the control variate. As
+    E[d log p] = 0 it leaves the expectation as it is and takes away most of the variance;
+    b = 0 is the paper's formula.
+
+    Args:
+        log_likelihoods: l_k, on a batch of the architecture part, shape `(evaluated,)`.
+        counts: c_k, how many of the K draws sample k stands for, `(evaluated,)`.
+        likelihood_scale: tau.
+        control_variate: Whether b is c / K, else 0.
 
     Returns:
-        float32 of shape `(K,)`.
+        float32 of shape `(evaluated,)`.
     """
-    count = tf.cast(tf.shape(log_likelihoods)[0], tf.float32)
-    importance = tf.nn.softmax(likelihood_scale * tf.cast(log_likelihoods, tf.float32))
-    baseline = 1.0 / count if control_variate else 0.0
-    penalties = tf.cast(penalties, tf.float32)
-    excess = penalties - tf.reduce_mean(penalties)
-    return -(importance - baseline) + cost_coefficient / count * excess
+    importance = tf.nn.softmax(scores(log_likelihoods, counts, likelihood_scale))
+    return _shares(counts) - importance if control_variate else -importance
+
+
+def penalty_coefficients(
+    costs: tf.Tensor, counts: tf.Tensor, target: float, logarithm: bool = False
+) -> tf.Tensor:
+    """Coefficients of d log p(A_k) / d alpha that lower the paper's hinge of the cost.
+
+    C_k = max(0, cost_k / target - 1); the paper's text can be read as penalizing their
+    mean, which gives c_k / K * (C_k - mean C), or its logarithm: c_k / K * (C_k / mean C - 1).
+
+    Args:
+        costs: cost_k, shape `(evaluated,)`.
+        counts: c_k, how many of the K draws sample k stands for, `(evaluated,)`.
+        target: The target of the cost.
+        logarithm: Whether the logarithm of the mean is penalized.
+
+    Returns:
+        float32 of shape `(evaluated,)`.
+    """
+    shares = _shares(counts)
+    penalties = tf.cast(tf.nn.relu(costs / target - 1.0), tf.float32)
+    mean = tf.reduce_sum(shares * penalties)
+    excess = shares * (penalties - mean)
+    return tf.math.divide_no_nan(excess, mean) if logarithm else excess
+
+
+def _shares(counts):
+    return tf.cast(counts, tf.float32) / tf.cast(tf.reduce_sum(counts), tf.float32)
 
 
 class StreamingSum(NamedTuple):

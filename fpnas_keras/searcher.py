@@ -1,5 +1,8 @@
 """The search: a Keras model whose training step updates weights and architecture."""
 
+import math
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,10 +11,17 @@ import tensorflow as tf
 from fpnas_keras import estimator
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import CostTable, MacsCost
-from fpnas_keras.distributions import FactorizedLogits
-from fpnas_keras.estimator import AdaptiveSamples, StreamingSum
+from fpnas_keras.derivation import Derivation, most_probable
+from fpnas_keras.distributions import BlockLogits, FactorizedLogits, JointLogits
+from fpnas_keras.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
 from fpnas_keras.spaces import Space
 from fpnas_keras.supernet import Supernet
+
+_DISTRIBUTIONS = {
+    "factorized": (FactorizedLogits,),
+    "joint": (JointLogits,),
+    "coarse_to_fine": (FactorizedLogits, JointLogits),
+}
 
 
 class ArchitectureSearch(keras.Model):
@@ -30,8 +40,13 @@ class ArchitectureSearch(keras.Model):
         samples: Architectures a step: an `AdaptiveSamples`, or a fixed number.
         cost: `MacsCost`, `ParamsCost`; what `expected_cost` reports and what the
             target, if it has one, is held against.
+        distribution: "factorized"; "joint"; or "coarse_to_fine", which starts
+            factorized and becomes joint by `refine`.
         cost_coefficient: Weight of the cost in the gradient of the logits (the
-            paper's beta).
+            paper's beta): a `CostController`, or a fixed number.
+        cost_penalty: What that weighs: "expected", E[cost] / target, whose gradient
+            is exact; "hinge", the paper's mean of max(0, cost / target - 1) over the
+            samples; or "log", its logarithm.
         warmup_steps: Steps at the start that train the weights alone, on uniformly
             drawn architectures. Untrained weights favour the smallest networks, which
             learn first; a few hundred steps are enough to turn that round.
@@ -41,6 +56,9 @@ class ArchitectureSearch(keras.Model):
         control_variate: Whether 1/K is subtracted from the importance weights in
             the gradient of the logits; the expectation is the same, the variance
             much lower. The paper has none.
+        stratified: Whether a choice of probability p is drawn as near to K * p times
+            as can be, instead of K independent draws.
+        deduplicate: Whether equal samples of a step are evaluated once.
         seed: Seed of the drawn architectures.
 
     Raises:
@@ -66,11 +84,15 @@ class ArchitectureSearch(keras.Model):
         space: Space,
         samples: AdaptiveSamples | int = AdaptiveSamples(),
         cost: MacsCost | None = None,
-        cost_coefficient: float = 0.3,
+        distribution: str = "factorized",
+        cost_coefficient: CostController | float = CostController(),
+        cost_penalty: str = "expected",
         warmup_steps: int = 300,
         warmup_samples: int = 2,
         likelihood_scale: float = 1.0,
         control_variate: bool = True,
+        stratified: bool = True,
+        deduplicate: bool = True,
         seed: int = 0,
         **kwargs,
     ):
@@ -86,21 +108,33 @@ class ArchitectureSearch(keras.Model):
         self.samples = samples
         self.cost = cost or MacsCost()
         self.cost_coefficient = cost_coefficient
+        self.cost_penalty = _checked("cost_penalty", cost_penalty, ("expected", "hinge", "log"))
         self.warmup_steps = warmup_steps
         self.warmup_samples = warmup_samples
         self.likelihood_scale = likelihood_scale
         self.control_variate = control_variate
-        self.seed = seed
+        self.stratified = stratified
+        self.deduplicate = deduplicate
         self.cost_table = CostTable(space, self.cost)
         if self.cost.target is not None and self.cost.target < self.cost_table.least():
             raise ValueError(
                 f"`target` must be at least {self.cost_table.least():,.0f} {self.cost.unit}, the "
                 f"least cost in the space `{space.name}`. Received: target={self.cost.target:,.0f}"
             )
-        self.distribution = FactorizedLogits(space.blocks)
+        _checked("distribution", distribution, tuple(_DISTRIBUTIONS))
+        self.distributions = [kind(space.blocks) for kind in _DISTRIBUTIONS[distribution]]
+        uniform = self.distributions[0].entry_probabilities()
+        self._start_cost = float(self.cost_table.expected(uniform))
         self.supernet = Supernet(space)
         self.step = self._counter("step")
         self.total_samples = self._counter("total_samples")
+        self.total_evaluated = self._counter("total_evaluated")
+        # Which of the distributions the search is at.
+        self.phase = self._counter("phase")
+        self.seed = self._counter("seed", seed)
+        self.cost_integral = self.add_weight(
+            name="cost_integral", shape=(), initializer="zeros", trainable=False, autocast=False
+        )
         self._trackers = {
             name: keras.metrics.Mean(name=name)
             for name in (
@@ -110,14 +144,17 @@ class ArchitectureSearch(keras.Model):
                 "validation_accuracy",
                 "entropy",
                 "samples",
+                "evaluated",
                 "expected_cost",
+                "cost_coefficient",
             )
         }
         self.built = True
 
-    def _counter(self, name):
+    def _counter(self, name, value=0):
+        start = keras.initializers.Constant(value)
         return self.add_weight(
-            name=name, shape=(), dtype="int64", initializer="zeros", trainable=False
+            name=name, shape=(), dtype="int64", initializer=start, trainable=False
         )
 
     @property
@@ -141,7 +178,7 @@ class ArchitectureSearch(keras.Model):
         super().compile(optimizer=optimizer, jit_compile=False, **kwargs)
         self.optimizer.build(self.supernet.trainable_variables)
         self.architecture_optimizer = keras.optimizers.get(architecture_optimizer)
-        self.architecture_optimizer.build(self.distribution.trainable_variables)
+        self.architecture_optimizer.build([each.logits for each in self.distributions])
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
         return self.supernet(images, self.distribution.mode())
@@ -149,36 +186,131 @@ class ArchitectureSearch(keras.Model):
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """One update of the weights on the first batch and of the logits on the second."""
         train_batch, validation_batch = data
+        samples = self.ask()
+        # Both halves use the weights and the logits from the step's start.
+        gradients, train, validation = self._run_samples(samples, train_batch, validation_batch)
+        self.optimizer.apply(gradients, self.supernet.trainable_variables)
+        for part, results in (("train", train), ("validation", validation)):
+            loss, accuracy = tf.unstack(results, axis=1)
+            self._track(samples.counts, **{f"{part}_loss": loss, f"{part}_accuracy": accuracy})
+        self._track(**self.tell(samples, -validation[:, 0]))
+        return {name: tracker.result() for name, tracker in self._trackers.items()}
+
+    def ask(self) -> Samples:
+        """Draws the architectures of a step.
+
+        With `tell` it makes a search of any evaluation: `fit` asks, evaluates with the
+        shared weights, and tells.
+
+        Example:
+
+        ```python
+        samples = search.ask()
+        log_likelihoods = [my_evaluation(space.architecture(c)) for c in samples.choices.numpy()]
+        search.tell(samples, tf.constant(log_likelihoods))
+        ```
+        """
+        count = self.samples
+        if callable(count):
+            count = count(self.distribution.entropy())
+        count = tf.where(self.step < self.warmup_steps, self.warmup_samples, count)
+        drawn = self.distribution.sample(count, self.seed, self.step, self.stratified)
+        return Samples.unique(drawn) if self.deduplicate else Samples.each(drawn)
+
+    def tell(self, samples: Samples, log_likelihoods: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Updates the logits and the cost coefficient; counts the step.
+
+        Args:
+            samples: What `ask` drew.
+            log_likelihoods: Mean log-likelihood of each, float32 of shape `(evaluated,)`.
+
+        Returns:
+            What is known of the step: `entropy` (nats), `samples` (draws), `evaluated`
+            (networks), `expected_cost`, `cost_coefficient`.
+        """
         warming_up = self.step < self.warmup_steps
         entropy = self.distribution.entropy()
-        count = self.samples(entropy) if callable(self.samples) else tf.constant(self.samples)
-        count = tf.where(warming_up, self.warmup_samples, count)
-        choices = self.distribution.sample(count, self.seed, self.step)
-        # Both halves use the weights and the logits from the step's start.
-        gradients, train, validation = self._run_samples(choices, train_batch, validation_batch)
-        expected_cost = self.cost_table.expected(self.distribution.entry_probabilities())
-        coefficients = estimator.sample_coefficients(
-            -validation[:, 0],
-            self._penalties(choices),
-            self.likelihood_scale,
-            self.cost_coefficient,
-            self.control_variate,
+        probabilities = self.distribution.entry_probabilities()
+        with tf.GradientTape() as tape:
+            tape.watch(probabilities)
+            expected_cost = self.cost_table.expected(probabilities)
+        cost_slope = probabilities * tape.gradient(expected_cost, probabilities)
+        coefficients = estimator.likelihood_coefficients(
+            log_likelihoods, samples.counts, self.likelihood_scale, self.control_variate
         )
-        logits_gradient = self.distribution.gradient(choices, coefficients)
-        self.optimizer.apply(gradients, self.supernet.trainable_variables)
+        gradient = self.distribution.gradient(samples.choices, coefficients)
+        coefficient = tf.constant(0.0)
+        if self.cost.target is not None:
+            coefficient = self._cost_coefficient(expected_cost)
+            gradient += coefficient * self._cost_gradient(samples, cost_slope)
         # A zero gradient would not do: the optimizer would count the step.
-        tf.cond(warming_up, lambda: None, lambda: self._update_logits(logits_gradient))
+        tf.cond(warming_up, lambda: None, lambda: self._update_logits(gradient))
+        draws = tf.reduce_sum(samples.counts)
         self.step.assign_add(1)
-        self.total_samples.assign_add(tf.cast(count, tf.int64))
-        return self._track(
-            entropy=entropy,
-            samples=count,
-            expected_cost=expected_cost,
-            train_loss=train[:, 0],
-            train_accuracy=train[:, 1],
-            validation_loss=validation[:, 0],
-            validation_accuracy=validation[:, 1],
+        self.total_samples.assign_add(tf.cast(draws, tf.int64))
+        self.total_evaluated.assign_add(tf.size(samples.counts, tf.int64))
+        return {
+            "entropy": entropy,
+            "samples": draws,
+            "evaluated": tf.size(samples.counts),
+            "expected_cost": expected_cost,
+            "cost_coefficient": coefficient,
+        }
+
+    def _update_logits(self, gradient):
+        self.architecture_optimizer.apply([gradient], [self.distribution.logits])
+
+    def _cost_coefficient(self, expected_cost):
+        controller = self.cost_coefficient
+        if not isinstance(controller, CostController):
+            return tf.constant(controller, tf.float32)
+        # In the warm-up the logits stand still, and so does the controller.
+        steps = tf.maximum(self.step - self.warmup_steps, 0)
+        goal = controller.goal(self._start_cost, self.cost.target, steps)
+        excess = tf.cast(expected_cost / goal - 1, tf.float32)
+        excess = tf.where(self.step < self.warmup_steps, 0.0, excess)
+        coefficient, integral = controller(self.cost_integral.value, excess)
+        self.cost_integral.assign(integral)
+        return coefficient
+
+    def _cost_gradient(self, samples, cost_slope):
+        """Gradient of the penalty in the logits."""
+        target = self.cost.target
+        if self.cost_penalty == "expected":
+            return self.distribution.entry_gradient(cost_slope / target)
+        coefficients = estimator.penalty_coefficients(
+            self.cost_table(samples.choices), samples.counts, target, self.cost_penalty == "log"
         )
+        return self.distribution.gradient(samples.choices, coefficients)
+
+    def refine(self) -> None:
+        """From factorized to joint logits: the same p(A), and fresh optimizer slots.
+
+        For `distribution="coarse_to_fine"`; the callback `CoarseToFine` does it at an
+        epoch. The next step is traced anew.
+
+        Raises:
+            ValueError: When the search has no joint logits to go to.
+        """
+        if self.distribution is self.distributions[-1]:
+            raise ValueError(
+                "only a search with distribution='coarse_to_fine' can be refined, and once. "
+                f"Received: distribution={type(self.distribution).__name__}"
+            )
+        self.distributions[1].assign(self.distribution)
+        self.phase.assign_add(1)
+        # The joint logits have slots of their own, still empty.
+        self.architecture_optimizer.iterations.assign(0)
+        if self.train_function is not None:
+            self.make_train_function(force=True)
+        if self.test_function is not None:
+            self.make_test_function(force=True)
+
+    @property
+    def distribution(self) -> BlockLogits:
+        """The distribution that the search is at: `FactorizedLogits` or `JointLogits`."""
+        with tf.init_scope():  # While a step is traced too.
+            return self.distributions[int(self.phase.numpy())]
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Loss and accuracy of the most probable architecture under the shared weights."""
@@ -186,47 +318,70 @@ class ArchitectureSearch(keras.Model):
         loss, accuracy = tf.unstack(_loss_and_accuracy(labels, self(images)))
         # The last batch may be smaller.
         count = tf.shape(images)[0]
-        return self._track(count, validation_loss=loss, validation_accuracy=accuracy)
+        self._track(count, validation_loss=loss, validation_accuracy=accuracy)
+        names = ("validation_loss", "validation_accuracy")
+        return {name: self._trackers[name].result() for name in names}
 
-    def derive(self) -> Architecture:
-        """The most probable architecture.
+    def derive(
+        self, budget: float | Sequence[float] | str | None = "target", seconds: float = 60.0
+    ) -> Architecture | list[Architecture]:
+        """The most probable architecture, or the most probable one within a budget.
+
+        Args:
+            budget: Most that it may cost; several, for a list of architectures;
+                "target" for the target of the search's cost, if it has one; `None` for
+                no budget.
+            seconds: Time to prove that nothing more probable is within the budget;
+                after that the best so far is returned, with a warning.
 
         Raises:
-            ValueError: When the search has not left its warm-up, and knows nothing.
+            ValueError: When no architecture is within the budget, or when the search
+                has not left its warm-up, and knows nothing.
         """
+        if isinstance(budget, Sequence) and not isinstance(budget, str):
+            return [self.derive(each, seconds) for each in budget]
+        found = self.derivation(budget, seconds)
+        if found.gap > 0:
+            warnings.warn(
+                f"not proven in {seconds} s: another architecture within {budget} may be up to "
+                f"{math.exp(found.gap):.3g} times as probable",
+                stacklevel=2,
+            )
+        choices = self.distribution.entries.gather(tf.constant(found.entries, tf.int32))
+        return self.space.architecture(choices.numpy())
+
+    def derivation(self, budget: float | str | None, seconds: float = 60.0) -> Derivation:
+        """As `derive` for one budget, with what is proven of the result."""
         if self.step < self.warmup_steps:
             raise ValueError(
                 f"the search has made {int(self.step.numpy())} steps, all of them in its warm-up: "
                 f"`warmup_steps` must be lower, or the search longer. "
                 f"Received: warmup_steps={self.warmup_steps}"
             )
-        return self.space.architecture(self.distribution.mode().numpy())
+        if budget == "target":
+            budget = self.cost.target
+        log_p = self.distribution.log_probabilities().numpy()
+        budget = math.inf if budget is None else budget
+        return most_probable(log_p, self.cost_table, budget, seconds)
 
-    def _update_logits(self, gradient):
-        self.architecture_optimizer.apply([gradient], self.distribution.trainable_variables)
-
-    def _penalties(self, choices):
-        costs = self.cost_table(choices)
-        if self.cost.target is None:
-            return tf.zeros_like(costs)
-        return estimator.hinge(costs, self.cost.target)
-
-    def _run_samples(self, choices, train_batch, validation_batch):
+    def _run_samples(self, samples, train_batch, validation_batch):
         """Runs every sample on both batches, one at a time.
 
         Returns:
             The gradient of each weight, and loss and accuracy of each sample on
-            the training and on the validation batch, shape `(K, 2)`.
+            the training and on the validation batch, shape `(evaluated, 2)`.
         """
         weights = [variable.value for variable in self.supernet.trainable_variables]
-        count = tf.shape(choices)[0]
+        choices, counts = samples
+        count = tf.size(counts)
 
         def body(index, sums, train, validation):
             with tf.GradientTape() as tape:
                 result = self._evaluate(train_batch, choices[index])
                 loss = result[0]
             gradients = tape.gradient(loss, weights, unconnected_gradients="zero")
-            sums = sums.add(-self.likelihood_scale * loss, gradients)
+            score = estimator.scores(-loss, counts[index], self.likelihood_scale)
+            sums = sums.add(score, gradients)
             validation = validation.write(index, self._evaluate(validation_batch, choices[index]))
             return index + 1, sums, train.write(index, result), validation
 
@@ -248,7 +403,12 @@ class ArchitectureSearch(keras.Model):
     def _track(self, sample_weight=None, **values):
         for name, value in values.items():
             self._trackers[name].update_state(value, sample_weight)
-        return {name: self._trackers[name].result() for name in values}
+
+
+def _checked(name, value, legal):
+    if value not in legal:
+        raise ValueError(f"`{name}` must be one of {', '.join(legal)}. Received: {name}={value!r}")
+    return value
 
 
 def _loss_and_accuracy(labels, logits):
