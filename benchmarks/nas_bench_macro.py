@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 import fpnas_keras as fpnas
-from fpnas_keras.spaces.nas_bench_macro import OPERATIONS
 
 # A sample's log-likelihood is -SLOPE * (1 - accuracy) + N(0, NOISE).
 SLOPE, NOISE = 3.5, 0.02
@@ -42,7 +41,14 @@ class Benchmark:
 class Searcher:
     """A search on the table that can be run again with other seeds."""
 
-    def __init__(self, benchmark, target=None, learning_rate=0.02, optimizer=keras.optimizers.Adam, **settings):
+    def __init__(
+        self,
+        benchmark,
+        target=None,
+        learning_rate=0.02,
+        optimizer=keras.optimizers.Adam,
+        **settings,
+    ):
         self.benchmark = benchmark
         self.search = fpnas.ArchitectureSearch(
             benchmark.space, cost=fpnas.MacsCost(target), warmup_steps=0, **settings
@@ -80,7 +86,22 @@ class Searcher:
         self.search.seed.assign(seed)
         cost = self._run(tf.constant(max_samples, tf.int64))
         found = self.search.derivation(budget)
-        row = int(self.benchmark.index(found.entries))
-        mode = int(self.benchmark.index(self.search.derivation(None).entries))
+        sp = self.benchmark.space
+        code = lambda f: int(
+            self.benchmark.index(
+                self.search.distribution.entries.index(tf.constant(sp.choices(f.architecture)))
+            )
+        )
+        row = code(found)
+        mode = code(self.search.derivation(None))
         b = self.benchmark
-        return dict(acc=b.accuracy[row], macs=b.macs[row], mode_acc=b.accuracy[mode], mode_macs=b.macs[mode], expected=float(cost), steps=int(self.search.step.numpy()), entropy=float(self.search.distribution.entropy()), evaluated=int(self.search.total_evaluated.numpy()))
+        return dict(
+            acc=b.accuracy[row],
+            macs=b.macs[row],
+            mode_acc=b.accuracy[mode],
+            mode_macs=b.macs[mode],
+            expected=float(cost),
+            steps=int(self.search.step.numpy()),
+            entropy=float(self.search.distribution.entropy()),
+            evaluated=int(self.search.total_evaluated.numpy()),
+        )

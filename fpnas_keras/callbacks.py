@@ -26,6 +26,32 @@ class StopOnDivergence(keras.callbacks.Callback):
                 )
 
 
+class CoarseToFine(keras.callbacks.Callback):
+    """Turns the factorized logits of an `ArchitectureSearch` into joint ones.
+
+    Args:
+        epoch: Number of epochs that the search stays factorized.
+
+    Example:
+
+    ```python
+    search = fpnas.ArchitectureSearch(space, distribution="coarse_to_fine")
+    search.compile("sgd", "adam")
+    search.fit(batches, epochs=30, callbacks=[fpnas.CoarseToFine(epoch=15)])
+    ```
+
+    Reference: FP-NAS (arXiv:2011.10949), "coarse-to-fine search".
+    """
+
+    def __init__(self, epoch: int):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        if epoch == self.epoch:
+            self.model.refine()
+
+
 class MetricsFile(keras.callbacks.Callback):
     """Writes a CSV file with a row an epoch; complete after every epoch.
 

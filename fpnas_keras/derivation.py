@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import CostTable
+from fpnas_keras.spaces import Space
 
 # Labels kept after each block in the first pass; each further pass keeps more.
 _FIRST_WIDTH, _WIDTH_FACTOR = 1_000, 8
@@ -21,21 +23,25 @@ class Derivation(NamedTuple):
     """An architecture and what is proven of it.
 
     Attributes:
-        entries: Number of the entry of each block, integers of shape `(blocks,)`.
+        architecture: The architecture.
         cost: Its cost.
         log_prob: log p of it.
         gap: No architecture within the budget has a log p above `log_prob + gap`;
             0 when it is proven to be the most probable one.
     """
 
-    entries: np.ndarray
+    architecture: Architecture
     cost: float
     log_prob: float
     gap: float
 
 
 def most_probable(
-    log_probabilities: np.ndarray, table: CostTable, budget: float, seconds: float = 60.0
+    space: Space,
+    log_probabilities: np.ndarray,
+    table: CostTable,
+    budget: float,
+    seconds: float = 60.0,
 ) -> Derivation:
     """The most probable architecture whose cost is at or under a budget.
 
@@ -47,6 +53,7 @@ def most_probable(
     is a proof, or until the time is over.
 
     Args:
+        space: The space.
         log_probabilities: log p of each entry, shape `(blocks, entries)`.
         table: The cost.
         budget: In the unit of the cost.
@@ -58,7 +65,7 @@ def most_probable(
     Example:
 
     ```python
-    found = most_probable(distribution.log_probabilities().numpy(), table, budget=3e6)
+    found = most_probable(space, distribution.log_probabilities().numpy(), table, budget=3e6)
     ```
     """
     if budget < table.least():
@@ -74,11 +81,24 @@ def most_probable(
     while upper > best.log_prob + _TOLERANCE:
         found = _search(chain, budget, multipliers, best, width, deadline)
         if found is None:
-            return best._replace(gap=upper - best.log_prob)
+            break
         best, cut = found
         upper = min(upper, max(cut, best.log_prob))
         width *= _WIDTH_FACTOR
-    return best
+    entries = zip(space.blocks, best.entries, strict=True)
+    choices = np.array([block.entries[index] for block, index in entries])
+    gap = upper - best.log_prob
+    return Derivation(
+        space.architecture(choices), best.cost, best.log_prob, gap if gap > _TOLERANCE else 0.0
+    )
+
+
+class _Found(NamedTuple):
+    """Number of the entry of each block, with the cost and log p of the architecture."""
+
+    entries: list[int]
+    cost: float
+    log_prob: float
 
 
 class _Chain:
@@ -127,7 +147,7 @@ class _Chain:
             entry, costs, log_p, states = (each[move[state]] for each in block[state])
             cost, log_prob, state = cost + costs, log_prob + log_p, states
             entries.append(entry)
-        return Derivation(np.array(entries[:-1]), float(cost), float(log_prob), 0.0)
+        return _Found(entries[:-1], float(cost), float(log_prob))
 
 
 def _undominated(cost, log_p, states):
@@ -210,7 +230,7 @@ def _search(chain, budget, multipliers, best, width, deadline):
         for parent, entry in reversed(history):
             entries.insert(0, entry[position])
             position = parent[position]
-        best = Derivation(np.array(entries[:-1]), float(cost[last]), float(log_p[last]), 0.0)
+        best = _Found(entries[:-1], float(cost[last]), float(log_p[last]))
     return best, cut
 
 

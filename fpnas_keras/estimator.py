@@ -75,7 +75,7 @@ class CostController:
     """
 
     two_sided: bool = True
-    proportional_gain: float = 0.15
+    proportional_gain: float = 1.0
     integral_gain: float = 0.003
     anneal_steps: int = 1000
 
@@ -89,7 +89,9 @@ class CostController:
 
     def goal(self, start: float, target: float, step: tf.Tensor) -> tf.Tensor:
         """The cost to hold after `step` steps, float64, between `start` and `target`."""
-        done = tf.minimum(tf.cast(step, tf.float64) / max(self.anneal_steps, 1), 1.0)
+        if not self.anneal_steps:
+            return tf.constant(target, tf.float64)
+        done = tf.minimum(tf.cast(step, tf.float64) / self.anneal_steps, 1.0)
         return start * (target / start) ** done
 
     def __call__(self, integral: tf.Tensor, excess: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

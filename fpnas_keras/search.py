@@ -10,9 +10,10 @@ from absl import flags, logging
 
 from fpnas_keras import cli, data, spaces
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import MetricsFile, StopOnDivergence
+from fpnas_keras.callbacks import CoarseToFine, MetricsFile, StopOnDivergence
 from fpnas_keras.cost import MacsCost, ParamsCost
-from fpnas_keras.estimator import AdaptiveSamples
+from fpnas_keras.distributions import JointLogits
+from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.files import replacing
 from fpnas_keras.searcher import ArchitectureSearch
 
@@ -40,10 +41,51 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "cost_coefficient",
-    0.3,
-    "Weight of the cost against the likelihood (the paper's beta). Raise it when the "
-    "result is over the target, lower it when it is far under.",
+    None,
+    "A fixed weight of the cost against the likelihood (the paper's beta), instead of one that "
+    "is moved so that the expected cost settles at the target. Raise it when the result is over "
+    "the target, lower it when it is far under.",
     lower_bound=0,
+)
+flags.DEFINE_boolean(
+    "two_sided",
+    True,
+    "Whether the search is also pulled up to the target from below; without it the target only "
+    "limits, and small networks, which learn faster, often win.",
+)
+flags.DEFINE_integer(
+    "anneal_steps",
+    None,
+    "Steps over which the expected cost is brought from its start to the target; by default a "
+    "third of those after the warm-up. Lower it for a target that is near the start.",
+    lower_bound=0,
+)
+flags.DEFINE_enum(
+    "cost_penalty",
+    "expected",
+    ["expected", "hinge", "log"],
+    "What the cost coefficient weighs: the expected cost (exact), the paper's mean of "
+    "max(0, cost / target - 1) over the samples, or the logarithm of that mean.",
+)
+flags.DEFINE_float(
+    "derive_seconds",
+    60.0,
+    "Seconds to prove that no more probable architecture is within the target; after them the "
+    "best so far is taken, and summary.json says how far it may be off (derivation_gap).",
+    lower_bound=0,
+)
+flags.DEFINE_enum(
+    "distribution",
+    "factorized",
+    ["factorized", "joint", "coarse_to_fine"],
+    "Logits of each variable alone (fewer, decided sooner), of each combination of a block's "
+    "variables (they may depend on each other), or the first, then the second.",
+)
+flags.DEFINE_integer(
+    "coarse_epochs",
+    None,
+    "Epochs before coarse_to_fine turns from factorized to joint; by default half of all.",
+    lower_bound=1,
 )
 flags.DEFINE_float(
     "sample_scale",
@@ -81,6 +123,15 @@ flags.DEFINE_boolean(
     "Whether 1/K is subtracted from the importance weights; without it (the paper's formula) "
     "the logits follow mostly noise.",
 )
+flags.DEFINE_boolean(
+    "stratified",
+    True,
+    "Whether each choice is drawn as near to its expected number of times as can be, instead of "
+    "independently.",
+)
+flags.DEFINE_boolean(
+    "deduplicate", True, "Whether an architecture that is drawn twice in a step is evaluated once."
+)
 flags.DEFINE_integer("batch_size", 64, "Images a batch, of each part of the data.", lower_bound=2)
 flags.DEFINE_integer("epochs", 30, "Epochs to search.", lower_bound=1)
 flags.DEFINE_integer(
@@ -111,6 +162,18 @@ flags.register_multi_flags_validator(
     "--target needs --cost=macs or --cost=params, and the other way round",
 )
 
+flags.register_multi_flags_validator(
+    ["distribution", "coarse_epochs", "epochs"],
+    lambda values: (
+        values["coarse_epochs"] is None
+        or (
+            values["distribution"] == "coarse_to_fine"
+            and values["coarse_epochs"] < values["epochs"]
+        )
+    ),
+    "--coarse_epochs needs --distribution=coarse_to_fine and must be below --epochs",
+)
+
 _COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}
 
 
@@ -133,13 +196,20 @@ def _search(run):
         callbacks=[
             MetricsFile(run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)),
             StopOnDivergence(),
+            *_coarse_to_fine(),
         ],
     )
     with replacing(run.path("search.weights.h5")) as temporary:
         search.save_weights(temporary)
-    architecture = search.derive()
-    architecture.save(run.path("architecture.json"))
-    run.finish(**_summary(search, architecture))
+    derivation = search.derivation(seconds=FLAGS.derive_seconds)
+    derivation.architecture.save(run.path("architecture.json"))
+    run.finish(**_summary(search, derivation))
+
+
+def _coarse_to_fine():
+    if FLAGS.distribution != "coarse_to_fine":
+        return []
+    return [CoarseToFine(FLAGS.coarse_epochs or FLAGS.epochs // 2)]
 
 
 def _set_up():
@@ -163,14 +233,22 @@ def _set_up():
             f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
         )
     adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
+    anneal_steps = FLAGS.anneal_steps
+    if anneal_steps is None:
+        anneal_steps = (steps - warmup_steps) // 3
+    controller = CostController(FLAGS.two_sided, anneal_steps=anneal_steps)
     search = ArchitectureSearch(
         space,
         samples=FLAGS.samples or adaptive,
         cost=_COSTS[FLAGS.cost](FLAGS.target),
-        cost_coefficient=FLAGS.cost_coefficient,
+        distribution=FLAGS.distribution,
+        cost_coefficient=controller if FLAGS.cost_coefficient is None else FLAGS.cost_coefficient,
+        cost_penalty=FLAGS.cost_penalty,
         warmup_steps=warmup_steps,
         likelihood_scale=FLAGS.likelihood_scale,
         control_variate=FLAGS.control_variate,
+        stratified=FLAGS.stratified,
+        deduplicate=FLAGS.deduplicate,
         seed=FLAGS.seed,
     )
     search.compile(
@@ -197,18 +275,19 @@ def _set_up():
 
 def _row(search, epoch, logs):
     step = int(search.step.numpy())
+    phase = "joint" if isinstance(search.distribution, JointLogits) else "factorized"
     first = {
         "step": step,
         "epoch": epoch + 1,
-        "phase": "warm_up" if step <= search.warmup_steps else "factorized",
+        "phase": "warm_up" if step <= search.warmup_steps else phase,
         "samples": logs["samples"],
         "total_samples": int(search.total_samples.numpy()),
     }
     return first | {name: value for name, value in logs.items() if name != "samples"}
 
 
-def _summary(search, architecture):
-    table = search.cost_table
+def _summary(search, derivation):
+    table, architecture = search.cost_table, derivation.architecture
     return {
         "space": search.space.name,
         "input_shape": search.space.input_shape,
@@ -219,10 +298,13 @@ def _summary(search, architecture):
         "seed": FLAGS.seed,
         "steps": int(search.step.numpy()),
         "total_samples": int(search.total_samples.numpy()),
+        "total_evaluated": int(search.total_evaluated.numpy()),
         "entropy": float(search.distribution.entropy()),
         "cost": FLAGS.cost,
         "target": FLAGS.target,
         "expected_cost": float(table.expected(search.distribution.entry_probabilities())),
+        "derivation_log_prob": derivation.log_prob,
+        "derivation_gap": derivation.gap,
         "macs": architecture.macs(),
         "params": architecture.params(),
     }

@@ -347,10 +347,11 @@ class ArchitectureSearch(keras.Model):
                 f"{math.exp(found.gap):.3g} times as probable",
                 stacklevel=2,
             )
-        choices = self.distribution.entries.gather(tf.constant(found.entries, tf.int32))
-        return self.space.architecture(choices.numpy())
+        return found.architecture
 
-    def derivation(self, budget: float | str | None, seconds: float = 60.0) -> Derivation:
+    def derivation(
+        self, budget: float | str | None = "target", seconds: float = 60.0
+    ) -> Derivation:
         """As `derive` for one budget, with what is proven of the result."""
         if self.step < self.warmup_steps:
             raise ValueError(
@@ -362,7 +363,7 @@ class ArchitectureSearch(keras.Model):
             budget = self.cost.target
         log_p = self.distribution.log_probabilities().numpy()
         budget = math.inf if budget is None else budget
-        return most_probable(log_p, self.cost_table, budget, seconds)
+        return most_probable(self.space, log_p, self.cost_table, budget, seconds)
 
     def _run_samples(self, samples, train_batch, validation_batch):
         """Runs every sample on both batches, one at a time.

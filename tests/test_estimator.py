@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpnas_keras.distributions import FactorizedLogits
-from fpnas_keras.estimator import AdaptiveSamples, StreamingSum, hinge, sample_coefficients
+from fpnas_keras.estimator import (
+    AdaptiveSamples,
+    CostController,
+    Samples,
+    StreamingSum,
+    likelihood_coefficients,
+    penalty_coefficients,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -48,38 +55,87 @@ def test_impossible_sample_counts_are_refused(change):
         AdaptiveSamples(**change)
 
 
-def test_hinge_counts_only_what_is_over_the_target():
-    costs = tf.constant([1.0, 2.0, 3.0], tf.float64)
-    np.testing.assert_allclose(hinge(costs, 2.0), [0, 0, 0.5])
-
-
-def test_coefficients_are_the_formula():
-    log_likelihoods, penalties = np.array([-1.0, -0.5, -3.0]), np.array([0.0, 0.4, 0.2])
-    r = np.exp(4 * log_likelihoods) / np.exp(4 * log_likelihoods).sum()
-    cost = 0.7 / 3 * (penalties - penalties.mean())
-    for control_variate, baseline in ((True, 1 / 3), (False, 0.0)):
-        result = sample_coefficients(
-            tf.constant(log_likelihoods), tf.constant(penalties), 4.0, 0.7, control_variate
+def test_likelihood_coefficients_are_the_formula():
+    log_likelihoods, counts = np.array([-1.0, -0.5, -3.0]), np.array([1, 3, 2])
+    weights = counts * np.exp(4 * log_likelihoods)
+    r = weights / weights.sum()
+    for control_variate, baseline in ((True, counts / 6), (False, 0.0)):
+        result = likelihood_coefficients(
+            tf.constant(log_likelihoods), tf.constant(counts), 4.0, control_variate
         )
-        np.testing.assert_allclose(result, -(r - baseline) + cost, atol=1e-6)
+        np.testing.assert_allclose(result, -(r - baseline), atol=1e-6)
+
+
+def test_penalty_coefficients_are_the_gradient_of_the_hinge():
+    """Of the mean hinge and of its logarithm, with the mean as their control variate."""
+    costs, counts = np.array([1.0, 5.0, 3.0]), np.array([1, 3, 2])
+    penalties = np.array([0.0, 1.5, 0.5])
+    mean = (counts * penalties).sum() / 6
+    arguments = (tf.constant(costs, tf.float64), tf.constant(counts), 2.0)
+    expected = counts / 6 * (penalties - mean)
+    np.testing.assert_allclose(penalty_coefficients(*arguments), expected, atol=1e-6)
+    logarithm = penalty_coefficients(*arguments, logarithm=True)
+    np.testing.assert_allclose(logarithm, expected / mean, atol=1e-6)
+    within = penalty_coefficients(tf.constant([1.0, 2.0]), tf.constant([1, 1]), 2.0, True)
+    np.testing.assert_array_equal(within, [0, 0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.booleans())
+def test_counted_samples_are_worth_their_draws(which, control_variate):
+    """Equal samples evaluated once give the sums that evaluating every draw gives."""
+    log_likelihoods, costs = np.array([-0.1, -2.0, -0.7, 1.3]), np.array([1.0, 5.0, 3.0, 2.0])
+    drawn = tf.constant(which)[:, None, None]
+    samples = Samples.unique(drawn)
+    assert int(tf.reduce_sum(samples.counts)) == len(which)
+    kept = samples.choices.numpy().ravel()
+    assert kept.tolist() == list(dict.fromkeys(which))
+    each, ones = np.array(which), tf.ones(len(which), tf.int32)
+    for values, coefficients, options in (
+        (log_likelihoods, likelihood_coefficients, (2.0, control_variate)),
+        (costs, penalty_coefficients, (2.0,)),
+    ):
+        counted = coefficients(tf.constant(values[kept]), samples.counts, *options).numpy()
+        plain = coefficients(tf.constant(values[each]), ones, *options).numpy()
+        sums = [plain[each == sample].sum() for sample in kept]
+        np.testing.assert_allclose(counted, sums, atol=1e-6)
 
 
 def test_one_sample_with_the_control_variate_has_no_gradient():
-    coefficients = sample_coefficients(tf.constant([-0.3]), tf.constant([0.1]))
+    coefficients = likelihood_coefficients(tf.constant([-0.3]), tf.constant([1]))
     np.testing.assert_allclose(coefficients, [0.0], atol=1e-7)
 
 
-def estimates(tiny_space, table, count, draws, control_variate):
+def test_the_controller_is_the_formula():
+    controller = CostController(proportional_gain=0.5, integral_gain=0.1, anneal_steps=10)
+    coefficient, integral = controller(tf.constant(0.2), tf.constant(-0.4))
+    assert float(integral) == pytest.approx(0.2 - 0.04)
+    assert float(coefficient) == pytest.approx(0.16 - 0.2)
+    one_sided = CostController(two_sided=False, proportional_gain=0.5, integral_gain=0.1)
+    coefficient, integral = one_sided(tf.constant(0.02), tf.constant(-0.4))
+    assert (float(coefficient), float(integral)) == (0.0, 0.0)
+    goals = [float(controller.goal(8e6, 2e6, tf.constant(step))) for step in (0, 5, 10, 99)]
+    assert goals == pytest.approx([8e6, 4e6, 2e6, 2e6])
+    assert float(CostController(anneal_steps=0).goal(8e6, 2e6, tf.constant(0))) == 2e6
+
+
+@pytest.mark.parametrize("name", ["proportional_gain", "integral_gain", "anneal_steps"])
+def test_impossible_controllers_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 0"):
+        CostController(**{name: -1})
+
+
+def estimates(tiny_space, table, count, draws, control_variate, stratified=False):
     """Gradient estimates of the logits of a distribution whose likelihoods are a table."""
     distribution = FactorizedLogits(tiny_space.blocks)
     distribution.logits.assign(tf.random.stateless_normal(distribution.logits.shape, (3, 4)))
 
     @tf.function
     def estimate(step):
-        choices = distribution.sample(count, 0, step)
+        choices = distribution.sample(count, 0, step, stratified)
         log_likelihoods = tf.reduce_sum(tf.gather_nd(table, _table_index(choices)), axis=-1)
-        coefficients = sample_coefficients(
-            log_likelihoods, tf.zeros(count), control_variate=control_variate
+        coefficients = likelihood_coefficients(
+            log_likelihoods, tf.ones(count, tf.int32), control_variate=control_variate
         )
         return distribution.gradient(choices, coefficients)
 
@@ -102,6 +158,19 @@ def test_the_control_variate_changes_the_variance_and_not_the_mean(tiny_space):
     error = plain.std(axis=0) / np.sqrt(len(plain))
     assert np.all(np.abs(plain.mean(axis=0) - reduced.mean(axis=0)) < 4.5 * error)
     assert reduced.var(axis=0).sum() < 0.2 * plain.var(axis=0).sum()
+
+
+def test_stratified_draws_lower_the_relative_variance(tiny_space):
+    """Independent draws see (K - 1) / K of the covariance with the score, strata nearly all."""
+    table = tf.random.stateless_normal((4, 6, 3), (5, 6)) * 0.1
+    _, plain = estimates(tiny_space, table, 8, 4000, True)
+    _, stratified = estimates(tiny_space, table, 8, 4000, True, stratified=True)
+    signals = [np.linalg.norm(each.mean(axis=0)) for each in (plain, stratified)]
+    assert 1 < signals[1] / signals[0] < 8 / 7 * 1.05
+    cosine = plain.mean(axis=0) @ stratified.mean(axis=0) / np.prod(signals)
+    assert cosine > 0.99
+    relative = [each.var(axis=0).sum() / s**2 for each, s in zip((plain, stratified), signals)]
+    assert relative[1] < 0.95 * relative[0]
 
 
 def test_the_estimator_reaches_the_exact_gradient_as_samples_grow(tiny_space):

@@ -2,10 +2,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import make_tiny_space
+from helpers import all_choices, make_tiny_space
 
 import fpnas_keras as fpnas
-from fpnas_keras.estimator import hinge
+from fpnas_keras.distributions import JointLogits
 from fpnas_keras.searcher import _loss_and_accuracy
 from fpnas_keras.supernet import Supernet
 
@@ -30,8 +30,10 @@ def make_search(optimizer=None, architecture_optimizer=None, warmup_steps=0, **k
     return search
 
 
-def test_one_step_is_the_formula():
-    """Against sums over the samples written out, with plain automatic differentiation."""
+@pytest.mark.parametrize("penalty", ["expected", "hinge", "log"])
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_one_step_is_the_formula(penalty, deduplicate):
+    """Against sums over the draws written out, with plain automatic differentiation."""
     target, scale, beta, count = 20_000.0, 3.0, 0.5, 5
     search = make_search(
         keras.optimizers.SGD(1.0),
@@ -39,15 +41,20 @@ def test_one_step_is_the_formula():
         samples=count,
         cost=fpnas.MacsCost(target=target),
         cost_coefficient=beta,
+        cost_penalty=penalty,
         likelihood_scale=scale,
+        deduplicate=deduplicate,
         seed=11,
     )
+    # One network is most probable, so that it comes more than once.
     logits = search.distribution.logits
-    logits.assign(tf.random.stateless_normal(logits.shape, (1, 1)))
+    logits.assign(4 * tf.random.stateless_normal(logits.shape, (0, 1)))
     weights = search.supernet.trainable_variables
     before = [w.numpy() for w in weights], logits.numpy()
     ((x_t, y_t), (x_v, y_v)) = next(iter(batches()))
-    choices = search.distribution.sample(count, 11, 0)
+    choices = search.distribution.sample(count, 11, 0, stratified=True)
+    different = len(np.unique(choices, axis=0))
+    assert different < count
 
     with tf.GradientTape() as tape:
         l_t = tf.stack([-_loss_and_accuracy(y_t, search.supernet(x_t, c))[0] for c in choices])
@@ -57,13 +64,20 @@ def test_one_step_is_the_formula():
         objective, [w.value for w in weights], unconnected_gradients="zero"
     )
     l_v = tf.stack([-_loss_and_accuracy(y_v, search.supernet(x_v, c))[0] for c in choices])
-    costs = [search.space.architecture(c).macs() for c in choices.numpy()]
-    penalties = tf.cast(hinge(tf.constant(costs, tf.float64), target), tf.float32)
+    costs = np.array([search.space.architecture(c).macs() for c in choices.numpy()])
+    penalties = np.maximum(0, costs / target - 1).astype(np.float32)
     assert np.count_nonzero(penalties) > 0
     with tf.GradientTape() as tape:
         log_p = search.distribution.log_prob(choices)
         loss = -tf.reduce_sum((tf.nn.softmax(scale * l_v) - 1 / count) * log_p)
-        loss += beta / count * tf.reduce_sum((penalties - tf.reduce_mean(penalties)) * log_p)
+        if penalty == "expected":
+            every = all_choices(search.space)
+            macs = [search.space.architecture(c).macs() for c in every]
+            p = tf.exp(search.distribution.log_prob(tf.constant(every)))
+            loss += beta * tf.reduce_sum(p * np.array(macs, np.float32)) / target
+        else:
+            term = tf.reduce_sum((penalties - penalties.mean()) * log_p) / count
+            loss += beta * term / (penalties.mean() if penalty == "log" else 1)
     logits_gradient = tape.gradient(loss, logits.value)
 
     one_step = tf.data.Dataset.from_tensors(((x_t, y_t), (x_v, y_v)))
@@ -78,6 +92,8 @@ def test_one_step_is_the_formula():
     assert logs["train_loss"] == pytest.approx(-float(tf.reduce_mean(l_t)), rel=1e-4)
     assert logs["validation_loss"] == pytest.approx(-float(tf.reduce_mean(l_v)), rel=1e-4)
     assert logs["samples"] == count
+    assert logs["evaluated"] == (different if deduplicate else count)
+    assert logs["cost_coefficient"] == beta
     assert (int(search.step.numpy()), int(search.total_samples.numpy())) == (1, count)
 
 
@@ -115,24 +131,140 @@ def test_nothing_is_retraced_while_the_number_of_samples_changes(monkeypatch):
     assert more["samples"][-1] < history["samples"][0]
 
 
-def test_search_finds_what_the_cost_asks_for():
-    """With the weights still, the target alone decides: entropy and K fall, the cost is met."""
-    target = 16_000
+def expected_cost(search):
+    return float(search.cost_table.expected(search.distribution.entry_probabilities()))
+
+
+@pytest.mark.parametrize("target", [16_000, 45_000])
+def test_the_controller_settles_at_the_target(target):
+    """From both sides, with likelihoods that do not depend on the cost."""
     search = make_search(
-        keras.optimizers.SGD(0.0),
-        keras.optimizers.Adam(0.1),
+        architecture_optimizer=keras.optimizers.Adam(0.02),
         samples=fpnas.AdaptiveSamples(scale=2.0),
         cost=fpnas.MacsCost(target=target),
-        cost_coefficient=100.0,
+        cost_coefficient=fpnas.CostController(anneal_steps=100),
     )
-    before = float(search.cost_table.expected(search.distribution.entry_probabilities()))
-    history = search.fit(batches(steps=20), epochs=5, verbose=0, shuffle=False).history
-    assert before > 1.2 * target
-    assert history["expected_cost"][-1] < 1.05 * target
+    before = expected_cost(search)
+    assert 1.2 * 16_000 < before < 45_000 / 1.2
+    tell, ask = tf.function(search.tell, reduce_retracing=True), tf.function(search.ask)
+    costs = []
+    for step in range(400):
+        samples = ask()
+        noise = 0.1 * tf.random.stateless_normal(tf.shape(samples.counts), (step, 5))
+        logs = tell(samples, noise)
+        costs.append(float(logs["expected_cost"]))
+    assert np.abs(np.array(costs[-100:]) / target - 1).max() < 0.1
+    # The goal moved in equal ratios.
+    assert costs[50] == pytest.approx(np.sqrt(before * target), rel=0.15)
     assert search.derive().macs() <= target
-    assert np.all(np.diff(history["entropy"]) < 0)
-    assert history["samples"][-1] < history["samples"][0]
-    assert int(search.total_samples.numpy()) == pytest.approx(20 * sum(history["samples"]))
+
+
+def test_one_sided_control_does_not_ask_for_cost():
+    search = make_search(
+        cost=fpnas.MacsCost(target=45_000),
+        cost_coefficient=fpnas.CostController(two_sided=False, anneal_steps=0),
+    )
+    history = search.fit(batches(), verbose=0, shuffle=False).history
+    assert history["cost_coefficient"] == [0.0]
+    two_sided = make_search(cost=fpnas.MacsCost(target=45_000))
+    history = two_sided.fit(batches(), verbose=0, shuffle=False).history
+    assert history["cost_coefficient"][0] < 0
+
+
+def test_derive_meets_budgets():
+    search = make_search(cost=fpnas.MacsCost(target=30_000))
+    logits = search.distribution.logits
+    logits.assign(tf.random.stateless_normal(logits.shape, (3, 2)))
+    choices = all_choices(search.space)
+    log_p = search.distribution.log_prob(tf.constant(choices)).numpy()
+    macs = np.array([search.space.architecture(each).macs() for each in choices])
+
+    def best(budget):
+        return search.space.architecture(choices[np.argmax(np.where(macs <= budget, log_p, -99))])
+
+    mode = search.derive(budget=None)
+    assert mode == best(np.inf) and mode.macs() > 30_000
+    assert search.derive() == search.derive(budget=30_000) == best(30_000)
+    family = search.derive(budget=[15_000, 30_000, 1e9])
+    assert family == [best(15_000), best(30_000), mode]
+    least = macs.min()
+    with pytest.raises(ValueError, match=f"`budget` must be at least {least:,}, the least cost"):
+        search.derive(budget=least - 1)
+    assert make_search().derive() == make_search().derive(budget=None)
+
+
+def test_an_unproven_derivation_says_so():
+    search = make_search(cost=fpnas.MacsCost(target=30_000))
+    logits = search.distribution.logits
+    logits.assign(tf.random.stateless_normal(logits.shape, (3, 2)))
+    assert search.derivation("target", seconds=0).gap > 0
+    with pytest.warns(UserWarning, match="not proven in 0 s: another architecture within"):
+        architecture = search.derive(seconds=0)
+    assert architecture.macs() <= 30_000
+
+
+def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
+    calls = []
+    call = Supernet.call
+    monkeypatch.setattr(Supernet, "call", lambda *args: calls.append(1) or call(*args))
+    search = make_search(
+        architecture_optimizer=keras.optimizers.Adam(0.1), distribution="coarse_to_fine"
+    )
+    choices = tf.constant(all_choices(search.space))
+
+    class Look(keras.callbacks.Callback):
+        """Runs after the switch of the same epoch."""
+
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                before, after = search.distributions
+                assert search.distribution is after
+                assert np.any(before.logits.numpy() != 0)
+                np.testing.assert_allclose(
+                    before.log_prob(choices), after.log_prob(choices), atol=1e-5
+                )
+                assert int(search.architecture_optimizer.iterations.numpy()) == 0
+                self.traced = len(calls)
+
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                optimizer = search.architecture_optimizer
+                assert int(optimizer.iterations.numpy()) == 3
+                moments = {v.path: v.numpy() for v in optimizer.variables if "joint" in v.path}
+                assert len(moments) == 2
+                assert all(np.any(value != 0) for value in moments.values())
+
+    look = Look()
+    search.fit(
+        batches(steps=3),
+        epochs=4,
+        verbose=0,
+        shuffle=False,
+        callbacks=[fpnas.CoarseToFine(epoch=1), look],
+    )
+    assert look.traced == 2 and len(calls) == 4  # training and validation batch, each twice
+    moved = search.distributions[0].log_prob(choices) - search.distribution.log_prob(choices)
+    assert np.abs(moved).max() > 0.01
+    with pytest.raises(ValueError, match="only a search with distribution='coarse_to_fine'"):
+        search.refine()
+
+
+def test_parsec_is_a_setting():
+    """Joint, fixed K, b = 0: each gradient is PARSEC's, -sum r_k d log p, cost-free."""
+    search = make_search(
+        architecture_optimizer=keras.optimizers.SGD(1.0),
+        distribution="joint",
+        samples=4,
+        control_variate=False,
+        stratified=False,
+        deduplicate=False,
+    )
+    samples = search.ask()
+    assert samples.counts.numpy().tolist() == [1] * 4
+    log_likelihoods = tf.constant([-1.0, -2.0, -0.5, -0.1])
+    expected = search.distribution.gradient(samples.choices, tf.nn.softmax(log_likelihoods))
+    search.tell(samples, log_likelihoods)
+    np.testing.assert_allclose(search.distribution.logits, expected, atol=1e-6)
 
 
 def test_the_shared_weights_learn():
@@ -174,14 +306,21 @@ def test_same_seed_same_search_and_another_seed_another():
 
 
 def test_saved_weights_load_again(tmp_path):
-    search = make_search(samples=2)
-    search.fit(batches(steps=3), verbose=0, shuffle=False)
+    search = make_search(samples=2, distribution="coarse_to_fine")
+    search.fit(
+        batches(steps=1),
+        epochs=3,
+        verbose=0,
+        shuffle=False,
+        callbacks=[fpnas.CoarseToFine(epoch=1)],
+    )
     search.save_weights(tmp_path / "search.weights.h5")
     keras.utils.set_random_seed(99)
-    other = make_search(samples=2)
+    other = make_search(samples=2, distribution="coarse_to_fine")
     other.load_weights(tmp_path / "search.weights.h5")
     x, _ = tiny_images(10)
     assert other.derive() == search.derive()
+    assert type(other.distribution) is JointLogits
     assert int(other.step.numpy()) == 3
     np.testing.assert_array_equal(other.predict(x, verbose=0), search.predict(x, verbose=0))
 
@@ -219,6 +358,8 @@ def test_logits_stay_float32_under_mixed_precision():
         ({"samples": 1}, "`samples` must be at least 2 a step with the control variate"),
         ({"samples": fpnas.AdaptiveSamples(minimum=1)}, "`samples` must be at least 2"),
         ({"samples": 0, "control_variate": False}, "`samples` must be at least 1 a step"),
+        ({"distribution": "fine"}, "`distribution` must be one of factorized, joint, coarse_to"),
+        ({"cost_penalty": "l2"}, "`cost_penalty` must be one of expected, hinge, log"),
     ],
 )
 def test_searches_that_cannot_work_are_refused(arguments, message):
