@@ -1,107 +1,240 @@
 """The search against the truth: NAS-Bench-Macro, 6,561 networks of known accuracy.
 
-python benchmarks/nas_bench_macro.py --table=../shared/data/nas_bench_macro/nas-bench-macro_cifar10.json
+python benchmarks/nas_bench_macro.py --data_dir=../shared/data/nas_bench_macro
+
+Takes about 30 minutes on 2 cores. The log-likelihood of a sample is -3.5 * (1 - accuracy), with
+the accuracy of the table, plus Gaussian noise of 0.02; all else is the product's own:
+distribution, draws, estimator, schedules, controller, derivation. Rows are appended to
+--output as they are finished; a run that was cut goes on from there.
 """
 
+import functools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import app, flags
 
 import fpnas_keras as fpnas
 
-# A sample's log-likelihood is -SLOPE * (1 - accuracy) + N(0, NOISE).
+FLAGS = flags.FLAGS
+flags.DEFINE_string("data_dir", None, "Folder of nas-bench-macro_cifar10.json.", required=True)
+flags.DEFINE_string("output", "benchmarks/nas_bench_macro.jsonl", "File of the finished rows.")
+flags.DEFINE_integer("seeds", 24, "Runs of each row.", lower_bound=1)
+
 SLOPE, NOISE = 3.5, 0.02
+SAMPLES = 1_000
+BUDGETS = (30e6, 40e6, 60e6, 80e6)
+LEVELS = (92.85, 92.90, 92.95, 93.00)
+CHECKPOINTS = (*range(50, 500, 25), *range(500, 1_000, 50), *range(1_000, 5_001, 100))
+
+CONTROLLER = fpnas.CostController(anneal_steps=100)
+OURS = {
+    "samples": fpnas.AdaptiveSamples(scale=0.25),
+    "cost_coefficient": CONTROLLER,
+    "learning_rate": 0.05,
+}
+PARSEC = {
+    "distribution": "joint",
+    "control_variate": False,
+    "stratified": False,
+    "deduplicate": False,
+}
+# What each switch buys: one thing changed at a time.
+SWITCHES = {
+    "as it is": {},
+    "no control variate (the paper)": {"control_variate": False},
+    "independent draws": {"stratified": False},
+    "equal samples evaluated again": {"deduplicate": False},
+    "fixed K = 4": {"samples": 4},
+    "fixed K = 16": {"samples": 16},
+    "one-sided controller": {
+        "cost_coefficient": fpnas.CostController(two_sided=False, anneal_steps=100)
+    },
+    "controller without annealing": {"cost_coefficient": fpnas.CostController(anneal_steps=0)},
+    "controller on the hinge": {"cost_penalty": "hinge"},
+    "fixed coefficient 0.1": {"cost_coefficient": 0.1},
+    "fixed coefficient 0.3": {"cost_coefficient": 0.3},
+    "fixed coefficient 0.3 on the hinge (the paper)": {
+        "cost_coefficient": 0.3,
+        "cost_penalty": "hinge",
+    },
+    "fixed coefficient 0.3 on the log hinge": {"cost_coefficient": 0.3, "cost_penalty": "log"},
+}
 
 
-class Benchmark:
-    """The published table, as a likelihood in the graph."""
+class Table:
+    """The published table, by architecture and inside the graph."""
 
-    def __init__(self, path):
+    def __init__(self, data_dir: str):
         self.space = fpnas.spaces.get("nas_bench_macro")
-        table = json.loads(pathlib.Path(path).read_text())
-        codes = [np.base_repr(index, 3).zfill(8) for index in range(3**8)]
-        self.accuracy = np.array([table[code]["mean_acc"] for code in codes])
-        self.macs = np.array([table[code]["flops"] for code in codes])
-        self.params = np.array([table[code]["params"] for code in codes])
-        block = self.space.blocks[0]
-        self._digits = block.variables["operation"][1]
+        path = pathlib.Path(data_dir) / "nas-bench-macro_cifar10.json"
+        rows = json.loads(path.read_text())
+        # In the order of the space: row-major over the entries of the blocks.
+        self._digits = self.space.blocks[0].variables["operation"][1]
+        codes = np.stack(np.unravel_index(np.arange(3**8), (3,) * 8), axis=1)
+        codes = ["".join(str(self._digits[entry]) for entry in code) for code in codes]
+        self.rows = [rows[code] for code in codes]
+        self.accuracy = np.array([row["mean_acc"] for row in self.rows])
+        self.macs = np.array([row["flops"] for row in self.rows])
 
-    def index(self, entries):
-        """Row of the table from the number of the entry of each block."""
-        digits = tf.gather(tf.constant(self._digits), entries)
-        return tf.reduce_sum(digits * 3 ** np.arange(7, -1, -1, dtype=np.int32), axis=-1)
+    def index(self, choices: tf.Tensor, distribution: fpnas.distributions.BlockLogits) -> tf.Tensor:
+        """Rows of architectures, from their choices."""
+        place_values = 3 ** np.arange(7, -1, -1, dtype=np.int32)
+        return tf.reduce_sum(distribution.entries.index(choices) * place_values, axis=-1)
 
-    def best(self, budget):
+    def best(self, budget: float) -> float:
+        """The highest accuracy within a budget."""
         return self.accuracy[self.macs <= budget].max()
 
+    def count_differences(self) -> int:
+        """How many networks have other MACs or parameters in the project than in the table."""
+        entries = self.space.blocks[0].entries
+        differences = 0
+        for row, code in zip(self.rows, np.ndindex(*(3,) * 8)):
+            network = self.space.architecture(entries[list(code)])
+            differences += (network.macs(), network.params()) != (row["flops"], row["params"])
+        return differences
 
-class Searcher:
-    """A search on the table that can be run again with other seeds."""
 
-    def __init__(
-        self,
-        benchmark,
-        target=None,
-        learning_rate=0.02,
-        optimizer=keras.optimizers.Adam,
-        **settings,
-    ):
-        self.benchmark = benchmark
+class TableSearch:
+    """A search on the table, run again for each seed without being traced again."""
+
+    def __init__(self, table: Table, target: float | None, learning_rate: float, **settings):
+        self.table = table
         self.search = fpnas.ArchitectureSearch(
-            benchmark.space, cost=fpnas.MacsCost(target), warmup_steps=0, **settings
+            table.space, cost=fpnas.MacsCost(target), warmup_steps=0, **settings
         )
-        self.search.compile("sgd", optimizer(learning_rate))
-        self._variables = [
-            v
-            for v in self.search.variables + self.search.architecture_optimizer.variables
-            if not v.path.startswith("supernet")
-        ]
-        self._variables = [v for v in self._variables if "supernet" not in v.path]
-        self._initial = [v.numpy() for v in self._variables]
-        self._run = tf.function(self._steps)
+        self.search.compile("sgd", keras.optimizers.Adam(learning_rate))
+        own = set(map(id, self.search.supernet.variables))
+        variables = self.search.variables + self.search.architecture_optimizer.variables
+        self._initial = [(v, v.numpy()) for v in variables if id(v) not in own]
+        self._continue = tf.function(self._until)
 
-    def _steps(self, max_samples):
-        search, done = self.search, tf.constant(False)
-        total = tf.constant(0, tf.int64)
-        logs_cost = tf.constant(0.0, tf.float64)
-        while not done:
+    def _until(self, total):
+        """Steps until the next one would draw more than `total` samples in all."""
+        search, going = self.search, tf.constant(True)
+        accuracy = tf.constant(self.table.accuracy / 100, tf.float32)
+        while going:
             samples = search.ask()
-            total += tf.cast(tf.reduce_sum(samples.counts), tf.int64)
-            done = total > max_samples
-            if not done:
-                rows = self.benchmark.index(search.distribution.entries.index(samples.choices))
-                key = tf.stack([search.seed.value + 10_000, search.step.value])
-                noise = tf.random.stateless_normal(tf.shape(samples.counts), key, stddev=NOISE)
-                accuracy = tf.gather(tf.constant(self.benchmark.accuracy / 100, tf.float32), rows)
-                logs = search.tell(samples, -SLOPE * (1 - accuracy) + noise)
-                logs_cost = logs["expected_cost"]
-        return logs_cost
+            drawn = tf.cast(tf.reduce_sum(samples.counts), tf.int64)
+            going = search.total_samples + drawn <= total
+            if going:
+                rows = self.table.index(samples.choices, search.distribution)
+                key = tf.stack([search.seed.value, search.step.value]) + 10_000
+                noise = tf.random.stateless_normal(tf.shape(rows), key, stddev=NOISE)
+                search.tell(samples, SLOPE * (tf.gather(accuracy, rows) - 1) + noise)
 
-    def __call__(self, seed, max_samples, budget="target"):
-        for variable, value in zip(self._variables, self._initial):
+    def run(self, seed: int, checkpoints: Sequence[int]) -> np.ndarray:
+        """Row of the derived network after each number of samples."""
+        for variable, value in self._initial:
             variable.assign(value)
         self.search.seed.assign(seed)
-        cost = self._run(tf.constant(max_samples, tf.int64))
-        found = self.search.derivation(budget)
-        sp = self.benchmark.space
-        code = lambda f: int(
-            self.benchmark.index(
-                self.search.distribution.entries.index(tf.constant(sp.choices(f.architecture)))
-            )
-        )
-        row = code(found)
-        mode = code(self.search.derivation(None))
-        b = self.benchmark
-        return dict(
-            acc=b.accuracy[row],
-            macs=b.macs[row],
-            mode_acc=b.accuracy[mode],
-            mode_macs=b.macs[mode],
-            expected=float(cost),
-            steps=int(self.search.step.numpy()),
-            entropy=float(self.search.distribution.entropy()),
-            evaluated=int(self.search.total_evaluated.numpy()),
-        )
+        rows = []
+        for total in checkpoints:
+            self._continue(tf.constant(total, tf.int64))
+            rows.append(self.row("target"))
+        return np.array(rows)
+
+    def row(self, budget: float | str | None) -> int:
+        """Row of the network that the search derives now."""
+        choices = self.table.space.choices(self.search.derive(budget))
+        return int(self.table.index(tf.constant(choices), self.search.distribution))
+
+    def expected_cost(self) -> float:
+        """E[cost] now."""
+        probabilities = self.search.distribution.entry_probabilities()
+        return float(self.search.cost_table.expected(probabilities))
+
+
+def without_budget(table: Table, **settings) -> dict[str, float]:
+    """Accuracy of the derived network after 1,000 samples, over the seeds."""
+    search = TableSearch(table, None, **settings)
+    rows = [search.run(seed, [SAMPLES])[0] for seed in range(FLAGS.seeds)]
+    accuracy = table.accuracy[rows]
+    return {
+        "mean": accuracy.mean(),
+        "worst": accuracy.min(),
+        "evaluated": float(search.search.total_evaluated.numpy()),
+    }
+
+
+def with_budgets(table: Table, **settings) -> dict[str, float]:
+    """Distance to the best network within each budget after 1,000 samples, over the seeds."""
+    distances, over, modes_over, misses, result = [], 0, 0, [], {}
+    for budget in BUDGETS:
+        search = TableSearch(table, budget, **settings)
+        own = []
+        for seed in range(FLAGS.seeds):
+            (row,) = search.run(seed, [SAMPLES])
+            own.append(table.best(budget) - table.accuracy[row])
+            over += int(table.macs[row] > budget)
+            modes_over += int(table.macs[search.row(None)] > budget)
+            misses.append(search.expected_cost() / budget - 1)
+        result[f"{budget / 1e6:.0f}M"] = np.mean(own)
+        distances += own
+    return result | {
+        "distance": np.mean(distances),
+        "worst_distance": np.max(distances),
+        "over": over,
+        "modes_over": modes_over,
+        "runs": len(distances),
+        "expected_cost_off": np.abs(misses).mean(),
+    }
+
+
+def samples_to_reach(table: Table, **settings) -> dict[str, float | None]:
+    """Samples after which the mean accuracy over the seeds stays at or above each level."""
+    search = TableSearch(table, None, **settings)
+    rows = np.array([search.run(seed, CHECKPOINTS) for seed in range(FLAGS.seeds)])
+    # Stays: the mean of seeds is noisy, and its first crossing would flatter.
+    lowest_later = np.minimum.accumulate(table.accuracy[rows].mean(axis=0)[::-1])[::-1]
+    result = {}
+    for level in LEVELS:
+        reached = np.flatnonzero(lowest_later >= level)
+        result[f"{level:.2f}"] = CHECKPOINTS[reached[0]] if len(reached) else None
+    return result
+
+
+def jobs() -> dict[str, functools.partial]:
+    """All rows by name."""
+    found = {}
+    for name, change in SWITCHES.items():
+        settings = OURS | change
+        if "cost_coefficient" not in change and "cost_penalty" not in change:
+            found[f"no budget | {name}"] = functools.partial(without_budget, **settings)
+        found[f"budgets | {name}"] = functools.partial(with_budgets, **settings)
+    for scale in (0.25, 0.5, 1.0):
+        for rate in (0.05, 0.1):
+            settings = OURS | {"samples": fpnas.AdaptiveSamples(scale), "learning_rate": rate}
+            name = f"samples | ours, scale {scale:g}, learning rate {rate:g}"
+            found[name] = functools.partial(samples_to_reach, **settings)
+    for rate in (0.05, 0.1):
+        for count in (4, 8, 16, 32):
+            for scale in (1.0, 10.0, 30.0, 100.0, 300.0):
+                settings = {"samples": count, "likelihood_scale": scale, "learning_rate": rate}
+                name = f"samples | PARSEC, K {count}, tau {scale:g}, learning rate {rate:g}"
+                found[name] = functools.partial(samples_to_reach, **PARSEC, **settings)
+    return found
+
+
+def main(_: list[str]) -> None:
+    """Runs what is not yet in the output and prints all of it."""
+    table = Table(FLAGS.data_dir)
+    output = pathlib.Path(FLAGS.output)
+    lines = output.read_text().splitlines() if output.exists() else []
+    finished = {row["name"] for row in map(json.loads, lines) if row["seeds"] == FLAGS.seeds}
+    print(f"networks with other MACs or parameters than published: {table.count_differences()}")
+    for name, job in jobs().items():
+        if name not in finished:
+            row = {"name": name, "seeds": FLAGS.seeds} | job(table)
+            with output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

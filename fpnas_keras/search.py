@@ -203,7 +203,11 @@ def _search(run):
         search.save_weights(temporary)
     derivation = search.derivation(seconds=FLAGS.derive_seconds)
     derivation.architecture.save(run.path("architecture.json"))
-    run.finish(**_summary(search, derivation))
+    # What the most probable architecture reaches with the shared weights.
+    mode = search.evaluate(
+        batches.map(lambda _, validation: validation), verbose=0, return_dict=True
+    )
+    run.finish(**_summary(search, derivation), **mode)
 
 
 def _coarse_to_fine():

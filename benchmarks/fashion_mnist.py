@@ -1,0 +1,119 @@
+"""Searches of Fashion-MNIST side by side, and how much a search's luck decides.
+
+python benchmarks/fashion_mnist.py --data_dir=../shared/data/tfds
+
+Short protocol: 10,000 training images, networks of at most 1.5M MACs, 1,500 search steps,
+20 epochs of training. PARSEC, FP-NAS factorized and FP-NAS coarse-to-fine search with 3 seeds;
+the searches of one of them with 5 seeds are trained from scratch, and the first of
+their networks is trained with 5 seeds. Takes about 2.5 hours on 2 cores; one job runs on each
+core. Rows are appended to --output as jobs finish; a run that was cut goes on from there.
+"""
+
+import json
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("data_dir", None, "Where tensorflow_datasets keeps its data.", required=True)
+flags.DEFINE_string("work_dir", "runs/benchmark_fashion_mnist", "Folder of the run directories.")
+flags.DEFINE_string("output", "benchmarks/fashion_mnist.jsonl", "File of the finished rows.")
+
+ROOT = pathlib.Path(__file__).parents[1]
+DATA = ("--data=tfds:fashion_mnist", "--nodownload", "--train_images=10000")
+TARGET = 1_500_000
+SEARCH = (
+    "--space=mobile_mini",
+    "--input_size=28",
+    "--cost=macs",
+    f"--target={TARGET}",
+    "--epochs=15",
+    "--steps_per_epoch=100",
+    "--architecture_learning_rate=0.03",
+)
+METHODS = {
+    "PARSEC": (
+        "--distribution=joint",
+        "--samples=16",
+        "--nocontrol_variate",
+        "--nostratified",
+        "--nodeduplicate",
+    ),
+    "factorized": (),
+    "coarse to fine": ("--distribution=coarse_to_fine",),
+}
+SEEDS = 3
+RELIABLE, RELIABLE_SEEDS = "factorized", 5
+
+
+def jobs() -> dict[str, list[str]]:
+    """Commands by name, in an order in which each finds what it needs."""
+    found = {}
+    for seed in range(RELIABLE_SEEDS):
+        for method in METHODS:
+            if seed < SEEDS or method == RELIABLE:
+                arguments = [*SEARCH, *METHODS[method], f"--seed={seed}"]
+                found[f"search {method} {seed}"] = ["fpnas_keras.search", *DATA, *arguments]
+    for name, searched, seed in (
+        *((f"train result {seed}", seed, 0) for seed in range(RELIABLE_SEEDS)),
+        *((f"train again {seed}", 0, seed) for seed in range(1, RELIABLE_SEEDS)),
+    ):
+        architecture = directory(f"search {RELIABLE} {searched}") / "architecture.json"
+        arguments = [f"--architecture={architecture}", "--epochs=20", f"--seed={seed}"]
+        found[name] = ["fpnas_keras.train", *DATA, *arguments]
+    return found
+
+
+def directory(name: str) -> pathlib.Path:
+    """Run directory of a job."""
+    return pathlib.Path(FLAGS.work_dir).absolute() / name.replace(" ", "_")
+
+
+def run(command: list[str], output_dir: pathlib.Path, core: int) -> dict:
+    """Runs one job on one core; its summary."""
+    command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
+    command.append(f"--data_dir={pathlib.Path(FLAGS.data_dir).absolute()}")
+    log = output_dir.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        os.sched_setaffinity(process.pid, {core})
+        if process.wait():
+            raise RuntimeError(f"{' '.join(command)} failed; see {log}")
+    return json.loads((output_dir / "summary.json").read_text())
+
+
+def main(_: list[str]) -> None:
+    """Runs what is not yet in the output, one job a core."""
+    pathlib.Path(FLAGS.work_dir).mkdir(parents=True, exist_ok=True)
+    output = pathlib.Path(FLAGS.output)
+    lines = output.read_text().splitlines() if output.exists() else []
+    finished = {row["name"] for row in map(json.loads, lines)}
+    cores = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+
+    def work(item):
+        name, command = item
+        core = cores.get()
+        try:
+            summary = run(command, directory(name), core)
+        finally:
+            cores.put(core)
+        with output.open("a") as file:
+            file.write(json.dumps({"name": name, **summary}) + "\n")
+        print(f"finished: {name}, {summary['wall_seconds']:.0f} s", flush=True)
+
+    todo = [item for item in jobs().items() if item[0] not in finished]
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        # Trainings need the searches.
+        for kind in ("search", "train"):
+            list(pool.map(work, [item for item in todo if item[0].startswith(kind)]))
+
+
+if __name__ == "__main__":
+    app.run(main)
