@@ -37,6 +37,8 @@ SEARCH = (
     "--architecture_learning_rate=0.03",
 )
 METHODS = {
+    "factorized": (),
+    "coarse to fine": ("--distribution=coarse_to_fine",),
     "PARSEC": (
         "--distribution=joint",
         "--samples=16",
@@ -44,29 +46,33 @@ METHODS = {
         "--nostratified",
         "--nodeduplicate",
     ),
-    "factorized": (),
-    "coarse to fine": ("--distribution=coarse_to_fine",),
 }
 SEEDS = 3
 RELIABLE, RELIABLE_SEEDS = "factorized", 5
 
 
-def jobs() -> dict[str, list[str]]:
-    """Commands by name, in an order in which each finds what it needs."""
-    found = {}
-    for seed in range(RELIABLE_SEEDS):
-        for method in METHODS:
-            if seed < SEEDS or method == RELIABLE:
-                arguments = [*SEARCH, *METHODS[method], f"--seed={seed}"]
-                found[f"search {method} {seed}"] = ["fpnas_keras.search", *DATA, *arguments]
-    for name, searched, seed in (
-        *((f"train result {seed}", seed, 0) for seed in range(RELIABLE_SEEDS)),
-        *((f"train again {seed}", 0, seed) for seed in range(1, RELIABLE_SEEDS)),
-    ):
+def phases() -> list[dict[str, list[str]]]:
+    """Commands by name; those of a phase need nothing but earlier phases."""
+
+    def search(method, seed):
+        arguments = [*SEARCH, *METHODS[method], f"--seed={seed}"]
+        return {f"search {method} {seed}": ["fpnas_keras.search", *DATA, *arguments]}
+
+    def train(name, searched, seed):
         architecture = directory(f"search {RELIABLE} {searched}") / "architecture.json"
         arguments = [f"--architecture={architecture}", "--epochs=20", f"--seed={seed}"]
-        found[name] = ["fpnas_keras.train", *DATA, *arguments]
-    return found
+        return {name: ["fpnas_keras.train", *DATA, *arguments]}
+
+    reliable, trained, others = {}, {}, {}
+    for seed in range(RELIABLE_SEEDS):
+        reliable |= search(RELIABLE, seed)
+        trained |= train(f"train result {seed}", seed, 0)
+    for seed in range(1, RELIABLE_SEEDS):
+        trained |= train(f"train again {seed}", 0, seed)
+    for method in METHODS:
+        for seed in range(SEEDS):
+            others |= search(method, seed)
+    return [reliable, trained, others]
 
 
 def directory(name: str) -> pathlib.Path:
@@ -108,11 +114,10 @@ def main(_: list[str]) -> None:
             file.write(json.dumps({"name": name, **summary}) + "\n")
         print(f"finished: {name}, {summary['wall_seconds']:.0f} s", flush=True)
 
-    todo = [item for item in jobs().items() if item[0] not in finished]
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        # Trainings need the searches.
-        for kind in ("search", "train"):
-            list(pool.map(work, [item for item in todo if item[0].startswith(kind)]))
+        for phase in phases():
+            list(pool.map(work, [item for item in phase.items() if item[0] not in finished]))
+            finished |= set(phase)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ CONTROLLER = fpnas.CostController(anneal_steps=100)
 OURS = {
     "samples": fpnas.AdaptiveSamples(scale=0.25),
     "cost_coefficient": CONTROLLER,
-    "learning_rate": 0.05,
+    "learning_rate": 0.1,
 }
 PARSEC = {
     "distribution": "joint",

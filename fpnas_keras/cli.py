@@ -53,7 +53,8 @@ def load_data(split: str, image_size: int) -> data.Images:
             f"`train_images` must be below the {count} training images of {FLAGS.data}. "
             f"Received: train_images={FLAGS.train_images}"
         )
-    _, kept = data.split(images.y, FLAGS.train_images / count, seed=0)
+    # scikit-learn rounds a share up to the next image.
+    _, kept = data.split(images.y, (FLAGS.train_images - 0.5) / count, seed=0)
     return images._replace(x=images.x[kept], y=images.y[kept])
 
 

@@ -108,6 +108,7 @@ def search_batches(
     seed: int = 0,
     steps_per_epoch: int | None = None,
     image_shape: tuple[int, int, int] | None = None,
+    architecture_batch_size: int | None = None,
 ) -> tf.data.Dataset:
     """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
 
@@ -121,6 +122,8 @@ def search_batches(
         seed: Seed of the split and of the order.
         steps_per_epoch: Batches an epoch; by default one pass over the weights part.
         image_shape: `(height, width, channels)`, needed with file names.
+        architecture_batch_size: Images of the architecture part in a batch, where that
+            is another number.
 
     Returns:
         A dataset of one epoch; each time that it is iterated it goes on with the
@@ -131,7 +134,9 @@ def search_batches(
     # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
     x, y = tf.constant(x), tf.constant(y, tf.int32)
     read_t = _reader(x, y, weights, batch_size, seed, image_shape)
-    read_v = _reader(x, y, architecture, batch_size, seed + 1, image_shape)
+    read_v = _reader(
+        x, y, architecture, architecture_batch_size or batch_size, seed + 1, image_shape
+    )
     return _epochs(lambda step: (read_t(step), read_v(step)), steps)
 
 

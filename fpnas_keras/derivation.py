@@ -4,7 +4,9 @@ max log p(A) subject to cost(A) <= budget is a knapsack over a chain of blocks: 
 cost depends on its own entry and on the filters that reach it.
 """
 
+import math
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -42,15 +44,16 @@ def most_probable(
     table: CostTable,
     budget: float,
     seconds: float = 60.0,
+    least: float = 0.0,
 ) -> Derivation:
     """The most probable architecture whose cost is at or under a budget.
 
     Label setting over (block, filters): a label is the beginning of an
     architecture. It is dropped when another one with the same filters is neither dearer
-    nor less probable, when even its cheapest completion is over the budget, or
-    when a Lagrangian bound shows that no completion beats the best architecture so
-    far. Passes with more and more labels go on until one drops no other label, which
-    is a proof, or until the time is over.
+    nor less probable (and surely costs `least` in the end), when even its cheapest
+    completion is over the budget, or when a Lagrangian bound shows that no completion
+    beats the best architecture so far. Passes with more and more labels go on until one
+    drops no other label, which is a proof, or until the time is over.
 
     Args:
         space: The space.
@@ -58,6 +61,8 @@ def most_probable(
         table: The cost.
         budget: In the unit of the cost.
         seconds: Time after which the best one so far is returned with its gap.
+        least: Least that it should cost; where nothing is found that does, it may be
+            less, with a warning.
 
     Raises:
         ValueError: When no architecture is within the budget.
@@ -74,17 +79,24 @@ def most_probable(
             f"Received: budget={budget:,.0f}"
         )
     budget = min(budget, table.largest())  # which may be infinite
-    chain = _Chain(np.asarray(log_probabilities, np.float64), table)
+    chain = _Chain(np.asarray(log_probabilities, np.float64), table, least)
     deadline = time.monotonic() + seconds
-    best, multipliers, upper = _relax(chain, budget)
+    best, multipliers, upper = _relax(chain, budget, least)
     width = _FIRST_WIDTH
     while upper > best.log_prob + _TOLERANCE:
-        found = _search(chain, budget, multipliers, best, width, deadline)
+        found = _search(chain, budget, least, multipliers, best, width, deadline)
         if found is None:
             break
         best, cut = found
         upper = min(upper, max(cut, best.log_prob))
         width *= _WIDTH_FACTOR
+    if not best.entries:
+        warnings.warn(
+            f"no architecture is found that costs from {least:,.0f} to {budget:,.0f}; the most "
+            f"probable one up to {budget:,.0f} is taken",
+            stacklevel=2,
+        )
+        return most_probable(space, log_probabilities, table, budget, seconds)
     entries = zip(space.blocks, best.entries, strict=True)
     choices = np.array([block.entries[index] for block, index in entries])
     gap = upper - best.log_prob
@@ -104,20 +116,19 @@ class _Found(NamedTuple):
 class _Chain:
     """Blocks as moves from filters to filters; the head is the last block."""
 
-    def __init__(self, log_probabilities, table):
+    def __init__(self, log_probabilities, table, least):
         self.fixed = table.fixed
         # For each block and filters in: entry, cost, log p and filters out of each useful move.
         self.moves = []
         for index, costs in enumerate(table.blocks):
             log_p = log_probabilities[index, : costs.shape[1]]
-            chooses = table.sources[index + 1] == index
             filters = table.filters_of_entries(index)
-            self.moves.append(
-                [
-                    _undominated(row, log_p, filters if chooses else np.full_like(filters, state))
-                    for state, row in enumerate(costs)
-                ]
-            )
+            self.moves.append([])
+            for state, row in enumerate(costs):
+                chooses = table.sources[index + 1] == index
+                to = filters if chooses else np.full_like(filters, state)
+                kept = _undominated(to, row, log_p, np.full(len(row), least <= 0))
+                self.moves[-1].append((kept, row[kept], log_p[kept], to[kept]))
         zeros = np.zeros(1)
         self.moves.append(
             [(np.zeros(1, int), np.array([cost]), zeros, np.zeros(1, int)) for cost in table.heads]
@@ -150,52 +161,67 @@ class _Chain:
         return _Found(entries[:-1], float(cost), float(log_prob))
 
 
-def _undominated(cost, log_p, states):
-    """The moves for which no other to the same filters is as cheap and as probable."""
-    order = np.lexsort((-log_p, cost, states))
-    kept = order[_is_front(states[order], log_p[order])]
-    return kept, cost[kept], log_p[kept], states[kept]
+def _undominated(states, cost, log_p, safe):
+    """Labels, in order, for which no other of the same state is as cheap and as probable.
+
+    Only those that are safe, which cost enough however they go on, may take the place of a
+    dearer one.
+    """
+    groups = states
+    if not safe.all():
+        _, code = np.unique(cost, return_inverse=True)
+        groups = np.where(safe, states, (code + 1) * (states.max() + 1) + states)
+    order = np.lexsort((-log_p, cost, groups))
+    return order[_is_front(groups[order], log_p[order])]
 
 
-def _is_front(states, log_p):
-    """Which of the labels, sorted by (state, cost), are more probable than all cheaper ones."""
-    front = np.ones(len(states), bool)
-    starts = np.flatnonzero(np.r_[True, states[1:] != states[:-1]])
-    for start, end in zip(starts, np.r_[starts[1:], len(states)]):
+def _is_front(groups, log_p):
+    """Which of the labels, sorted by (group, cost), are more probable than all cheaper ones."""
+    front = np.ones(len(groups), bool)
+    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
+    for start, end in zip(starts, np.r_[starts[1:], len(groups)]):
         own = log_p[start:end]
         front[start + 1 : end] = own[1:] > np.maximum.accumulate(own)[:-1]
     return front
 
 
-def _relax(chain, budget):
-    """Lagrangian relaxation: for m >= 0, log p(A) <= max(log p - m * cost) + m * budget.
+def _relax(chain, budget, least):
+    """Lagrangian relaxation, which bounds log p(A) for any multiplier m:
+
+        log p(A) <= max(log p - m * cost) + m * (budget if m >= 0 else least)
 
     Returns:
-        The best architecture met within the budget, the multipliers worth using, and the
-        least upper bound.
+        The best architecture met that costs what it should, the multipliers worth using, and
+        the least upper bound.
     """
-    best = chain.follow(chain.best(1.0, likelihood=0.0)[1])  # the cheapest
-    upper, tightest = np.inf, 0.0
-    low, high, multiplier = 0.0, None, 0.0
+    best = _Found([], math.nan, -math.inf)
+    if least <= 0:
+        best = chain.follow(chain.best(1.0, likelihood=0.0)[1])  # the cheapest
+    upper, tightest = math.inf, 0.0
+    low, high, multiplier, sign = 0.0, None, 0.0, 1
     for _ in range(60):
         values, choices = chain.best(multiplier)
         found = chain.follow(choices)
-        bound = values[0][0] + multiplier * (budget - chain.fixed)
+        bound = values[0][0] + multiplier * ((budget if multiplier >= 0 else least) - chain.fixed)
         if bound < upper:
             upper, tightest = bound, multiplier
-        if found.cost <= budget:
+        if least <= found.cost <= budget:
             best = max(best, found, key=lambda each: each.log_prob)
-            high = multiplier
             if multiplier == 0:
                 break
+        if multiplier == 0:
+            sign = 1 if found.cost > budget else -1
+        if (found.cost <= budget) if sign > 0 else (found.cost >= least):
+            high = multiplier
         else:
             low = multiplier
-        # Doubled until within the budget, then halved.
-        multiplier = max(2 * low, 1 / budget) if high is None else (low + high) / 2
+        # Doubled until on the other side, then halved.
+        further = 2 * low if low else sign / budget
+        multiplier = further if high is None else (low + high) / 2
     return best, [factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)], upper
 
 
-def _search(chain, budget, multipliers, best, width, deadline):
+def _search(chain, budget, least, multipliers, best, width, deadline):
     """One pass with at most `width` labels after each block.
 
     Returns:
@@ -203,21 +229,26 @@ def _search(chain, budget, multipliers, best, width, deadline):
         `None` when the time is over.
     """
     cheapest = [-values for values in chain.best(1.0, likelihood=0.0)[0]]
+    dearest = chain.best(-1.0, likelihood=0.0)[0]
     bounds = [(each, chain.best(each)[0]) for each in multipliers]
     state, cost, log_p = np.zeros(1, int), np.array([chain.fixed]), np.zeros(1)
-    history, cut = [], -np.inf
+    history, cut = [], -math.inf
     for index, block in enumerate(chain.moves):
         if time.monotonic() > deadline:
             return None
         parent, entry, state, cost, log_p = _extend(block, state, cost, log_p)
-        left = budget - cost
-        completed = [values[index + 1][state] + m * left for m, values in bounds]
+        completed = [
+            values[index + 1][state] + m * ((budget if m >= 0 else least) - cost)
+            for m, values in bounds
+        ]
         bound = log_p + np.min(completed, axis=0)
         kept = np.flatnonzero(
-            (cheapest[index + 1][state] <= left) & (bound > best.log_prob + _TOLERANCE)
+            (cost + cheapest[index + 1][state] <= budget)
+            & (cost + dearest[index + 1][state] >= least)
+            & (bound > best.log_prob + _TOLERANCE)
         )
-        kept = kept[np.lexsort((-log_p[kept], cost[kept], state[kept]))]
-        kept = kept[_is_front(state[kept], log_p[kept])]
+        safe = (cost + cheapest[index + 1][state] >= least)[kept]
+        kept = kept[_undominated(state[kept], cost[kept], log_p[kept], safe)]
         if len(kept) > width:
             order = np.argsort(-bound[kept], kind="stable")
             cut = max(cut, bound[kept[order[width]]])

@@ -305,6 +305,8 @@ class ArchitectureSearch(keras.Model):
             self.make_train_function(force=True)
         if self.test_function is not None:
             self.make_test_function(force=True)
+        if self.predict_function is not None:
+            self.make_predict_function(force=True)
 
     @property
     def distribution(self) -> BlockLogits:
@@ -323,7 +325,10 @@ class ArchitectureSearch(keras.Model):
         return {name: self._trackers[name].result() for name in names}
 
     def derive(
-        self, budget: float | Sequence[float] | str | None = "target", seconds: float = 60.0
+        self,
+        budget: float | Sequence[float] | str | None = "target",
+        seconds: float = 60.0,
+        use: float = 0.0,
     ) -> Architecture | list[Architecture]:
         """The most probable architecture, or the most probable one within a budget.
 
@@ -333,14 +338,16 @@ class ArchitectureSearch(keras.Model):
                 no budget.
             seconds: Time to prove that nothing more probable is within the budget;
                 after that the best so far is returned, with a warning.
+            use: Least share of the budget that it must cost, 0 to 1. A search may leave
+                much of a budget unused where its last doubts are about large blocks.
 
         Raises:
             ValueError: When no architecture is within the budget, or when the search
                 has not left its warm-up, and knows nothing.
         """
         if isinstance(budget, Sequence) and not isinstance(budget, str):
-            return [self.derive(each, seconds) for each in budget]
-        found = self.derivation(budget, seconds)
+            return [self.derive(each, seconds, use) for each in budget]
+        found = self.derivation(budget, seconds, use)
         if found.gap > 0:
             warnings.warn(
                 f"not proven in {seconds} s: another architecture within {budget} may be up to "
@@ -350,7 +357,7 @@ class ArchitectureSearch(keras.Model):
         return found.architecture
 
     def derivation(
-        self, budget: float | str | None = "target", seconds: float = 60.0
+        self, budget: float | str | None = "target", seconds: float = 60.0, use: float = 0.0
     ) -> Derivation:
         """As `derive` for one budget, with what is proven of the result."""
         if self.step < self.warmup_steps:
@@ -363,7 +370,8 @@ class ArchitectureSearch(keras.Model):
             budget = self.cost.target
         log_p = self.distribution.log_probabilities().numpy()
         budget = math.inf if budget is None else budget
-        return most_probable(self.space, log_p, self.cost_table, budget, seconds)
+        least = 0.0 if budget == math.inf else use * min(budget, self.cost_table.largest())
+        return most_probable(self.space, log_p, self.cost_table, budget, seconds, least)
 
     def _run_samples(self, samples, train_batch, validation_batch):
         """Runs every sample on both batches, one at a time.

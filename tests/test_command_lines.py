@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("command_lines")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=2"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--seed=5", "--sample_scale=0.1"]
-SEARCH += ["--warmup_steps=2"]
+SEARCH += ["--warmup_steps=2", "--distribution=coarse_to_fine", "--coarse_epochs=2"]
 
 
 def environment():
@@ -87,17 +87,31 @@ def test_search_leaves_a_run_directory(searched):
     assert [(row["step"], row["epoch"], row["phase"]) for row in rows] == [
         ("2", "1", "warm_up"),
         ("4", "2", "factorized"),
-        ("6", "3", "factorized"),
+        ("6", "3", "joint"),
     ]
+    assert 0.95 * summary["target"] <= summary["macs"] <= summary["target"]
+    assert summary["derivation_gap"] == 0
+    assert 0 < summary["total_evaluated"] <= summary["total_samples"]
     assert int(rows[-1]["total_samples"]) == summary["total_samples"] == 2 * 2 + 4 * 3
     assert {
         "samples",
         "entropy",
+        "evaluated",
         "expected_cost",
+        "cost_coefficient",
         "train_loss",
         "validation_loss",
         "seconds",
     } <= set(rows[0])
+
+
+def test_a_part_of_the_training_images_is_kept_in_the_next_command(tmp_path):
+    result = run(*SEARCH, "--train_images=400", f"--output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    assert "--train_images=400" in next_command(result.stdout)
+    result = run(*next_command(result.stdout), "--epochs=1")
+    assert result.returncode == 0, result.stderr
+    assert "400 training images" in result.stderr
 
 
 def test_the_same_flags_give_the_same_search(searched, tmp_path):
@@ -156,8 +170,12 @@ def test_training_and_export_follow_the_printed_commands(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--space=nonesuch"], "`space` must be one of mobile_mini. Received: space='nonesuch'"),
+        (["--space=nonesuch"], "`space` must be one of mobile_mini, nas_bench_macro. Received"),
         (["--target=1e3"], "`target` must be at least 112,928 MACs"),
+        (
+            ["--train_images=9000"],
+            "`train_images` must be below the 1437 training images",
+        ),
         (["--warmup_steps=6"], "`warmup_steps` must be below the 6 steps of the search"),
         (["--samples=1"], "`samples` must be at least 2"),
         (["--data=folder:/nonesuch"], "`data` names no folder. Received: data=folder:/nonesuch"),
@@ -179,6 +197,11 @@ def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
         (["--epochs=0"], "--epochs=0"),
         (["--epochs=x"], "--epochs=x"),
         (["--target=3e6"], "--target needs --cost"),
+        (["--coarse_epochs=2"], "--coarse_epochs needs --distribution=coarse_to_fine"),
+        (
+            ["--distribution=coarse_to_fine", "--epochs=3", "--coarse_epochs=3"],
+            "must be below --epochs",
+        ),
         (["--min_samples=9", "--max_samples=8"], "--min_samples must be at most --max_samples"),
         (["--flagfile=/nonesuch"], "/nonesuch"),
         (["extra"], "unexpected argument 'extra'"),

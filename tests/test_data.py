@@ -40,6 +40,14 @@ def numbered_images(count):
     return x, np.arange(count) % 2
 
 
+def test_the_architecture_part_may_have_batches_of_its_own():
+    x, y = numbered_images(80)
+    batches = data.search_batches(x, y, batch_size=10, architecture_batch_size=40)
+    ((x_t, y_t), (x_v, y_v)) = next(iter(batches))
+    assert (len(x_t), len(y_t), len(x_v), len(y_v)) == (10, 10, 40, 40)
+    assert len(set(x_v.numpy()[:, 0, 0, 0])) == 40
+
+
 def test_search_batches_are_passes_over_two_disjoint_parts():
     x, y = numbered_images(80)
     batches = data.search_batches(x, y, batch_size=10)

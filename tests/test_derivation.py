@@ -48,6 +48,29 @@ def test_a_large_space_is_solved_and_proven():
         assert probable[-1] == pytest.approx(mode, abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", [FactorizedLogits, JointLogits])
+def test_between_two_costs_it_is_the_best_of_an_enumeration(tiny_space, kind, seed):
+    distribution = random_distribution(tiny_space, seed, kind)
+    table = CostTable(tiny_space, MacsCost())
+    choices = tf.constant(all_choices(tiny_space))
+    log_p, costs = distribution.log_prob(choices).numpy(), table(choices).numpy()
+    log_probabilities = distribution.log_probabilities().numpy()
+    for budget, share in ((15_000, 0.9), (25_000, 0.99), (40_000, 0.8), (60_000, 0.95)):
+        least = share * budget
+        found = most_probable(tiny_space, log_probabilities, table, budget, least=least)
+        within = (costs <= budget) & (costs >= least)
+        assert found.log_prob == pytest.approx(log_p[within].max(), abs=1e-5)
+        assert least <= found.cost == found.architecture.macs() <= budget
+        assert found.gap == 0
+    least = costs.max() - 1
+    dearest = most_probable(tiny_space, log_probabilities, table, float("inf"), least=least)
+    assert dearest.cost == costs.max()
+    with pytest.warns(UserWarning, match="no architecture is found that costs from 71,158 to"):
+        found = most_probable(tiny_space, log_probabilities, table, 71_159, least=71_158)
+    assert found == most_probable(tiny_space, log_probabilities, table, 71_159)
+
+
 def test_without_time_the_gap_is_true():
     space = spaces.get("mobile_mini")
     table = CostTable(space, MacsCost())

@@ -185,6 +185,8 @@ def test_derive_meets_budgets():
     mode = search.derive(budget=None)
     assert mode == best(np.inf) and mode.macs() > 30_000
     assert search.derive() == search.derive(budget=30_000) == best(30_000)
+    used = search.derive(budget=35_000, use=0.95)
+    assert 0.95 * 35_000 <= used.macs() <= 35_000
     family = search.derive(budget=[15_000, 30_000, 1e9])
     assert family == [best(15_000), best(30_000), mode]
     least = macs.min()
