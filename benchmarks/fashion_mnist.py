@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import queue
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,7 @@ def run(command: list[str], output_dir: pathlib.Path, core: int) -> dict:
     command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
     command.append(f"--data_dir={pathlib.Path(FLAGS.data_dir).absolute()}")
     log = output_dir.with_suffix(".log")
+    shutil.rmtree(output_dir, ignore_errors=True)  # what a run that was cut has left
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
         os.sched_setaffinity(process.pid, {core})

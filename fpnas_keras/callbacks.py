@@ -32,6 +32,9 @@ class CoarseToFine(keras.callbacks.Callback):
     Args:
         epoch: Number of epochs that the search stays factorized.
 
+    Raises:
+        ValueError: When training begins with a search that has no joint logits to go to.
+
     Example:
 
     ```python
@@ -47,8 +50,16 @@ class CoarseToFine(keras.callbacks.Callback):
         super().__init__()
         self.epoch = epoch
 
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        if len(self.model.distributions) == 1:
+            raise ValueError(
+                "`CoarseToFine` needs a search with distribution='coarse_to_fine'. "
+                f"Received: {type(self.model.distribution).__name__} alone"
+            )
+
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        if epoch == self.epoch:
+        refined = self.model.distribution is self.model.distributions[-1]
+        if epoch >= self.epoch and not refined:
             self.model.refine()
 
 

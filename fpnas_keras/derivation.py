@@ -17,6 +17,8 @@ from fpnas_keras.spaces import Space
 
 # Labels kept after each block in the first pass; each further pass keeps more.
 _FIRST_WIDTH, _WIDTH_FACTOR = 1_000, 8
+# Labels times moves that are held at once.
+_CHUNK = 2_000_000
 # Log-probabilities closer than this are equal.
 _TOLERANCE = 1e-9
 
@@ -28,13 +30,15 @@ class Derivation(NamedTuple):
         architecture: The architecture.
         cost: Its cost.
         log_prob: log p of it.
-        gap: No architecture within the budget has a log p above `log_prob + gap`;
-            0 when it is proven to be the most probable one.
+        least: The lower limit of the cost that was kept.
+        gap: No architecture that costs from `least` to the budget has a log p above
+            `log_prob + gap`; 0 when it is proven to be the most probable one.
     """
 
     architecture: Architecture
     cost: float
     log_prob: float
+    least: float
     gap: float
 
 
@@ -61,8 +65,8 @@ def most_probable(
         table: The cost.
         budget: In the unit of the cost.
         seconds: Time after which the best one so far is returned with its gap.
-        least: Least that it should cost; where nothing is found that does, it may be
-            less, with a warning.
+        least: Least that it should cost; where nothing that does is found in time, it is
+            dropped, with a warning.
 
     Raises:
         ValueError: When no architecture is within the budget.
@@ -91,17 +95,23 @@ def most_probable(
         upper = min(upper, max(cut, best.log_prob))
         width *= _WIDTH_FACTOR
     if not best.entries:
+        reason = "there is no" if upper == -math.inf else f"in {seconds:g} s there was found no"
         warnings.warn(
-            f"no architecture is found that costs from {least:,.0f} to {budget:,.0f}; the most "
+            f"{reason} architecture that costs from {least:,.0f} to {budget:,.0f}; the most "
             f"probable one up to {budget:,.0f} is taken",
             stacklevel=2,
         )
-        return most_probable(space, log_probabilities, table, budget, seconds)
+        left = max(0.0, deadline - time.monotonic())
+        return most_probable(space, log_probabilities, table, budget, left)
     entries = zip(space.blocks, best.entries, strict=True)
     choices = np.array([block.entries[index] for block, index in entries])
     gap = upper - best.log_prob
     return Derivation(
-        space.architecture(choices), best.cost, best.log_prob, gap if gap > _TOLERANCE else 0.0
+        space.architecture(choices),
+        best.cost,
+        best.log_prob,
+        least,
+        gap if gap > _TOLERANCE else 0.0,
     )
 
 
@@ -152,7 +162,7 @@ class _Chain:
         return values, choices
 
     def follow(self, choices):
-        """The architecture that takes the given move at each (block, filters)."""
+        """The architecture that takes the given move of each (block, filters)."""
         state, cost, log_prob, entries = 0, self.fixed, 0.0, []
         for block, move in zip(self.moves, choices):
             entry, costs, log_p, states = (each[move[state]] for each in block[state])
@@ -177,12 +187,11 @@ def _undominated(states, cost, log_p, safe):
 
 def _is_front(groups, log_p):
     """Which of the labels, sorted by (group, cost), are more probable than all cheaper ones."""
-    front = np.ones(len(groups), bool)
-    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
-    for start, end in zip(starts, np.r_[starts[1:], len(groups)]):
-        own = log_p[start:end]
-        front[start + 1 : end] = own[1:] > np.maximum.accumulate(own)[:-1]
-    return front
+    # A running maximum that starts anew in each group: ranks of later groups are all higher.
+    _, rank = np.unique(log_p, return_inverse=True)
+    starts = np.r_[True, groups[1:] != groups[:-1]]
+    rank = rank + np.cumsum(starts) * len(groups)
+    return starts | (rank > np.r_[-1, np.maximum.accumulate(rank)[:-1]])
 
 
 def _relax(chain, budget, least):
@@ -199,6 +208,7 @@ def _relax(chain, budget, least):
         best = chain.follow(chain.best(1.0, likelihood=0.0)[1])  # the cheapest
     upper, tightest = math.inf, 0.0
     low, high, multiplier, sign = 0.0, None, 0.0, 1
+    sides = {}  # the last choices on each side of the limit
     for _ in range(60):
         values, choices = chain.best(multiplier)
         found = chain.follow(choices)
@@ -211,14 +221,23 @@ def _relax(chain, budget, least):
                 break
         if multiplier == 0:
             sign = 1 if found.cost > budget else -1
-        if (found.cost <= budget) if sign > 0 else (found.cost >= least):
+        crossed = (found.cost <= budget) if sign > 0 else (found.cost >= least)
+        sides[crossed] = choices
+        if crossed:
             high = multiplier
         else:
             low = multiplier
         # Doubled until on the other side, then halved.
         further = 2 * low if low else sign / budget
         multiplier = further if high is None else (low + high) / 2
-    return best, [factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)], upper
+    if len(sides) == 2:
+        # Multipliers jump over what lies between: the first blocks of one, the rest of the other.
+        for first, rest in (sides.values(), reversed(sides.values())):
+            for count in range(1, len(first)):
+                found = chain.follow(first[:count] + rest[count:])
+                if least <= found.cost <= budget:
+                    best = max(best, found, key=lambda each: each.log_prob)
+    return best, sorted({factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)}), upper
 
 
 def _search(chain, budget, least, multipliers, best, width, deadline):
@@ -234,27 +253,40 @@ def _search(chain, budget, least, multipliers, best, width, deadline):
     state, cost, log_p = np.zeros(1, int), np.array([chain.fixed]), np.zeros(1)
     history, cut = [], -math.inf
     for index, block in enumerate(chain.moves):
-        if time.monotonic() > deadline:
-            return None
-        parent, entry, state, cost, log_p = _extend(block, state, cost, log_p)
-        completed = [
-            values[index + 1][state] + m * ((budget if m >= 0 else least) - cost)
-            for m, values in bounds
-        ]
-        bound = log_p + np.min(completed, axis=0)
-        kept = np.flatnonzero(
-            (cost + cheapest[index + 1][state] <= budget)
-            & (cost + dearest[index + 1][state] >= least)
-            & (bound > best.log_prob + _TOLERANCE)
-        )
-        safe = (cost + cheapest[index + 1][state] >= least)[kept]
-        kept = kept[_undominated(state[kept], cost[kept], log_p[kept], safe)]
-        if len(kept) > width:
-            order = np.argsort(-bound[kept], kind="stable")
-            cut = max(cut, bound[kept[order[width]]])
-            kept = np.sort(kept[order[:width]])
-        history.append((parent[kept], entry[kept]))
-        state, cost, log_p = state[kept], cost[kept], log_p[kept]
+        labels, bound, extended = None, None, 0
+        while extended < len(state):
+            if time.monotonic() > deadline:
+                return None
+            # As many at once as fit into memory.
+            part = np.arange(extended, min(len(state), extended + _CHUNK // len(block[0][0]) + 1))
+            extended += len(part)
+            new = _extend(block, part, state[part], cost[part], log_p[part])
+            _, _, to, costs, log_ps = new
+            completed = [
+                values[index + 1][to] + m * ((budget if m >= 0 else least) - costs)
+                for m, values in bounds
+            ]
+            new_bound = log_ps + np.min(completed, axis=0)
+            kept = np.flatnonzero(
+                (costs + cheapest[index + 1][to] <= budget)
+                & (costs + dearest[index + 1][to] >= least)
+                & (new_bound > best.log_prob + _TOLERANCE)
+            )
+            new, new_bound = [each[kept] for each in new], new_bound[kept]
+            if labels is not None:
+                new = [np.concatenate(each) for each in zip(labels, new)]
+                new_bound = np.concatenate([bound, new_bound])
+            _, _, to, costs, log_ps = new
+            kept = _undominated(to, costs, log_ps, costs + cheapest[index + 1][to] >= least)
+            if len(kept) > width:
+                order = np.argsort(-new_bound[kept], kind="stable")
+                cut = max(cut, new_bound[kept[order[width]]])
+                kept = np.sort(kept[order[:width]])
+            labels, bound = [each[kept] for each in new], new_bound[kept]
+        if labels is None:
+            return best, cut
+        parent, entry, state, cost, log_p = labels
+        history.append((parent, entry))
     if len(log_p):
         last = position = int(np.argmax(log_p))
         entries = []
@@ -265,15 +297,15 @@ def _search(chain, budget, least, multipliers, best, width, deadline):
     return best, cut
 
 
-def _extend(block, state, cost, log_p):
-    """All labels with all moves: parent, entry, state, cost and log p of each."""
+def _extend(block, numbers, state, cost, log_p):
+    """All of the labels with all moves: parent, entry, state, cost and log p of each."""
     parts = []
     for value, (entries, costs, log_ps, states) in enumerate(block):
         (own,) = np.nonzero(state == value)
         shape = (len(own), len(entries))
         parts.append(
             (
-                np.repeat(own, len(entries)),
+                np.repeat(numbers[own], len(entries)),
                 np.broadcast_to(entries, shape).ravel(),
                 np.broadcast_to(states, shape).ravel(),
                 (cost[own, None] + costs).ravel(),

@@ -43,15 +43,15 @@ flags.DEFINE_float(
     "cost_coefficient",
     None,
     "A fixed weight of the cost against the likelihood (the paper's beta), instead of one that "
-    "is moved so that the expected cost settles at the target. Raise it when the result is over "
-    "the target, lower it when it is far under.",
+    "is moved so that the expected cost settles at the target. Raise it when expected_cost ends "
+    "over the target, lower it when it ends far under.",
     lower_bound=0,
 )
 flags.DEFINE_boolean(
     "two_sided",
     True,
-    "Whether the search is also pulled up to the target from below; without it the target only "
-    "limits, and small networks, which learn faster, often win.",
+    "Whether the expected cost is also pulled up to the target from below; without it small "
+    "networks, which learn faster, often win (set --least_share=0 then).",
 )
 flags.DEFINE_integer(
     "anneal_steps",
@@ -68,18 +68,20 @@ flags.DEFINE_enum(
     "max(0, cost / target - 1) over the samples, or the logarithm of that mean.",
 )
 flags.DEFINE_float(
-    "target_use",
+    "least_share",
     0.95,
-    "Least share of the target that the result costs, 0 to 1; 0 takes the most probable "
-    "architecture within the target, which may be much cheaper.",
+    "Least share of the target that the result should cost, 0 to 1 (less, with a warning, where "
+    "there is no such architecture). 0 takes the most probable one within the target, which may "
+    "be much cheaper.",
     lower_bound=0,
     upper_bound=1,
 )
 flags.DEFINE_float(
     "derive_seconds",
     60.0,
-    "Seconds to prove that no more probable architecture is within the target; after them the "
-    "best so far is taken, and summary.json says how far it may be off (derivation_gap).",
+    "Seconds to prove that no architecture between --least_share and the target is more "
+    "probable; after them the best so far is taken, and summary.json says how far it may be off "
+    "(derivation_gap, in nats of log p).",
     lower_bound=0,
 )
 flags.DEFINE_enum(
@@ -114,8 +116,8 @@ flags.DEFINE_integer(
     "warmup_steps",
     None,
     "Steps at the start that train the shared weights alone; by default a fifth of all steps, at "
-    "most 300. Untrained weights favour the smallest networks; raise it when the result is far "
-    "under the target.",
+    "most 300. Untrained weights favour the smallest networks, which "
+    "learn first; raise it when the networks are large or learn slowly.",
     lower_bound=0,
 )
 flags.DEFINE_float(
@@ -160,7 +162,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_float(
     "architecture_learning_rate",
-    0.01,
+    0.03,
     "Learning rate of the architecture logits (Adam). Higher decides earlier, on less evidence.",
     lower_bound=0,
 )
@@ -177,6 +179,24 @@ flags.register_multi_flags_validator(
     "--target needs --cost=macs or --cost=params, and the other way round",
 )
 
+flags.register_multi_flags_validator(
+    ["target", "cost_coefficient", "anneal_steps"],
+    lambda values: (
+        values["target"] is not None
+        or (values["cost_coefficient"] is None and values["anneal_steps"] is None)
+    ),
+    "--cost_coefficient and --anneal_steps need --target",
+)
+flags.register_multi_flags_validator(
+    ["cost_coefficient", "anneal_steps"],
+    lambda values: values["cost_coefficient"] is None or values["anneal_steps"] is None,
+    "--anneal_steps moves the coefficient, which --cost_coefficient fixes",
+)
+flags.register_multi_flags_validator(
+    ["distribution", "epochs"],
+    lambda values: values["distribution"] != "coarse_to_fine" or values["epochs"] > 1,
+    "--distribution=coarse_to_fine needs at least 2 --epochs",
+)
 flags.register_multi_flags_validator(
     ["distribution", "coarse_epochs", "epochs"],
     lambda values: (
@@ -216,19 +236,25 @@ def _search(run):
     )
     with replacing(run.path("search.weights.h5")) as temporary:
         search.save_weights(temporary)
-    derivation = search.derivation(seconds=FLAGS.derive_seconds, use=FLAGS.target_use)
+    derivation = search.derivation(seconds=FLAGS.derive_seconds, least_share=FLAGS.least_share)
     derivation.architecture.save(run.path("architecture.json"))
     # What the most probable architecture reaches with the shared weights.
     mode = search.evaluate(
         batches.map(lambda _, validation: validation), verbose=0, return_dict=True
     )
+    mode = {f"mode_{name}": value for name, value in mode.items()}
+    mode["mode_macs"] = search.derive(budget=None).macs()
     run.finish(**_summary(search, derivation), **mode)
 
 
 def _coarse_to_fine():
     if FLAGS.distribution != "coarse_to_fine":
         return []
-    return [CoarseToFine(FLAGS.coarse_epochs or FLAGS.epochs // 2)]
+    return [CoarseToFine(_coarse_epochs())]
+
+
+def _coarse_epochs():
+    return FLAGS.coarse_epochs or FLAGS.epochs // 2
 
 
 def _set_up():
@@ -252,6 +278,13 @@ def _set_up():
             f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
             f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
         )
+    if FLAGS.distribution == "coarse_to_fine":
+        coarse_steps = int(batches.cardinality()) * _coarse_epochs()
+        if coarse_steps <= warmup_steps:
+            raise ValueError(
+                f"`coarse_epochs` must reach beyond the {warmup_steps} steps of the warm-up. "
+                f"Received: coarse_epochs={_coarse_epochs()}, {coarse_steps} steps"
+            )
     adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
     anneal_steps = FLAGS.anneal_steps
     if anneal_steps is None:
@@ -324,6 +357,7 @@ def _summary(search, derivation):
         "target": FLAGS.target,
         "expected_cost": float(table.expected(search.distribution.entry_probabilities())),
         "derivation_log_prob": derivation.log_prob,
+        "derivation_least": derivation.least,
         "derivation_gap": derivation.gap,
         "macs": architecture.macs(),
         "params": architecture.params(),
@@ -343,6 +377,8 @@ def _report(run):
             kernel = f"{block.kernel_size}x{block.kernel_size}"
             print(row + f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}")
     target = "" if summary["target"] is None else f" (target {summary['target']:,.0f})"
+    if summary["derivation_gap"]:
+        target += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
     file = shlex.quote(str(run.path("architecture.json")))
     print(
         f"\n{summary['macs']:,} MACs, {summary['params']:,} parameters{target}; "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from fpnas_keras import estimator
@@ -41,7 +42,7 @@ class ArchitectureSearch(keras.Model):
         cost: `MacsCost`, `ParamsCost`; what `expected_cost` reports and what the
             target, if it has one, is held against.
         distribution: "factorized"; "joint"; or "coarse_to_fine", which starts
-            factorized and becomes joint by `refine`.
+            factorized and becomes joint by `refine`. All start uniform in each variable.
         cost_coefficient: Weight of the cost in the gradient of the logits (the
             paper's beta): a `CostController`, or a fixed number.
         cost_penalty: What that weighs: "expected", E[cost] / target, whose gradient
@@ -62,8 +63,9 @@ class ArchitectureSearch(keras.Model):
         seed: Seed of the drawn architectures.
 
     Raises:
-        ValueError: When the target lies below the cheapest architecture, or when
-            the control variate meets K = 1, where it makes every gradient zero.
+        ValueError: When the target lies outside the costs of the space, when the
+            control variate meets K = 1, where it makes every gradient zero, or when an
+            argument is out of its range.
 
     Example:
 
@@ -104,6 +106,18 @@ class ArchitectureSearch(keras.Model):
                 f"{' with the control variate' if control_variate else ''}. "
                 f"Received: samples={samples}"
             )
+        if warmup_samples < 1 or warmup_steps < 0:
+            raise ValueError(
+                "`warmup_samples` must be at least 1 and `warmup_steps` at least 0. "
+                f"Received: warmup_samples={warmup_samples}, warmup_steps={warmup_steps}"
+            )
+        if not isinstance(cost_coefficient, CostController) and not (
+            0 <= cost_coefficient < math.inf
+        ):
+            raise ValueError(
+                "`cost_coefficient` must be a `CostController` or a number from 0. "
+                f"Received: cost_coefficient={cost_coefficient}"
+            )
         self.space = space
         self.samples = samples
         self.cost = cost or MacsCost()
@@ -116,15 +130,20 @@ class ArchitectureSearch(keras.Model):
         self.stratified = stratified
         self.deduplicate = deduplicate
         self.cost_table = CostTable(space, self.cost)
-        if self.cost.target is not None and self.cost.target < self.cost_table.least():
+        least, largest = self.cost_table.least(), self.cost_table.largest()
+        if self.cost.target is not None and not least <= self.cost.target <= largest:
             raise ValueError(
-                f"`target` must be at least {self.cost_table.least():,.0f} {self.cost.unit}, the "
-                f"least cost in the space `{space.name}`. Received: target={self.cost.target:,.0f}"
+                f"`target` must be from {least:,.0f} to {largest:,.0f} {self.cost.unit}, the least "
+                f"and the largest cost in the space `{space.name}`. "
+                f"Received: target={self.cost.target:,.0f}"
             )
         _checked("distribution", distribution, tuple(_DISTRIBUTIONS))
         self.distributions = [kind(space.blocks) for kind in _DISTRIBUTIONS[distribution]]
-        uniform = self.distributions[0].entry_probabilities()
-        self._start_cost = float(self.cost_table.expected(uniform))
+        if distribution == "joint":
+            # All distributions start from the same p(A), uniform in each variable.
+            self.distributions[0].assign(FactorizedLogits(space.blocks))
+        start = self.distributions[0].entry_probabilities()
+        self._start_cost = float(self.cost_table.expected(start))
         self.supernet = Supernet(space)
         self.step = self._counter("step")
         self.total_samples = self._counter("total_samples")
@@ -149,6 +168,7 @@ class ArchitectureSearch(keras.Model):
                 "cost_coefficient",
             )
         }
+        self.architecture_optimizer = None
         self.built = True
 
     def _counter(self, name, value=0):
@@ -287,11 +307,15 @@ class ArchitectureSearch(keras.Model):
         """From factorized to joint logits: the same p(A), and fresh optimizer slots.
 
         For `distribution="coarse_to_fine"`; the callback `CoarseToFine` does it at an
-        epoch. The next step is traced anew.
+        epoch. `fit` traces the next step anew, and a learning rate schedule of the
+        architecture optimizer starts again. A `tf.function` of your own around `ask` or
+        `tell` must be made anew.
 
         Raises:
-            ValueError: When the search has no joint logits to go to.
+            ValueError: When the search has no joint logits to go to, or is not compiled.
         """
+        if self.architecture_optimizer is None:
+            raise ValueError("`refine` needs a search that is compiled.")
         if self.distribution is self.distributions[-1]:
             raise ValueError(
                 "only a search with distribution='coarse_to_fine' can be refined, and once. "
@@ -301,12 +325,18 @@ class ArchitectureSearch(keras.Model):
         self.phase.assign_add(1)
         # The joint logits have slots of their own, still empty.
         self.architecture_optimizer.iterations.assign(0)
-        if self.train_function is not None:
-            self.make_train_function(force=True)
-        if self.test_function is not None:
-            self.make_test_function(force=True)
-        if self.predict_function is not None:
-            self.make_predict_function(force=True)
+        self._forget_traces()
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As `keras.Model.load_weights`; the search goes on in the phase of the file."""
+        super().load_weights(*args, **kwargs)
+        self._forget_traces()
+
+    def _forget_traces(self):
+        """The phase is fixed when a step is traced."""
+        for name in ("train", "test", "predict"):
+            if getattr(self, f"{name}_function") is not None:
+                getattr(self, f"make_{name}_function")(force=True)
 
     @property
     def distribution(self) -> BlockLogits:
@@ -328,7 +358,7 @@ class ArchitectureSearch(keras.Model):
         self,
         budget: float | Sequence[float] | str | None = "target",
         seconds: float = 60.0,
-        use: float = 0.0,
+        least_share: float = 0.0,
     ) -> Architecture | list[Architecture]:
         """The most probable architecture, or the most probable one within a budget.
 
@@ -338,40 +368,49 @@ class ArchitectureSearch(keras.Model):
                 no budget.
             seconds: Time to prove that nothing more probable is within the budget;
                 after that the best so far is returned, with a warning.
-            use: Least share of the budget that it must cost, 0 to 1. A search may leave
-                much of a budget unused where its last doubts are about large blocks.
+            least_share: Least share of the budget that it should cost, 0 to 1. A search
+                may leave much of a budget unused where its last doubts are about large
+                blocks; the command line asks for 0.95.
 
         Raises:
             ValueError: When no architecture is within the budget, or when the search
                 has not left its warm-up, and knows nothing.
         """
-        if isinstance(budget, Sequence) and not isinstance(budget, str):
-            return [self.derive(each, seconds, use) for each in budget]
-        found = self.derivation(budget, seconds, use)
+        if np.ndim(budget) > 0:
+            return [self.derive(each, seconds, least_share) for each in budget]
+        found = self.derivation(budget, seconds, least_share)
         if found.gap > 0:
             warnings.warn(
-                f"not proven in {seconds} s: another architecture within {budget} may be up to "
-                f"{math.exp(found.gap):.3g} times as probable",
+                f"not proven in {seconds:g} s: another architecture that costs from "
+                f"{found.least:,.0f} to the budget may be up to {math.exp(found.gap):.3g} times as "
+                "probable",
                 stacklevel=2,
             )
         return found.architecture
 
     def derivation(
-        self, budget: float | str | None = "target", seconds: float = 60.0, use: float = 0.0
+        self,
+        budget: float | str | None = "target",
+        seconds: float = 60.0,
+        least_share: float = 0.0,
     ) -> Derivation:
         """As `derive` for one budget, with what is proven of the result."""
-        if self.step < self.warmup_steps:
+        if self.warmup_steps > 0 and self.step <= self.warmup_steps:
             raise ValueError(
                 f"the search has made {int(self.step.numpy())} steps, all of them in its warm-up: "
                 f"`warmup_steps` must be lower, or the search longer. "
                 f"Received: warmup_steps={self.warmup_steps}"
             )
-        if budget == "target":
-            budget = self.cost.target
+        limit = self.cost.target if isinstance(budget, str) and budget == "target" else budget
+        limit = math.inf if limit is None else limit
+        if isinstance(limit, str) or not limit > 0 or not 0 <= least_share <= 1:
+            raise ValueError(
+                "`budget` must be a cost above 0, 'target' or None and `least_share` from 0 to 1. "
+                f"Received: budget={budget!r}, least_share={least_share}"
+            )
+        least = 0.0 if limit == math.inf else least_share * min(limit, self.cost_table.largest())
         log_p = self.distribution.log_probabilities().numpy()
-        budget = math.inf if budget is None else budget
-        least = 0.0 if budget == math.inf else use * min(budget, self.cost_table.largest())
-        return most_probable(self.space, log_p, self.cost_table, budget, seconds, least)
+        return most_probable(self.space, log_p, self.cost_table, limit, seconds, least)
 
     def _run_samples(self, samples, train_batch, validation_batch):
         """Runs every sample on both batches, one at a time.

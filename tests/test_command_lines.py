@@ -171,7 +171,9 @@ def test_training_and_export_follow_the_printed_commands(trained):
     ("arguments", "message"),
     [
         (["--space=nonesuch"], "`space` must be one of mobile_mini, nas_bench_macro. Received"),
-        (["--target=1e3"], "`target` must be at least 112,928 MACs"),
+        (["--target=1e3"], "`target` must be from 112,928 to 2,941,312 MACs"),
+        (["--target=1e9"], "Received: target=1,000,000,000"),
+        (["--warmup_steps=4"], "`coarse_epochs` must reach beyond the 4 steps of the warm-up"),
         (
             ["--train_images=9000"],
             "`train_images` must be below the 1437 training images",
@@ -197,6 +199,12 @@ def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
         (["--epochs=0"], "--epochs=0"),
         (["--epochs=x"], "--epochs=x"),
         (["--target=3e6"], "--target needs --cost"),
+        (["--distribution=coarse_to_fine", "--epochs=1"], "needs at least 2 --epochs"),
+        (["--cost_coefficient=1"], "--cost_coefficient and --anneal_steps need --target"),
+        (
+            ["--cost=macs", "--target=5e5", "--cost_coefficient=1", "--anneal_steps=9"],
+            "--anneal_steps moves the coefficient",
+        ),
         (["--coarse_epochs=2"], "--coarse_epochs needs --distribution=coarse_to_fine"),
         (
             ["--distribution=coarse_to_fine", "--epochs=3", "--coarse_epochs=3"],

@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 from helpers import all_choices
 
-from fpnas_keras import MacsCost, spaces
+from fpnas_keras import MacsCost, derivation, spaces
 from fpnas_keras.cost import CostTable
 from fpnas_keras.derivation import most_probable
 from fpnas_keras.distributions import FactorizedLogits, JointLogits
@@ -39,10 +39,9 @@ def test_a_large_space_is_solved_and_proven():
     table = CostTable(space, MacsCost())
     for seed in range(3):
         log_p = random_distribution(space, seed).log_probabilities().numpy()
-        probable = [
-            most_probable(space, log_p, table, budget).log_prob
-            for budget in (1e6, 2e6, 4e6, 8e6, 1e9)
-        ]
+        found = [most_probable(space, log_p, table, budget) for budget in (1e6, 2e6, 4e6, 8e6, 1e9)]
+        assert [each.gap for each in found] == [0.0] * 5
+        probable = [each.log_prob for each in found]
         assert np.all(np.diff(probable) >= 0)
         mode = log_p.max(axis=1).sum()
         assert probable[-1] == pytest.approx(mode, abs=1e-5)
@@ -66,9 +65,35 @@ def test_between_two_costs_it_is_the_best_of_an_enumeration(tiny_space, kind, se
     least = costs.max() - 1
     dearest = most_probable(tiny_space, log_probabilities, table, float("inf"), least=least)
     assert dearest.cost == costs.max()
-    with pytest.warns(UserWarning, match="no architecture is found that costs from 71,158 to"):
+    with pytest.warns(UserWarning, match="there is no architecture that costs from 71,158 to"):
         found = most_probable(tiny_space, log_probabilities, table, 71_159, least=71_158)
     assert found == most_probable(tiny_space, log_probabilities, table, 71_159)
+
+
+@pytest.mark.parametrize("share", [0, 0.95])
+def test_narrow_passes_and_small_chunks_end_in_the_same_proof(monkeypatch, share):
+    space = spaces.get("mobile_mini")
+    table = CostTable(space, MacsCost())
+    log_p = random_distribution(space, 1).log_probabilities().numpy()
+    expected = most_probable(space, log_p, table, 2e6, least=share * 2e6)
+    monkeypatch.setattr(derivation, "_FIRST_WIDTH", 2)
+    monkeypatch.setattr(derivation, "_CHUNK", 50)
+    found = most_probable(space, log_p, table, 2e6, least=share * 2e6)
+    assert found == expected and found.gap == 0
+
+
+def test_an_operation_is_derived_too():
+    space = spaces.get("nas_bench_macro")
+    table = CostTable(space, MacsCost())
+    log_p = random_distribution(space, 1).log_probabilities().numpy()
+    every = np.indices((3,) * 8).reshape(8, -1).T
+    choices = np.stack([space.blocks[0].entries[each] for each in every.T], axis=1)
+    costs = table(tf.constant(choices)).numpy()
+    total = log_p[np.arange(8), every].sum(axis=1)
+    for budget in (25e6, 40e6, 80e6):
+        found = most_probable(space, log_p, table, budget)
+        assert found.log_prob == pytest.approx(total[costs <= budget].max(), abs=1e-5)
+        assert found.architecture.macs() == found.cost <= budget
 
 
 def test_without_time_the_gap_is_true():

@@ -185,7 +185,7 @@ def test_derive_meets_budgets():
     mode = search.derive(budget=None)
     assert mode == best(np.inf) and mode.macs() > 30_000
     assert search.derive() == search.derive(budget=30_000) == best(30_000)
-    used = search.derive(budget=35_000, use=0.95)
+    used = search.derive(budget=35_000, least_share=0.95)
     assert 0.95 * 35_000 <= used.macs() <= 35_000
     family = search.derive(budget=[15_000, 30_000, 1e9])
     assert family == [best(15_000), best(30_000), mode]
@@ -195,12 +195,18 @@ def test_derive_meets_budgets():
     assert make_search().derive() == make_search().derive(budget=None)
 
 
+@pytest.mark.parametrize("arguments", [("mode",), (float("nan"),), (0,), (3e4, 60.0, 1.5)])
+def test_budgets_that_are_none_are_refused(arguments):
+    with pytest.raises(ValueError, match="`budget` must be a cost above 0, 'target' or None"):
+        make_search().derive(*arguments)
+
+
 def test_an_unproven_derivation_says_so():
     search = make_search(cost=fpnas.MacsCost(target=30_000))
     logits = search.distribution.logits
     logits.assign(tf.random.stateless_normal(logits.shape, (3, 2)))
     assert search.derivation("target", seconds=0).gap > 0
-    with pytest.warns(UserWarning, match="not proven in 0 s: another architecture within"):
+    with pytest.warns(UserWarning, match="not proven in 0 s: another architecture that costs"):
         architecture = search.derive(seconds=0)
     assert architecture.macs() <= 30_000
 
@@ -264,7 +270,8 @@ def test_parsec_is_a_setting():
     samples = search.ask()
     assert samples.counts.numpy().tolist() == [1] * 4
     log_likelihoods = tf.constant([-1.0, -2.0, -0.5, -0.1])
-    expected = search.distribution.gradient(samples.choices, tf.nn.softmax(log_likelihoods))
+    gradient = search.distribution.gradient(samples.choices, -tf.nn.softmax(log_likelihoods))
+    expected = search.distribution.logits.numpy() - gradient
     search.tell(samples, log_likelihoods)
     np.testing.assert_allclose(search.distribution.logits, expected, atol=1e-6)
 
@@ -327,6 +334,46 @@ def test_saved_weights_load_again(tmp_path):
     np.testing.assert_array_equal(other.predict(x, verbose=0), search.predict(x, verbose=0))
 
 
+def test_loaded_weights_bring_their_phase_to_a_search_that_ran(tmp_path):
+    fine = make_search(samples=2, distribution="coarse_to_fine")
+    fine.fit(batches(steps=1), verbose=0, shuffle=False, callbacks=[fpnas.CoarseToFine(epoch=0)])
+    fine.save_weights(tmp_path / "fine.weights.h5")
+    search = make_search(samples=2, distribution="coarse_to_fine")
+    search.fit(batches(steps=1), verbose=0, shuffle=False)
+    search.load_weights(tmp_path / "fine.weights.h5")
+    before = [each.logits.numpy() for each in search.distributions]
+    search.fit(batches(steps=1), verbose=0, shuffle=False)
+    assert np.array_equal(search.distributions[0].logits, before[0])
+    assert not np.array_equal(search.distributions[1].logits, before[1])
+
+
+def test_coarse_to_fine_needs_joint_logits_and_may_go_on():
+    callback = fpnas.CoarseToFine(epoch=1)
+    with pytest.raises(ValueError, match="needs a search with distribution='coarse_to_fine'"):
+        make_search().fit(batches(), epochs=2, verbose=0, callbacks=[callback])
+    search = make_search(samples=2, distribution="coarse_to_fine")
+    for initial_epoch in (2, 0):  # later than the switch; and again
+        search.fit(
+            batches(steps=1),
+            epochs=initial_epoch + 1,
+            initial_epoch=initial_epoch,
+            verbose=0,
+            shuffle=False,
+            callbacks=[callback],
+        )
+        assert type(search.distribution) is JointLogits
+    with pytest.raises(ValueError, match="`refine` needs a search that is compiled"):
+        fpnas.ArchitectureSearch(make_tiny_space(), distribution="coarse_to_fine").refine()
+
+
+def test_all_distributions_start_from_one_distribution():
+    choices = tf.constant(all_choices(make_tiny_space()))
+    factorized, joint = (make_search(distribution=each) for each in ("factorized", "joint"))
+    np.testing.assert_allclose(
+        factorized.distribution.log_prob(choices), joint.distribution.log_prob(choices), atol=1e-5
+    )
+
+
 def test_evaluate_weighs_a_smaller_last_batch():
     search = make_search(samples=2)
     x, y = tiny_images(30)
@@ -355,11 +402,17 @@ def test_logits_stay_float32_under_mixed_precision():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cost": fpnas.MacsCost(target=1000)}, "`target` must be at least .* the least cost"),
-        ({"cost": fpnas.ParamsCost(target=10)}, "parameters, the least cost in the space `tiny`"),
+        ({"cost": fpnas.MacsCost(target=1000)}, "`target` must be from 7,064 to 71,160 MACs"),
+        (
+            {"cost": fpnas.ParamsCost(target=10)},
+            "parameters, the least and the largest cost",
+        ),
         ({"samples": 1}, "`samples` must be at least 2 a step with the control variate"),
         ({"samples": fpnas.AdaptiveSamples(minimum=1)}, "`samples` must be at least 2"),
         ({"samples": 0, "control_variate": False}, "`samples` must be at least 1 a step"),
+        ({"cost": fpnas.MacsCost(target=1e6)}, "`target` must be from 7,064 to 71,160 MACs"),
+        ({"warmup_samples": 0}, "`warmup_samples` must be at least 1"),
+        ({"cost_coefficient": float("nan")}, "`cost_coefficient` must be a `CostController` or"),
         ({"distribution": "fine"}, "`distribution` must be one of factorized, joint, coarse_to"),
         ({"cost_penalty": "l2"}, "`cost_penalty` must be one of expected, hinge, log"),
     ],
