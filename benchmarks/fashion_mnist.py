@@ -14,6 +14,7 @@ import os
 import pathlib
 import queue
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -95,12 +96,33 @@ def run(command: list[str], output_dir: pathlib.Path, core: int) -> dict:
     return json.loads((output_dir / "summary.json").read_text())
 
 
+def report(rows: dict[str, dict]) -> None:
+    """Prints the tables of the jobs that are finished."""
+    print("\n| search | samples | evaluated | s | loss of the mode | its MACs | MACs | of target |")
+    print("|---" * 8 + "|")
+    for name, row in rows.items():
+        if name.startswith("search"):
+            values = [f"{row[key]:,}" for key in ("total_samples", "total_evaluated")]
+            values += [f"{row['wall_seconds']:.0f}", f"{row['mode_validation_loss']:.3f}"]
+            values += [f"{row['mode_macs']:,}", f"{row['macs']:,}", f"{row['macs'] / TARGET:.1%}"]
+            print(f"| {name.removeprefix('search ')} | {' | '.join(values)} |")
+    results = [rows.get(f"train result {seed}") for seed in range(RELIABLE_SEEDS)]
+    again = [results[0]] + [rows.get(f"train again {seed}") for seed in range(1, RELIABLE_SEEDS)]
+    print("\n| trained from scratch | accuracies | mean | standard deviation |\n|---|---|---|---|")
+    for name, trained in (("results of 5 searches", results), ("one network, 5 seeds", again)):
+        accuracies = [100 * row["test_accuracy"] for row in trained if row]
+        if len(accuracies) > 1:
+            listed = " ".join(f"{value:.2f}" for value in accuracies)
+            mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+            print(f"| {name} | {listed} | {mean:.2f} | {spread:.2f} |")
+
+
 def main(_: list[str]) -> None:
     """Runs what is not yet in the output, one job a core."""
     pathlib.Path(FLAGS.work_dir).mkdir(parents=True, exist_ok=True)
     output = pathlib.Path(FLAGS.output)
     lines = output.read_text().splitlines() if output.exists() else []
-    finished = {row["name"] for row in map(json.loads, lines)}
+    rows = {row["name"]: row for row in map(json.loads, lines)}
     cores = queue.SimpleQueue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
@@ -112,14 +134,15 @@ def main(_: list[str]) -> None:
             summary = run(command, directory(name), core)
         finally:
             cores.put(core)
+        rows[name] = {"name": name, **summary}
         with output.open("a") as file:
-            file.write(json.dumps({"name": name, **summary}) + "\n")
+            file.write(json.dumps(rows[name]) + "\n")
         print(f"finished: {name}, {summary['wall_seconds']:.0f} s", flush=True)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
         for phase in phases():
-            list(pool.map(work, [item for item in phase.items() if item[0] not in finished]))
-            finished |= set(phase)
+            list(pool.map(work, [item for item in phase.items() if item[0] not in rows]))
+    report(rows)
 
 
 if __name__ == "__main__":

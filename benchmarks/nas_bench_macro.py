@@ -63,6 +63,7 @@ SWITCHES = {
         "cost_penalty": "hinge",
     },
     "fixed coefficient 0.3 on the log hinge": {"cost_coefficient": 0.3, "cost_penalty": "log"},
+    "result costs at least 95% of the budget": {"least_share": 0.95},
 }
 
 
@@ -139,9 +140,10 @@ class TableSearch:
             rows.append(self.row("target"))
         return np.array(rows)
 
-    def row(self, budget: float | str | None) -> int:
+    def row(self, budget: float | str | None, least_share: float = 0.0) -> int:
         """Row of the network that the search derives now."""
-        choices = self.table.space.choices(self.search.derive(budget))
+        found = self.search.derive(budget, least_share=least_share)
+        choices = self.table.space.choices(found)
         return int(self.table.index(tf.constant(choices), self.search.distribution))
 
     def expected_cost(self) -> float:
@@ -165,14 +167,15 @@ def without_budget(table: Table, **settings) -> dict[str, float]:
     }
 
 
-def with_budgets(table: Table, **settings) -> dict[str, float]:
+def with_budgets(table: Table, least_share: float = 0.0, **settings) -> dict[str, float]:
     """Distance to the best network within each budget after 1,000 samples, over the seeds."""
     distances, over, modes_over, misses, result = [], 0, 0, [], {}
     for budget in BUDGETS:
         search = TableSearch(table, budget, **settings)
         own = []
         for seed in range(FLAGS.seeds):
-            (row,) = search.run(seed, [SAMPLES])
+            search.run(seed, [SAMPLES])
+            row = search.row("target", least_share)
             own.append(table.best(budget) - table.accuracy[row])
             over += int(table.macs[row] > budget)
             modes_over += int(table.macs[search.row(None)] > budget)
@@ -207,7 +210,7 @@ def jobs() -> dict[str, functools.partial]:
     found = {}
     for name, change in SWITCHES.items():
         settings = OURS | change
-        if "cost_coefficient" not in change and "cost_penalty" not in change:
+        if not {"cost_coefficient", "cost_penalty", "least_share"} & change.keys():
             found[f"no budget | {name}"] = functools.partial(without_budget, **settings)
         found[f"budgets | {name}"] = functools.partial(with_budgets, **settings)
     for scale in (0.25, 0.5, 1.0):
@@ -224,19 +227,45 @@ def jobs() -> dict[str, functools.partial]:
     return found
 
 
+def report(rows: list[dict]) -> None:
+    """Prints all rows as tables."""
+    by_name = {row["name"]: row for row in rows}
+    print("\n| without budget | mean | worst | evaluated |\n|---|---|---|---|")
+    for name, row in by_name.items():
+        if name.startswith("no budget | "):
+            name = name.removeprefix("no budget | ")
+            print(f"| {name} | {row['mean']:.2f} | {row['worst']:.2f} | {row['evaluated']:.0f} |")
+    columns = [f"{budget / 1e6:.0f}M" for budget in BUDGETS]
+    print(f"\n| distance with budgets | {' | '.join(columns)} | mean | worst | over | modes over |")
+    print("|---" * (len(columns) + 5) + "|")
+    for name, row in by_name.items():
+        if name.startswith("budgets | "):
+            values = [f"{row[key]:.2f}" for key in (*columns, "distance", "worst_distance")]
+            values += [f"{row['over']} of {row['runs']}", f"{row['modes_over']} of {row['runs']}"]
+            print(f"| {name.removeprefix('budgets | ')} | {' | '.join(values)} |")
+    print(f"\n| samples to stay at | {' | '.join(map(str, LEVELS))} |")
+    print("|---" * (len(LEVELS) + 1) + "|")
+    for method in ("ours", "PARSEC"):
+        own = {name: row for name, row in by_name.items() if name.startswith(f"samples | {method}")}
+        for name, row in own.items():
+            values = [str(row[f"{level:.2f}"] or "never") for level in LEVELS]
+            print(f"| {name.removeprefix('samples | ')} | {' | '.join(values)} |")
+
+
 def main(_: list[str]) -> None:
     """Runs what is not yet in the output and prints all of it."""
     table = Table(FLAGS.data_dir)
     output = pathlib.Path(FLAGS.output)
     lines = output.read_text().splitlines() if output.exists() else []
-    finished = {row["name"] for row in map(json.loads, lines) if row["seeds"] == FLAGS.seeds}
+    rows = [row for row in map(json.loads, lines) if row["seeds"] == FLAGS.seeds]
     print(f"networks with other MACs or parameters than published: {table.count_differences()}")
     for name, job in jobs().items():
-        if name not in finished:
-            row = {"name": name, "seeds": FLAGS.seeds} | job(table)
+        if name not in {row["name"] for row in rows}:
+            rows.append({"name": name, "seeds": FLAGS.seeds} | job(table))
             with output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(json.dumps(rows[-1]), flush=True)
+    report(rows)
 
 
 if __name__ == "__main__":
