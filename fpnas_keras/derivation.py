@@ -86,9 +86,10 @@ def most_probable(
     chain = _Chain(np.asarray(log_probabilities, np.float64), table, least)
     deadline = time.monotonic() + seconds
     best, multipliers, upper = _relax(chain, budget, least)
+    limits = _Limits(chain, budget, least, multipliers)
     width = _FIRST_WIDTH
     while upper > best.log_prob + _TOLERANCE:
-        found = _search(chain, budget, least, multipliers, best, width, deadline)
+        found = _search(chain, limits, best, width, deadline)
         if found is None:
             break
         best, cut = found
@@ -240,76 +241,102 @@ def _relax(chain, budget, least):
     return best, sorted({factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)}), upper
 
 
-def _search(chain, budget, least, multipliers, best, width, deadline):
+class _Labels(NamedTuple):
+    """Beginnings of architectures, one an element."""
+
+    parent: np.ndarray
+    entry: np.ndarray
+    state: np.ndarray
+    cost: np.ndarray
+    log_p: np.ndarray
+
+    def take(self, index):
+        return _Labels(*(each[index] for each in self))
+
+
+class _Limits:
+    """What labels must meet after each block: costs, bounds, dominance, number."""
+
+    def __init__(self, chain, budget, least, multipliers):
+        self.budget, self.least = budget, least
+        self.cheapest = [-values for values in chain.best(1.0, likelihood=0.0)[0]]
+        self.dearest = chain.best(-1.0, likelihood=0.0)[0]
+        self.completions = [(each, chain.best(each)[0]) for each in multipliers]
+
+    def prune(self, labels, index, best, width):
+        """The labels that may begin a better architecture than `best`.
+
+        Returns:
+            At most `width` labels, and the highest bound of those beyond (-inf: none).
+        """
+        costs = labels.cost + self.cheapest[index][labels.state]
+        dearest = labels.cost + self.dearest[index][labels.state]
+        completed = [
+            values[index][labels.state] + m * (self._limit(m) - labels.cost)
+            for m, values in self.completions
+        ]
+        bound = labels.log_p + np.min(completed, axis=0)
+        better = bound > best.log_prob + _TOLERANCE
+        kept = np.flatnonzero((costs <= self.budget) & (dearest >= self.least) & better)
+        own = labels.take(kept)
+        kept = kept[_undominated(own.state, own.cost, own.log_p, costs[kept] >= self.least)]
+        cut = -math.inf
+        if len(kept) > width:
+            order = np.argsort(-bound[kept], kind="stable")
+            cut = bound[kept[order[width]]]
+            kept = np.sort(kept[order[:width]])
+        return labels.take(kept), cut
+
+    def _limit(self, multiplier):
+        return self.budget if multiplier >= 0 else self.least
+
+
+def _search(chain, limits, best, width, deadline):
     """One pass with at most `width` labels after each block.
 
     Returns:
         The best architecture and the highest bound of a dropped label (-inf: none was);
         `None` when the time is over.
     """
-    cheapest = [-values for values in chain.best(1.0, likelihood=0.0)[0]]
-    dearest = chain.best(-1.0, likelihood=0.0)[0]
-    bounds = [(each, chain.best(each)[0]) for each in multipliers]
-    state, cost, log_p = np.zeros(1, int), np.array([chain.fixed]), np.zeros(1)
+    none, zero = np.zeros(0, int), np.zeros(1, int)
+    labels = _Labels(zero, zero, zero, np.array([chain.fixed]), np.zeros(1))
     history, cut = [], -math.inf
-    for index, block in enumerate(chain.moves):
-        labels, bound, extended = None, None, 0
-        while extended < len(state):
+    for index, block in enumerate(chain.moves, 1):
+        kept = _Labels(none, none, none, np.zeros(0), np.zeros(0))
+        # As many at once as fit into memory.
+        step = 1 + _CHUNK // max(len(moves[0]) for moves in block)
+        for start in range(0, len(labels.state), step):
             if time.monotonic() > deadline:
                 return None
-            # As many at once as fit into memory.
-            part = np.arange(extended, min(len(state), extended + _CHUNK // len(block[0][0]) + 1))
-            extended += len(part)
-            new = _extend(block, part, state[part], cost[part], log_p[part])
-            _, _, to, costs, log_ps = new
-            completed = [
-                values[index + 1][to] + m * ((budget if m >= 0 else least) - costs)
-                for m, values in bounds
-            ]
-            new_bound = log_ps + np.min(completed, axis=0)
-            kept = np.flatnonzero(
-                (costs + cheapest[index + 1][to] <= budget)
-                & (costs + dearest[index + 1][to] >= least)
-                & (new_bound > best.log_prob + _TOLERANCE)
-            )
-            new, new_bound = [each[kept] for each in new], new_bound[kept]
-            if labels is not None:
-                new = [np.concatenate(each) for each in zip(labels, new)]
-                new_bound = np.concatenate([bound, new_bound])
-            _, _, to, costs, log_ps = new
-            kept = _undominated(to, costs, log_ps, costs + cheapest[index + 1][to] >= least)
-            if len(kept) > width:
-                order = np.argsort(-new_bound[kept], kind="stable")
-                cut = max(cut, new_bound[kept[order[width]]])
-                kept = np.sort(kept[order[:width]])
-            labels, bound = [each[kept] for each in new], new_bound[kept]
-        if labels is None:
-            return best, cut
-        parent, entry, state, cost, log_p = labels
-        history.append((parent, entry))
-    if len(log_p):
-        last = position = int(np.argmax(log_p))
+            new = _extend(block, labels, np.arange(start, min(start + step, len(labels.state))))
+            new = _Labels(*map(np.concatenate, zip(kept, new)))
+            kept, dropped = limits.prune(new, index, best, width)
+            cut = max(cut, dropped)
+        labels = kept
+        history.append(labels)
+    if len(labels.log_p):
+        last = position = int(np.argmax(labels.log_p))
         entries = []
-        for parent, entry in reversed(history):
-            entries.insert(0, entry[position])
-            position = parent[position]
-        best = _Found(entries[:-1], float(cost[last]), float(log_p[last]))
+        for each in reversed(history):
+            entries.insert(0, each.entry[position])
+            position = each.parent[position]
+        best = _Found(entries[:-1], float(labels.cost[last]), float(labels.log_p[last]))
     return best, cut
 
 
-def _extend(block, numbers, state, cost, log_p):
-    """All of the labels with all moves: parent, entry, state, cost and log p of each."""
+def _extend(block, labels, numbers):
+    """The labels with these numbers and all moves from there."""
     parts = []
     for value, (entries, costs, log_ps, states) in enumerate(block):
-        (own,) = np.nonzero(state == value)
+        own = numbers[labels.state[numbers] == value]
         shape = (len(own), len(entries))
         parts.append(
             (
-                np.repeat(numbers[own], len(entries)),
+                np.repeat(own, len(entries)),
                 np.broadcast_to(entries, shape).ravel(),
                 np.broadcast_to(states, shape).ravel(),
-                (cost[own, None] + costs).ravel(),
-                (log_p[own, None] + log_ps).ravel(),
+                (labels.cost[own, None] + costs).ravel(),
+                (labels.log_p[own, None] + log_ps).ravel(),
             )
         )
-    return [np.concatenate(each) for each in zip(*parts)]
+    return _Labels(*map(np.concatenate, zip(*parts)))

@@ -294,7 +294,7 @@ def test_warm_up_trains_the_weights_and_leaves_the_logits():
     assert not np.array_equal(weight, before)
     # The optimizer of the logits has seen the 4 steps after the warm-up, no more.
     assert int(search.architecture_optimizer.iterations.numpy()) == 4
-    first = make_search(samples=4, warmup_steps=100)
+    first = make_search(samples=4, warmup_steps=5)
     first.fit(batches(steps=5), verbose=0, shuffle=False)
     assert np.all(first.distribution.logits.numpy() == 0)
     with pytest.raises(ValueError, match="5 steps, all of them in its warm-up"):
