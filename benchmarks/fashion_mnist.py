@@ -98,12 +98,13 @@ def run(command: list[str], output_dir: pathlib.Path, core: int) -> dict:
 
 def report(rows: dict[str, dict]) -> None:
     """Prints the tables of the jobs that are finished."""
-    print("\n| search | samples | evaluated | s | loss of the mode | its MACs | MACs | of target |")
-    print("|---" * 8 + "|")
+    columns = "samples | evaluated | s | CPU s | loss of the mode | its MACs | MACs | of target"
+    print(f"\n| search | {columns} |\n{'|---' * 9}|")
     for name, row in rows.items():
         if name.startswith("search"):
             values = [f"{row[key]:,}" for key in ("total_samples", "total_evaluated")]
-            values += [f"{row['wall_seconds']:.0f}", f"{row['mode_validation_loss']:.3f}"]
+            values += [f"{row[key]:.0f}" for key in ("wall_seconds", "cpu_seconds")]
+            values += [f"{row['mode_validation_loss']:.3f}"]
             values += [f"{row['mode_macs']:,}", f"{row['macs']:,}", f"{row['macs'] / TARGET:.1%}"]
             print(f"| {name.removeprefix('search ')} | {' | '.join(values)} |")
     results = [rows.get(f"train result {seed}") for seed in range(RELIABLE_SEEDS)]

@@ -180,9 +180,11 @@ class Run:
 
     def finish(self, **summary: Any) -> None:
         """Writes `summary.json`, with the seconds and the memory that the run took."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
         summary |= {
             "wall_seconds": round(time.monotonic() - self.started, 1),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+            "peak_memory_mb": usage.ru_maxrss // 1024,
             "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
         }
         with replacing(self.path("summary.json")) as temporary:
