@@ -3,18 +3,25 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fpnas_keras.files import replacing
+from fpnas_keras.files import (
+    check_format,
+    check_keys,
+    read_fields,
+    read_json,
+    read_list,
+    replacing,
+    short,
+)
 
 if TYPE_CHECKING:
     import keras
 
 FORMAT = 1
 ACTIVATIONS = ("relu", "relu6", "hard_silu")
-SPLITS = (0, 1)
+SPLITS = (0, 1, 2, 4)
 # Far above any network, low enough that no count or shape overflows.
 MAX_FILTERS = 65_536
 MAX_SIZE = 16_384
@@ -51,7 +58,8 @@ class Block:
         expansion: Ratio of the expanded channels to the channels in.
         strides: Stride of the block.
         activation: One of `ACTIVATIONS`.
-        splits: Attention. 0: none, 1: squeeze-excite.
+        splits: Attention. 0: none, 1: squeeze-excite, 2 or 4: split-attention
+            (ResNeSt, arXiv:2004.08955) over that many depthwise convolutions.
         skip: Whether the block is skipped.
 
     Raises:
@@ -188,20 +196,14 @@ class Architecture:
                 message names the key.
         """
         keys = ("format", "space", "input_shape", "num_classes", "stem", "blocks", "head")
-        _check_keys(data, keys, "the architecture")
-        if data["format"] != FORMAT or isinstance(data["format"], bool):
-            raise ValueError(f"`format` must be {FORMAT}. Received: format={data['format']!r}")
-        if not isinstance(data["blocks"], list):
-            raise ValueError(f"`blocks` must be a list. Received: {_short(data['blocks'])}")
+        check_keys(data, keys, "the architecture")
+        check_format(data, FORMAT)
         return cls(
             input_shape=data["input_shape"],
             num_classes=data["num_classes"],
-            stem=_read(Stem, data["stem"], "stem"),
-            blocks=tuple(
-                _read(Block, block, f"blocks[{index}]")
-                for index, block in enumerate(data["blocks"])
-            ),
-            head=_read(Head, data["head"], "head"),
+            stem=read_fields(Stem, data["stem"], "stem"),
+            blocks=read_list(Block, data["blocks"], "blocks"),
+            head=read_fields(Head, data["head"], "head"),
             space=data["space"],
         )
 
@@ -218,17 +220,7 @@ class Architecture:
             ValueError: When the file is not an architecture; the message names
                 the file and the key.
         """
-        try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
-            return cls.from_dict(json.loads(text, object_pairs_hook=_unique_keys))
-        except OSError as error:
-            raise ValueError(
-                f"cannot read the architecture file {path}: {error.strerror}"
-            ) from None
-        except RecursionError:
-            raise ValueError(f"{path} is not an architecture file: nested too deeply") from None
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
-            raise ValueError(f"{path} is not an architecture file: {error}") from None
+        return read_json(path, "an architecture", cls.from_dict)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -261,59 +253,24 @@ def check_image_shape(input_shape: Sequence[int], num_classes: int) -> None:
     if not is_shape or not all(_is_integer(n) and 1 <= n <= MAX_SIZE for n in input_shape):
         raise ValueError(
             "`input_shape` must be (height, width, channels), each an integer from 1 to "
-            f"{MAX_SIZE}. Received: input_shape={_short(input_shape)}"
+            f"{MAX_SIZE}. Received: input_shape={short(input_shape)}"
         )
     if not _is_integer(num_classes) or not 2 <= num_classes <= MAX_FILTERS:
         raise ValueError(
             f"`num_classes` must be an integer from 2 to {MAX_FILTERS}. "
-            f"Received: num_classes={_short(num_classes)}"
+            f"Received: num_classes={short(num_classes)}"
         )
-
-
-def _read(cls, data, where):
-    names = [field.name for field in dataclasses.fields(cls)]
-    _check_keys(data, names, f"`{where}`")
-    try:
-        return cls(**data)
-    except ValueError as error:
-        raise ValueError(f"in `{where}`: {error}") from None
-
-
-def _check_keys(data, expected, where):
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object with keys. Received: {_short(data)}")
-    for key in expected:
-        if key not in data:
-            raise ValueError(f"{where} lacks the key `{key}`")
-    for key in data:
-        if key not in expected:
-            raise ValueError(
-                f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}"
-            )
-
-
-def _unique_keys(pairs):
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key `{key}` appears twice in one object")
-    return dict(pairs)
 
 
 def _is_integer(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _check_integer(owner, name, low, high):
     value = getattr(owner, name)
     if not _is_integer(value) or not low <= value <= high:
         raise ValueError(
-            f"`{name}` must be an integer from {low} to {high}. Received: {name}={_short(value)}"
+            f"`{name}` must be an integer from {low} to {high}. Received: {name}={short(value)}"
         )
 
 
@@ -322,7 +279,7 @@ def _check_number(owner, name, low, high):
     is_number = _is_integer(value) or isinstance(value, float)
     if not is_number or not low <= value <= high:  # nan is in no range
         raise ValueError(
-            f"`{name}` must be a number from {low} to {high}. Received: {name}={_short(value)}"
+            f"`{name}` must be a number from {low} to {high}. Received: {name}={short(value)}"
         )
 
 
@@ -334,8 +291,8 @@ def _check_kernel_size(owner):
 
 def _check_choice(owner, name, choices):
     value = getattr(owner, name)
-    if isinstance(value, bool) or value not in choices:
+    if type(value) is not type(choices[0]) or value not in choices:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(str, choices))}. "
-            f"Received: {name}={_short(value)}"
+            f"Received: {name}={short(value)}"
         )

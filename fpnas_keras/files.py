@@ -1,9 +1,12 @@
-"""Files that are either whole or not there."""
+"""Files: written whole or not at all, JSON read strictly."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -35,3 +38,93 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike, kind: str, read: Callable[[Any], Any]) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        kind: What the file should be ("an architecture"), for the message of the error.
+        read: Makes the result of the file's content, or raises `ValueError`.
+
+    Raises:
+        ValueError: When the file is not what it should be; the message names it.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        return read(json.loads(text, object_pairs_hook=_unique_keys))
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path}, which should be {kind} file: {error.strerror}"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{path} is not {kind} file: nested too deeply") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
+        raise ValueError(f"{path} is not {kind} file: {error}") from None
+
+
+def read_fields(cls: type, data: Any, where: str, defaults: bool = False) -> Any:
+    """A dataclass from an object of JSON.
+
+    Args:
+        cls: The dataclass.
+        data: The object; its keys are the fields.
+        where: Name of the object, for the message of the error.
+        defaults: Whether fields that have a default may be missing.
+
+    Raises:
+        ValueError: When a key is missing or unknown or has a bad value.
+    """
+    fields = dataclasses.fields(cls)
+    optional = [each.name for each in fields if each.default is not dataclasses.MISSING]
+    check_keys(data, [each.name for each in fields], f"`{where}`", optional if defaults else ())
+    try:
+        return cls(**data)
+    except ValueError as error:
+        raise ValueError(f"in `{where}`: {error}") from None
+
+
+def read_list(cls: type, data: Any, where: str, defaults: bool = False) -> tuple:
+    """Dataclasses from a list of JSON objects, each as `read_fields` does."""
+    if not isinstance(data, list):
+        raise ValueError(f"`{where}` must be a list. Received: {short(data)}")
+    return tuple(
+        read_fields(cls, each, f"{where}[{index}]", defaults) for index, each in enumerate(data)
+    )
+
+
+def check_keys(
+    data: Any, expected: Sequence[str], where: str, optional: Sequence[str] = ()
+) -> None:
+    """Raises `ValueError` unless `data` is an object with the expected keys."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object with keys. Received: {short(data)}")
+    for key in expected:
+        if key not in data and key not in optional:
+            raise ValueError(f"{where} lacks the key `{key}`")
+    for key in data:
+        if key not in expected:
+            raise ValueError(
+                f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}"
+            )
+
+
+def check_format(data: dict[str, Any], expected: int) -> None:
+    """Raises `ValueError` unless the key `format` is the expected number."""
+    if data["format"] != expected or isinstance(data["format"], bool):
+        raise ValueError(f"`format` must be {expected}. Received: format={data['format']!r}")
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unique_keys(pairs):
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key `{key}` appears twice in one object")
+    return dict(pairs)
