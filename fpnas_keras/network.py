@@ -35,6 +35,17 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
         )
         return layers.Activation(activation, name=f"{name}_activation")(x) if activation else x
 
+    def depthwise(x, block: Block, name):
+        x = layers.DepthwiseConv2D(
+            block.kernel_size,
+            block.strides,
+            "same",
+            use_bias=False,
+            depthwise_initializer=conv_initializer(),
+            name=name,
+        )(x)
+        return bn(x, name, block.activation)
+
     def block(x, block: Block, name):
         filters_in = x.shape[-1]
         agree = block.strides == 1 and filters_in == block.filters
@@ -43,17 +54,15 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
         inputs, expanded = x, expanded_filters(filters_in, block.expansion)
         if block.expansion != 1:
             x = conv_bn(x, expanded, f"{name}_expand", activation=block.activation)
-        x = layers.DepthwiseConv2D(
-            block.kernel_size,
-            block.strides,
-            "same",
-            use_bias=False,
-            depthwise_initializer=conv_initializer(),
-            name=f"{name}_depthwise",
-        )(x)
-        x = bn(x, f"{name}_depthwise", block.activation)
+        parts = [
+            depthwise(x, block, f"{name}_depthwise_{split}")
+            for split in range(max(1, block.splits))
+        ]
+        x = parts[0]
         if block.splits == 1:
             x = _squeeze_excite(x, f"{name}_attention")
+        elif block.splits:
+            x = _split_attention(parts, f"{name}_attention")
         x = conv_bn(x, block.filters, f"{name}_project")
         return layers.Add(name=f"{name}_add")([x, inputs]) if agree else x
 
@@ -84,10 +93,48 @@ def _conv(filters, kernel_size=1, strides=1, use_bias=True, name=None):
 
 def _squeeze_excite(x, name):
     """Hu et al., 2018, as MobileNetV3 has it: the gate is a hard sigmoid."""
-    expanded = x.shape[-1]
-    gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(x)
-    gate = _conv(attention_filters(expanded), name=f"{name}_reduce")(gate)
-    gate = layers.Activation("relu", name=f"{name}_relu")(gate)
-    gate = _conv(expanded, name=f"{name}_expand")(gate)
+    gate = _attention_bottleneck([x], name)
+    gate = _conv(x.shape[-1], name=f"{name}_expand")(gate)
     gate = layers.Activation("hard_sigmoid", name=f"{name}_gate")(gate)
     return layers.Multiply(name=f"{name}_multiply")([x, gate])
+
+
+def _split_attention(parts, name):
+    """ResNeSt (Zhang et al., arXiv:2004.08955): a softmax over the splits for every channel.
+
+    Spelled in operators that TFLite has for 4-D tensors.
+    """
+    bottleneck = _attention_bottleneck(parts, name)
+    logits = [
+        _conv(part.shape[-1], name=f"{name}_split_{split}")(bottleneck)
+        for split, part in enumerate(parts)
+    ]
+    if len(parts) == 2:  # softmax([a, b])[0] = sigmoid(a - b)
+        gate = layers.Subtract(name=f"{name}_logit")(logits)
+        gate = layers.Activation("sigmoid", name=f"{name}_gate")(gate)
+        difference = layers.Subtract(name=f"{name}_difference")(parts)
+        gated = layers.Multiply(name=f"{name}_multiply")([difference, gate])
+        return layers.Add(name=f"{name}_sum")([parts[1], gated])
+    # (batch, splits, 1, channels), and the splits last for the softmax.
+    gates = layers.Concatenate(axis=1, name=f"{name}_logits")(logits)
+    gates = layers.Permute((2, 3, 1), name=f"{name}_splits_last")(gates)
+    gates = layers.Softmax(name=f"{name}_gates")(gates)
+    gates = layers.Permute((3, 1, 2), name=f"{name}_splits_first")(gates)
+    gated = []
+    for split, part in enumerate(parts):
+        others = ((split, len(parts) - 1 - split), (0, 0))
+        gate = layers.Cropping2D(others, name=f"{name}_gate_{split}")(gates)
+        gated.append(layers.Multiply(name=f"{name}_multiply_{split}")([part, gate]))
+    return layers.Add(name=f"{name}_sum")(gated)
+
+
+def _attention_bottleneck(parts, name):
+    """What the gates are made of: the pooled sum of the parts, 1x1 convolution, ReLU."""
+    pooled = [
+        layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool_{split}")(part)
+        for split, part in enumerate(parts)
+    ]
+    # Pooled first and then added: the same, and a fraction of the work.
+    x = layers.Add(name=f"{name}_pool")(pooled) if len(pooled) > 1 else pooled[0]
+    x = _conv(attention_filters(parts[0].shape[-1]), name=f"{name}_reduce")(x)
+    return layers.Activation("relu", name=f"{name}_relu")(x)

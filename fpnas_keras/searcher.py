@@ -60,6 +60,8 @@ class ArchitectureSearch(keras.Model):
         stratified: Whether a choice of probability p is drawn as near to K * p times
             as can be, instead of K independent draws.
         deduplicate: Whether equal samples of a step are evaluated once.
+        recompute: Whether the backward pass computes the activations inside each
+            block anew instead of keeping them: less memory, more time.
         seed: Seed of the drawn architectures.
 
     Raises:
@@ -95,6 +97,7 @@ class ArchitectureSearch(keras.Model):
         control_variate: bool = True,
         stratified: bool = True,
         deduplicate: bool = True,
+        recompute: bool = False,
         seed: int = 0,
         **kwargs,
     ):
@@ -144,7 +147,7 @@ class ArchitectureSearch(keras.Model):
             self.distributions[0].assign(FactorizedLogits(space.blocks))
         start = self.distributions[0].entry_probabilities()
         self._start_cost = float(self.cost_table.expected(start))
-        self.supernet = Supernet(space)
+        self.supernet = Supernet(space, recompute)
         self.step = self._counter("step")
         self.total_samples = self._counter("total_samples")
         self.total_evaluated = self._counter("total_evaluated")
@@ -419,17 +422,11 @@ class ArchitectureSearch(keras.Model):
             The gradient of each weight, and loss and accuracy of each sample on
             the training and on the validation batch, shape `(evaluated, 2)`.
         """
-        weights = [variable.value for variable in self.supernet.trainable_variables]
         choices, counts = samples
         count = tf.size(counts)
 
         def body(index, sums, train, validation):
-            with tf.GradientTape() as tape:
-                result = self._evaluate(train_batch, choices[index])
-                loss = result[0]
-            gradients = tape.gradient(loss, weights, unconnected_gradients="zero")
-            score = estimator.scores(-loss, counts[index], self.likelihood_scale)
-            sums = sums.add(score, gradients)
+            sums, result = self.add_sample(sums, choices[index], counts[index], train_batch)
             validation = validation.write(index, self._evaluate(validation_batch, choices[index]))
             return index + 1, sums, train.write(index, result), validation
 
@@ -439,10 +436,39 @@ class ArchitectureSearch(keras.Model):
         _, sums, train, validation = tf.while_loop(
             lambda index, *_: index < count,
             body,
-            (tf.constant(0), StreamingSum.zero(weights), *results),
+            (tf.constant(0), self.no_samples(), *results),
             parallel_iterations=1,
         )
         return sums.result(), train.stack(), validation.stack()
+
+    def no_samples(self) -> StreamingSum:
+        """The sum of the gradients of no samples."""
+        return StreamingSum.zero(self.supernet.trainable_variables)
+
+    def add_sample(
+        self,
+        sums: StreamingSum,
+        choices: tf.Tensor,
+        count: tf.Tensor,
+        batch: tuple[tf.Tensor, tf.Tensor],
+    ) -> tuple[StreamingSum, tf.Tensor]:
+        """The weight half of one sample: forward, backward, accumulation.
+
+        Args:
+            sums: Gradients of the samples before.
+            choices: The architecture, integers of shape `(blocks, variables)`.
+            count: How many draws it stands for.
+            batch: Images and labels.
+
+        Returns:
+            The sums with its gradients, and its loss and accuracy, shape `(2,)`.
+        """
+        weights = [variable.value for variable in self.supernet.trainable_variables]
+        with tf.GradientTape() as tape:
+            result = self._evaluate(batch, choices)
+            loss = result[0]
+        gradients = tape.gradient(loss, weights, unconnected_gradients="zero")
+        return sums.add(estimator.scores(-loss, count, self.likelihood_scale), gradients), result
 
     def _evaluate(self, batch, choices):
         images, labels = batch

@@ -1,5 +1,7 @@
 """The shared weights of a whole space, called with images and choices."""
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -23,11 +25,14 @@ class Supernet(keras.layers.Layer):
 
     Args:
         space: The space.
+        recompute: Whether the backward pass computes the activations inside each
+            block anew instead of keeping them: less memory, more time.
     """
 
-    def __init__(self, space: Space, **kwargs):
+    def __init__(self, space: Space, recompute: bool = False, **kwargs):
         kwargs.setdefault("name", "supernet")
         super().__init__(**kwargs)
+        self.recompute = recompute
         stem, head = space.stem, space.head
         self.rescaling = rescaling()
         self.stem = SlicedConv(
@@ -35,11 +40,15 @@ class Supernet(keras.layers.Layer):
         )
         self.stem_bn = SlicedBatchNorm(stem.filters, name="stem_bn")
         self.stem_activation = keras.activations.get(stem.activation)
-        self.blocks = [
-            SupernetBlock(block, space.filters_in(index), name=f"block_{index}")
-            for index, block in enumerate(space.blocks)
-        ]
-        self.head = SlicedConv(max(space.filters_in(len(space.blocks))), head.filters, name="head")
+        # The blocks of the networks, and the row of the choices that each follows.
+        self.blocks, self.rows, filters_in = [], [], (stem.filters,)
+        for row, search_block in enumerate(space.blocks):
+            for block in search_block.positions:
+                name = f"block_{len(self.blocks)}"
+                self.blocks.append(SupernetBlock(block, filters_in, name=name))
+                self.rows.append(row)
+                filters_in = filters_in if block.keeps_filters else block.filters
+        self.head = SlicedConv(max(filters_in), head.filters, name="head")
         self.head_bn = SlicedBatchNorm(head.filters, name="head_bn")
         self.head_activation = keras.activations.get(head.activation)
         features = head.filters
@@ -69,10 +78,11 @@ class Supernet(keras.layers.Layer):
         x = self.rescaling(images)
         x = self.stem_activation(self.stem_bn(self.stem(x)))
         filters_in = tf.constant(0)
-        for block, own in zip(self.blocks, tf.unstack(choices, num=len(self.blocks))):
-            x = block(x, own, filters_in)
+        for block, row in zip(self.blocks, self.rows):
+            run = functools.partial(block, choices=choices[row], filters_in=filters_in)
+            x = tf.recompute_grad(run)(x) if self.recompute else run(x)
             if not block.block.keeps_filters:
-                filters_in = own[VARIABLES.index("filters")]
+                filters_in = choices[row, VARIABLES.index("filters")]
         x = self.head_activation(self.head_bn(self.head(x)))
         x = tf.reduce_mean(x, axis=[1, 2])
         if self.head_dense is not None:
@@ -104,18 +114,13 @@ class SupernetBlock(keras.layers.Layer):
         if set(block.expansion) != {1}:
             self.expand = SlicedConv(max(filters_in), widest, name=f"{self.name}_expand")
             self.expand_bn = SlicedBatchNorm(widest, name=f"{self.name}_expand_bn")
-        self.depthwise = SlicedDepthwiseConv(
-            widest, max(block.kernel_size), block.strides, name=f"{self.name}_depthwise"
-        )
-        self.depthwise_bn = SlicedBatchNorm(widest, name=f"{self.name}_depthwise_bn")
-        if max(block.splits) > 0:
-            bottleneck = int(self.bottleneck.max())
-            self.attention_reduce = SlicedConv(
-                widest, bottleneck, use_bias=True, name=f"{self.name}_attention_reduce"
-            )
-            self.attention_expand = SlicedConv(
-                bottleneck, widest, use_bias=True, name=f"{self.name}_attention_expand"
-            )
+        names = [f"{self.name}_depthwise_{split}" for split in range(max(1, *block.splits))]
+        kernel_size = max(block.kernel_size)
+        self.depthwise = [
+            SlicedDepthwiseConv(widest, kernel_size, block.strides, name=name) for name in names
+        ]
+        self.depthwise_bn = [SlicedBatchNorm(widest, name=f"{name}_bn") for name in names]
+        self._make_attention(widest)
         self.project = SlicedConv(widest, filters, name=f"{self.name}_project")
         self.project_bn = SlicedBatchNorm(filters, name=f"{self.name}_project_bn")
         # Whether input and output can, and whether they always do, have one shape.
@@ -129,6 +134,22 @@ class SupernetBlock(keras.layers.Layer):
             )
             self.skip_bn = SlicedBatchNorm(filters, name=f"{self.name}_skip_bn")
         self.built = True
+
+    def _make_attention(self, widest):
+        bottleneck, splits = int(self.bottleneck.max()), self.block.splits
+
+        def conv(filters_in, filters, name):
+            name = f"{self.name}_attention_{name}"
+            return SlicedConv(filters_in, filters, use_bias=True, name=name)
+
+        if max(splits) > 0:
+            self.attention_reduce = conv(widest, bottleneck, "reduce")
+        if 1 in splits:
+            self.attention_expand = conv(bottleneck, widest, "expand")
+        if max(splits) > 1:
+            self.attention_splits = [
+                conv(bottleneck, widest, f"split_{split}") for split in range(max(splits))
+            ]
 
     def call(self, x: tf.Tensor, choices: tf.Tensor, filters_in: tf.Tensor) -> tf.Tensor:
         """Runs the block.
@@ -152,14 +173,27 @@ class SupernetBlock(keras.layers.Layer):
     def _mbconv(self, inputs, choice, filters_in, filters):
         row, column = filters_in, choice["expansion"]
         expanded = tf.constant(self.expanded)[row, column]
-        x = switch(
-            column, [self._expand_branch(inputs, e, choice, expanded) for e in self.block.expansion]
-        )
+        x = self._expand(inputs, choice, expanded)
         kernel_size = tf.gather(tf.constant(self.block.kernel_size), choice["kernel_size"])
-        x = self._activate(self.depthwise_bn(self.depthwise(x, kernel_size)), choice)
-        bottleneck = tf.constant(self.bottleneck)[row, column]
-        attention = {0: lambda: x, 1: lambda: x * self._gate(x, bottleneck, expanded)}
-        x = switch(choice["splits"], [attention[splits] for splits in self.block.splits])
+        widths = tf.constant(self.bottleneck)[row, column], expanded
+
+        def depthwise(split):
+            parts = self.depthwise[split](x, kernel_size)
+            return self._activate(self.depthwise_bn[split](parts), choice)
+
+        first = depthwise(0)  # whatever the splits are
+
+        def attend(splits):
+            if splits == 0:
+                return first
+            if splits == 1:
+                return first * self._gate(first, *widths)
+            parts = [first] + [depthwise(split) for split in range(1, splits)]
+            gates = self._split_gates(parts, *widths)
+            return tf.add_n([part * gate for part, gate in zip(parts, gates)])
+
+        branches = [functools.partial(attend, splits) for splits in self.block.splits]
+        x = switch(choice["splits"], branches)
         x = self.project_bn(self.project(x, filters))
         return self._where_shapes_agree(inputs, filters, lambda: x + inputs, lambda: x)
 
@@ -168,19 +202,35 @@ class SupernetBlock(keras.layers.Layer):
             x, filters, lambda: x, lambda: self.skip_bn(self.skip(x, filters))
         )
 
-    def _expand_branch(self, x, expansion, choice, expanded):
-        if expansion == 1:
-            return lambda: x
-        return lambda: self._activate(self.expand_bn(self.expand(x, expanded)), choice)
+    def _expand(self, x, choice, expanded):
+        """Widths are tensors; only expansion 1, which has no convolution, is another branch."""
+        if set(self.block.expansion) == {1}:
+            return x
+        is_one = np.equal(self.block.expansion, 1)
+        branches = [
+            lambda: self._activate(self.expand_bn(self.expand(x, expanded)), choice),
+            lambda: x,
+        ]
+        index = tf.gather(is_one.astype(np.int32), choice["expansion"])
+        return switch(index, branches[: 1 + is_one.any()])
 
     def _activate(self, x, choice):
         functions = [keras.activations.get(name) for name in self.block.activation]
         return switch(choice["activation"], [lambda f=f: f(x) for f in functions])
 
     def _gate(self, x, bottleneck, expanded):
-        pooled = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
-        pooled = tf.nn.relu(self.attention_reduce(pooled, bottleneck))
-        return keras.activations.hard_sigmoid(self.attention_expand(pooled, expanded))
+        features = self._attention_bottleneck([x], bottleneck)
+        return keras.activations.hard_sigmoid(self.attention_expand(features, expanded))
+
+    def _split_gates(self, parts, bottleneck, expanded):
+        features = self._attention_bottleneck(parts, bottleneck)
+        layers = self.attention_splits[: len(parts)]
+        logits = tf.stack([layer(features, expanded) for layer in layers])
+        return tf.unstack(tf.nn.softmax(logits, axis=0))
+
+    def _attention_bottleneck(self, parts, bottleneck):
+        pooled = tf.add_n([tf.reduce_mean(part, axis=[1, 2], keepdims=True) for part in parts])
+        return tf.nn.relu(self.attention_reduce(pooled, bottleneck))
 
     def _where_shapes_agree(self, x, filters, agree, differ):
         if not self.may_agree:

@@ -1,7 +1,8 @@
-"""A space small enough to enumerate, and ways to walk a space."""
+"""A space small enough to enumerate, ways to walk a space, an independent count of MACs."""
 
 import itertools
 
+import keras
 import numpy as np
 
 from fpnas_keras.architecture import Head, Stem
@@ -9,7 +10,7 @@ from fpnas_keras.spaces import SAME, SearchBlock, Space
 
 
 def make_tiny_space(input_shape=(8, 8, 1), num_classes=3):
-    """Small enough to enumerate: every variable, skip with and without projection, kept filters."""
+    """Small enough to enumerate: every variable, kept filters, shared choices."""
     return Space(
         name="tiny",
         input_shape=input_shape,
@@ -21,26 +22,31 @@ def make_tiny_space(input_shape=(8, 8, 1), num_classes=3):
                 kernel_size=(3, 5),
                 expansion=(1, 3),
                 activation=("relu", "hard_silu"),
-                splits=(0, 1),
+                splits=(2, 1),
                 strides=2,
             ),
             SearchBlock(
                 filters=(4, 8),
                 kernel_size=(3, 5),
                 expansion=(1, 2, 6),
-                splits=(1, 0),
+                splits=(4, 0),
                 skip=(False, True),
             ),
-            SearchBlock(filters=(SAME,), activation=("relu", "hard_silu"), skip=(False, True)),
-            SearchBlock(filters=(8, 12), expansion=(3,), skip=(True, False), strides=2),
+            SearchBlock(
+                filters=(SAME,), activation=("relu", "hard_silu"), skip=(False, True), repeats=2
+            ),
+            SearchBlock(filters=(8, 12), expansion=(3,), skip=(True, False), strides=2, repeats=2),
         ),
         head=Head(filters=16, activation="hard_silu", dense_units=8),
     )
 
 
 def random_choices(space, rng):
-    """Choices of a uniformly random architecture, irrelevant ones 0."""
+    """Choices of a random architecture, each variable uniform, irrelevant ones 0."""
     choices = rng.integers(0, space.cardinalities)
+    for row, block in enumerate(space.blocks):
+        if block.operation:
+            choices[row] = block.entries[rng.integers(len(block.entries))]
     return space.choices(space.architecture(choices))
 
 
@@ -54,3 +60,19 @@ def all_choices(space):
     return np.array([np.frombuffer(key, np.int32) for key in kept]).reshape(
         -1, *space.cardinalities.shape
     )
+
+
+def counted_macs(model):
+    """Independent of the project: a walk over the built layers and their output shapes."""
+    total = 0
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.DepthwiseConv2D):
+            _, height, width, channels = layer.output.shape
+            total += height * width * channels * layer.kernel_size[0] ** 2
+        elif isinstance(layer, keras.layers.Conv2D):
+            _, height, width, _ = layer.output.shape
+            kernel_size, _, filters_in, filters = layer.kernel.shape
+            total += height * width * kernel_size**2 * filters_in * filters
+        elif isinstance(layer, keras.layers.Dense):
+            total += layer.kernel.shape[0] * layer.kernel.shape[1]
+    return total

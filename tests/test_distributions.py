@@ -195,7 +195,7 @@ def test_irrelevant_variables_of_a_skipped_block_get_no_gradient(tiny_space):
 def test_probabilities_by_name(distribution):
     first, second, third, last = distribution.probabilities()
     assert list(first) == ["filters", "kernel_size", "expansion", "activation", "splits"]
-    assert list(second["splits"]) == [1, 0]
+    assert list(second["splits"]) == [4, 0]
     assert list(third) == ["skip", "activation"]
     assert list(last) == ["skip", "filters"]
     for choices in (*first.values(), *second.values(), *third.values(), *last.values()):
@@ -230,7 +230,7 @@ def test_an_operation_beside_other_variables():
     assert list(found["expansion"].values()) == pytest.approx([0.6, 0.3, 0.1])
     p = {}
     for choices, value in zip(block.entries, factorized.entry_probabilities()[0].numpy()):
-        p[block.block(choices, 8)] = value
+        p[block.blocks(choices, 8)[0]] = value
     assert sum(p.values()) == pytest.approx(1)
     skipped = [value for each, value in p.items() if each.skip]
     assert skipped == pytest.approx([0.5 * 0.1, 0.5 * 0.9])

@@ -39,6 +39,8 @@ def random_images(count=20):
         Block(8, 5, 1, 1, "relu6", 1),
         Block(12, 5, 6, 2, "hard_silu", 1),
         Block(12, 7, 2.5, 1, "hard_silu", 0),
+        Block(12, 5, 2.5, 2, "hard_silu", 2),
+        Block(8, 3, 3, 1, "relu", 4),
         Block(16, skip=True, strides=2),
     ],
     ids=lambda block: f"k{block.kernel_size}-{block.activation}-{block.splits}-{block.skip}",
@@ -52,6 +54,8 @@ def test_every_choice_is_exported_and_gives_the_same_logits(block):
     names = set(tflite.operators(content))
     assert not {name for name in names if "Flex" in name or "CUSTOM" in name}
     assert "DELEGATE" not in names
+    interpreter = Interpreter(model_content=content)
+    assert max(len(each["shape"]) for each in interpreter.get_tensor_details()) <= 4
     assert ("HARD_SWISH" in names) == (block.activation == "hard_silu")
     assert Interpreter(model_content=content).get_signature_list() == {
         "serving_default": {"inputs": ["image"], "outputs": ["logits"]}

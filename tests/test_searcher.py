@@ -402,7 +402,7 @@ def test_logits_stay_float32_under_mixed_precision():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cost": fpnas.MacsCost(target=1000)}, "`target` must be from 7,064 to 71,160 MACs"),
+        ({"cost": fpnas.MacsCost(target=1000)}, "`target` must be from 7,192 to 148,312 MACs"),
         (
             {"cost": fpnas.ParamsCost(target=10)},
             "parameters, the least and the largest cost",
@@ -410,7 +410,7 @@ def test_logits_stay_float32_under_mixed_precision():
         ({"samples": 1}, "`samples` must be at least 2 a step with the control variate"),
         ({"samples": fpnas.AdaptiveSamples(minimum=1)}, "`samples` must be at least 2"),
         ({"samples": 0, "control_variate": False}, "`samples` must be at least 1 a step"),
-        ({"cost": fpnas.MacsCost(target=1e6)}, "`target` must be from 7,064 to 71,160 MACs"),
+        ({"cost": fpnas.MacsCost(target=1e6)}, "`target` must be from 7,192 to 148,312 MACs"),
         ({"warmup_samples": 0}, "`warmup_samples` must be at least 1"),
         ({"cost_coefficient": float("nan")}, "`cost_coefficient` must be a `CostController` or"),
         ({"distribution": "fine"}, "`distribution` must be one of factorized, joint, coarse_to"),

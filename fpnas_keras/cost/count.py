@@ -52,11 +52,14 @@ def block(block: Block, size: Sequence[int], filters_in: int) -> Count:
         return Count() if is_identity else _conv_bn(size_out, 1, filters_in, block.filters)
     expanded = expanded_filters(filters_in, block.expansion)
     total = Count() if block.expansion == 1 else _conv_bn(size, 1, filters_in, expanded)
-    # Depthwise: each channel sees one channel.
-    total += _conv_bn(size_out, block.kernel_size, 1, expanded)
-    if block.splits == 1:
+    for _ in range(max(1, block.splits)):
+        # Depthwise: each channel sees one channel.
+        total += _conv_bn(size_out, block.kernel_size, 1, expanded)
+    if block.splits:
         bottleneck = attention_filters(expanded)
-        total += _dense(expanded, bottleneck) + _dense(bottleneck, expanded)
+        total += _dense(expanded, bottleneck)
+    for _ in range(block.splits):
+        total += _dense(bottleneck, expanded)
     return total + _conv_bn(size_out, 1, expanded, block.filters)
 
 

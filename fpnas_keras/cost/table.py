@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from fpnas_keras.architecture import output_size
 from fpnas_keras.cost.costs import MacsCost
 from fpnas_keras.spaces import VARIABLES, Space
 from fpnas_keras.spaces.entries import Entries
@@ -34,11 +35,11 @@ class CostTable:
         sizes = space.input_sizes()
         self._entries = Entries(space.blocks)
         self.fixed = float(cost.stem(space.stem, space.input_shape[:2], space.input_shape[2]))
-        # One float64 array a block: (choices of filters in, entries).
+        # One float64 array for each of the space's blocks: (choices of filters in, entries).
         self.blocks = [
             np.array(
                 [
-                    [cost.block(each, sizes[index], filters) for each in block.all_blocks(filters)]
+                    [_sum(cost, own, sizes[index], filters) for own in block.all_blocks(filters)]
                     for filters in space.filters_in(index)
                 ],
                 np.float64,
@@ -125,3 +126,12 @@ class CostTable:
     def filters_of_entries(self, index: int) -> np.ndarray:
         """The choice of filters of each entry of a block, integers of shape `(entries,)`."""
         return self._entries.choices[index, : self.blocks[index].shape[1], _FILTERS]
+
+
+def _sum(cost, blocks, size, filters_in):
+    """Cost of blocks in a row."""
+    total = 0.0
+    for block in blocks:
+        total += cost.block(block, size, filters_in)
+        size, filters_in = output_size(size, block.strides), block.filters
+    return total

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fpnas_keras.architecture import (
+    MAX_BLOCKS,
     Architecture,
     Block,
     Head,
@@ -16,6 +17,7 @@ from fpnas_keras.architecture import (
     check_image_shape,
     output_size,
 )
+from fpnas_keras.files import short
 
 # The variables of a block, in the order of all tensors and tables.
 VARIABLES = ("skip", "filters", "kernel_size", "expansion", "activation", "splits")
@@ -29,17 +31,21 @@ SAME = "same"
 
 @dataclasses.dataclass(frozen=True)
 class SearchBlock:
-    """One position in the network: for every variable, its choices.
+    """For every variable of a block, its choices; one block or several in a row.
 
     A variable with one choice is fixed. `skip` holds `False` and, where the
     block may be skipped, `True`. A block whose `filters` are `(SAME,)` keeps the
     channels it gets, so that the blocks of a stage share what its first one chose
     and, at stride 1, always have their input added.
 
+    With `repeats`, that many blocks in a row share one set of choices; all but the
+    first have stride 1.
+
     Args:
         filters, kernel_size, expansion, activation, splits, skip: The choices
             of each variable.
-        strides: Stride of the block, fixed.
+        strides: Stride of the (first) block, fixed.
+        repeats: Number of blocks that share the choices.
         operation: A compound variable. Each of its choices sets the same
             variables (which are then not given otherwise), or is `{"skip": True}`.
 
@@ -63,24 +69,30 @@ class SearchBlock:
     splits: tuple[int, ...] = (0,)
     skip: tuple[bool, ...] = (False,)
     strides: int = 1
+    repeats: int = 1
     operation: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "operation", tuple(map(dict, self.operation)))
-        if self.operation:
+        if self.operation != ():
             self._set_by_operation()
         for name in VARIABLES:
-            choices = tuple(getattr(self, name))
-            object.__setattr__(self, name, choices)
-            if not choices or len(set(choices)) != len(choices):
+            choices = getattr(self, name)
+            if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
                 raise ValueError(
-                    f"`{name}` must have at least one choice and none twice. "
-                    f"Received: {name}={choices}"
+                    f"`{name}` must be a list of at least one choice. Received: {name}={choices!r}"
                 )
-            if name == "filters" and choices == (SAME,):
+            object.__setattr__(self, name, tuple(choices))
+            if name == "filters" and self.keeps_filters:
                 continue
             for choice in choices:  # Block knows which values are legal.
                 Block(**{"filters": 1, "strides": self.strides, name: choice})
+            if len(set(choices)) != len(choices):
+                raise ValueError(f"`{name}` must have no choice twice. Received: {name}={choices}")
+        if type(self.repeats) is not int or not 1 <= self.repeats <= MAX_BLOCKS:
+            raise ValueError(
+                f"`repeats` must be an integer from 1 to {MAX_BLOCKS}. "
+                f"Received: repeats={self.repeats!r}"
+            )
         if False not in self.skip:
             raise ValueError(f"`skip` must have the choice False. Received: skip={self.skip}")
 
@@ -96,9 +108,13 @@ class SearchBlock:
 
     def _set_by_operation(self):
         """Makes the choices of the variables that the operations set."""
-        if len({tuple(sorted(each.items())) for each in self.operation}) < len(self.operation):
-            raise ValueError(f"`operation` must have no choice twice. Received: {self.operation}")
-        others = [each for each in self.operation if each != {"skip": True}]
+        is_list = isinstance(self.operation, (list, tuple))
+        if not is_list or not all(isinstance(each, Mapping) for each in self.operation):
+            raise ValueError(
+                f"`operation` must be a list of objects with keys. Received: {self.operation}"
+            )
+        object.__setattr__(self, "operation", tuple(map(dict, self.operation)))
+        others = [each for each in self.operation if each.get("skip") is not True or len(each) > 1]
         names = others[0].keys() if others else set()
         if not names or names - set(VARIABLES[2:]):
             raise ValueError(
@@ -109,6 +125,10 @@ class SearchBlock:
             raise ValueError(
                 f"every `operation` must set the same variables. Received: {self.operation}"
             )
+        for each in others:
+            Block(filters=1, **each)
+        if len({tuple(sorted(each.items())) for each in self.operation}) < len(self.operation):
+            raise ValueError(f"`operation` must have no choice twice. Received: {self.operation}")
         derived = {name: tuple(dict.fromkeys(each[name] for each in others)) for name in names}
         derived["skip"] = (False,) + (True,) * (len(others) < len(self.operation))
         for name, choices in derived.items():
@@ -170,18 +190,29 @@ class SearchBlock:
             result[same] = index
         return result
 
-    def block(self, choices: Sequence[int], filters_in: int) -> Block:
-        """The block with the given index for each variable, on `filters_in` channels."""
-        values = {
-            name: getattr(self, name)[index] for name, index in zip(VARIABLES, choices, strict=True)
-        }
-        if self.keeps_filters:
-            values["filters"] = filters_in
-        return Block(strides=self.strides, **values)
+    @functools.cached_property
+    def positions(self) -> tuple["SearchBlock", ...]:
+        """Each of the `repeats` blocks on its own; all but the first keep their filters."""
+        if self.repeats == 1:
+            return (self,)
+        first = dataclasses.replace(self, repeats=1)
+        later = dataclasses.replace(first, filters=(SAME,), strides=1)
+        return (first,) + (later,) * (self.repeats - 1)
 
-    def all_blocks(self, filters_in: int) -> list[Block]:
-        """The block of each of `entries`, on `filters_in` channels."""
-        return [self.block(choices, filters_in) for choices in self.entries]
+    def blocks(self, choices: Sequence[int], filters_in: int) -> tuple[Block, ...]:
+        """The `repeats` blocks with the given index for each variable, on `filters_in` channels."""
+        blocks = []
+        for position in self.positions:
+            values = {name: getattr(self, name)[i] for name, i in zip(VARIABLES, choices)}
+            if position.keeps_filters:
+                values["filters"] = filters_in
+            blocks.append(Block(strides=position.strides, **values))
+            filters_in = blocks[-1].filters
+        return tuple(blocks)
+
+    def all_blocks(self, filters_in: int) -> list[tuple[Block, ...]]:
+        """The `repeats` blocks of each of `entries`, on `filters_in` channels."""
+        return [self.blocks(choices, filters_in) for choices in self.entries]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +220,11 @@ class Space:
     """Everything that a search can choose from.
 
     Args:
-        name: Name in the registry.
+        name: Name in the registry, or of its file.
         input_shape: `(height, width, channels)` of the images.
         num_classes: Number of classes.
         stem: The stem, fixed.
-        blocks: The blocks to choose, in order.
+        blocks: The blocks to choose, in order; those that share their choices once.
         head: The head, fixed.
 
     Raises:
@@ -211,8 +242,20 @@ class Space:
         check_image_shape(self.input_shape, self.num_classes)
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        if not self.blocks:
-            raise ValueError(f"The space `{self.name}` has no blocks.")
+        for name, expected in (("name", str), ("stem", Stem), ("head", Head)):
+            if not isinstance(getattr(self, name), expected):
+                raise ValueError(
+                    f"`{name}` of a space must be a {expected.__name__}. "
+                    f"Received: {name}={short(getattr(self, name))}"
+                )
+        if not all(isinstance(block, SearchBlock) for block in self.blocks):
+            raise ValueError(f"`blocks` must be of SearchBlock. Received: {short(self.blocks)}")
+        count = sum(block.repeats for block in self.blocks)
+        if not 1 <= count <= MAX_BLOCKS:
+            raise ValueError(
+                f"The space `{self.name}` must have 1 to {MAX_BLOCKS} blocks. "
+                f"Received: {count} blocks"
+            )
 
     @property
     def num_architectures(self) -> int:
@@ -250,7 +293,7 @@ class Space:
         """
         blocks, filters = [], self.stem.filters
         for search_block, row in zip(self.blocks, choices, strict=True):
-            blocks.append(search_block.block(row, filters))
+            blocks.extend(search_block.blocks(row, filters))
             filters = blocks[-1].filters
         return Architecture(
             input_shape=self.input_shape,
@@ -275,34 +318,50 @@ class Space:
                 raise ValueError(
                     f"`{name}` must be {mine} in the space `{self.name}`. Received: {name}={theirs}"
                 )
-        if len(architecture.blocks) != len(self.blocks):
+        count = sum(block.repeats for block in self.blocks)
+        if len(architecture.blocks) != count:
             raise ValueError(
-                f"The space `{self.name}` has {len(self.blocks)} blocks. "
+                f"The space `{self.name}` has {count} blocks. "
                 f"Received: {len(architecture.blocks)} blocks"
             )
-        choices = np.zeros((len(self.blocks), len(VARIABLES)), np.int32)
-        filters = self.stem.filters
-        for index, (search_block, block) in enumerate(zip(self.blocks, architecture.blocks)):
-            if block.strides != search_block.strides:
+        rows, first, filters = [], 0, self.stem.filters
+        for search_block in self.blocks:
+            blocks = architecture.blocks[first : first + search_block.repeats]
+            rows.append(self._choices_of(search_block, blocks, first, filters))
+            first += search_block.repeats
+            filters = blocks[-1].filters
+        return np.array(rows, np.int32)
+
+    def _choices_of(self, search_block, blocks, index, filters_in):
+        """A row of `choices`: of the blocks from number `index`, on `filters_in` channels."""
+        block = blocks[0]
+        if block.strides != search_block.strides:
+            raise ValueError(
+                f"`strides` of block {index} must be {search_block.strides}. "
+                f"Received: strides={block.strides}"
+            )
+        row = np.zeros(len(VARIABLES), np.int32)
+        for name in RELEVANT_WHEN_SKIPPED if block.skip else VARIABLES:
+            value, legal = getattr(block, name), getattr(search_block, name)
+            if legal == (SAME,):
+                legal = (filters_in,)
+            if value not in legal:
                 raise ValueError(
-                    f"`strides` of block {index} must be {search_block.strides}. "
-                    f"Received: strides={block.strides}"
+                    f"`{name}` of block {index} must be one of {legal} in the space "
+                    f"`{self.name}`. Received: {name}={value}"
                 )
-            names = RELEVANT_WHEN_SKIPPED if block.skip else VARIABLES
-            for name in names:
-                value, legal = getattr(block, name), getattr(search_block, name)
-                if legal == (SAME,):
-                    legal = (filters,)
-                if value not in legal:
-                    raise ValueError(
-                        f"`{name}` of block {index} must be one of {legal} in the space "
-                        f"`{self.name}`. Received: {name}={value}"
-                    )
-                choices[index, VARIABLES.index(name)] = legal.index(value)
-            if not (search_block.entries == choices[index]).all(axis=1).any():
+            row[VARIABLES.index(name)] = legal.index(value)
+        if not (search_block.entries == row).all(axis=1).any():
+            raise ValueError(
+                f"block {index} must be one of the operations {search_block.operation} of the "
+                f"space `{self.name}`. Received: {block}"
+            )
+        for other, (own, expected) in enumerate(
+            zip(blocks, search_block.blocks(row, filters_in)), index
+        ):
+            if own != expected:
                 raise ValueError(
-                    f"block {index} must be one of the operations {search_block.operation} of the "
-                    f"space `{self.name}`. Received: {block}"
+                    f"block {other} must be {expected} in the space `{self.name}`, where it shares "
+                    f"the choices of block {index}. Received: {own}"
                 )
-            filters = block.filters
-        return choices
+        return row
