@@ -3,7 +3,9 @@
 python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 """
 
+import pathlib
 import shlex
+import shutil
 
 import keras
 from absl import flags, logging
@@ -20,7 +22,12 @@ from fpnas_keras.searcher import ArchitectureSearch
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
 flags.DEFINE_string("output_dir", None, "Directory of the run, new or empty.", required=True)
-flags.DEFINE_string("space", "mobile_mini", f"Search space, one of: {', '.join(spaces.names())}.")
+flags.DEFINE_string(
+    "space",
+    "mobile_mini",
+    f"Search space, one of {', '.join(spaces.names())}; or the path of a .json or .py file with a "
+    "space of your own (configs/spaces/example.json).",
+)
 flags.DEFINE_integer(
     "input_size",
     32,
@@ -142,6 +149,12 @@ flags.DEFINE_boolean(
 flags.DEFINE_boolean(
     "deduplicate", True, "Whether an architecture that is drawn twice in a step is evaluated once."
 )
+flags.DEFINE_boolean(
+    "recompute",
+    False,
+    "Whether the backward pass computes the activations inside each block anew instead of keeping "
+    "them. For large networks on a GPU of little memory; a step takes longer.",
+)
 flags.DEFINE_integer("batch_size", 64, "Images a batch, of each part of the data.", lower_bound=2)
 flags.DEFINE_integer(
     "architecture_batch_size",
@@ -224,6 +237,8 @@ def _search(run):
     keras.utils.set_random_seed(FLAGS.seed)
     search, batches = _set_up()
     run.begin()
+    if pathlib.Path(FLAGS.space).is_file():
+        shutil.copy(FLAGS.space, run.path(f"space{pathlib.Path(FLAGS.space).suffix}"))
     search.fit(
         batches,
         epochs=FLAGS.epochs,
@@ -259,7 +274,8 @@ def _coarse_epochs():
 
 def _set_up():
     """The compiled search and its data, or a `ValueError` about the flags."""
-    spaces.get(FLAGS.space)  # An unknown name should not wait for the data.
+    if not FLAGS.space.endswith(".py"):  # which may be for these images only
+        spaces.get(FLAGS.space)  # A bad space should not wait for the data.
     images = cli.load_data("train", FLAGS.input_size)
     space = spaces.get(FLAGS.space, images.image_shape, len(images.class_names))
     batches = data.search_batches(
@@ -302,6 +318,7 @@ def _set_up():
         control_variate=FLAGS.control_variate,
         stratified=FLAGS.stratified,
         deduplicate=FLAGS.deduplicate,
+        recompute=FLAGS.recompute,
         seed=FLAGS.seed,
     )
     search.compile(

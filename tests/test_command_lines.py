@@ -124,6 +124,21 @@ def test_parsec_by_flags(tmp_path):
     assert [float(row["cost_coefficient"]) for row in rows] == pytest.approx([0.7, 0.7])
 
 
+def test_a_space_of_ones_own_from_search_to_tflite(tmp_path):
+    flags = [each for each in SEARCH if "target" not in each and "cost" not in each]
+    flags += [f"--space={ROOT}/configs/spaces/example.json", "--recompute"]
+    result = run(*flags, f"--output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    architecture = Architecture.load(tmp_path / "run" / "architecture.json")
+    assert architecture.space == "example"
+    assert architecture.blocks[2] == architecture.blocks[3]  # they share their choices
+    assert (tmp_path / "run" / "space.json").is_file()
+    result = run(*next_command(result.stdout), "--epochs=1")
+    assert result.returncode == 0, result.stderr
+    result = run(*next_command(result.stdout))
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_part_of_the_training_images_is_kept_in_the_next_command(tmp_path):
     result = run(*SEARCH, "--train_images=400", f"--output_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
@@ -189,7 +204,9 @@ def test_training_and_export_follow_the_printed_commands(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--space=nonesuch"], "`space` must be one of mobile_mini, nas_bench_macro. Received"),
+        (["--space=nonesuch"], "`space` must be one of fbnet_c, "),
+        (["--space=/nonesuch.json"], "cannot read /nonesuch.json, which should be a space file"),
+        (["--space=README.md"], "Received: space='README.md'"),
         (["--target=1e3"], "`target` must be from 112,928 to 2,943,104 MACs"),
         (["--target=1e9"], "Received: target=1,000,000,000"),
         (["--warmup_steps=4"], "`coarse_epochs` must reach beyond the 4 steps of the warm-up"),
@@ -274,7 +291,7 @@ def test_a_killed_search_is_not_taken_for_a_finished_one(tmp_path):
 def test_bad_input_of_training_is_refused(searched, tmp_path):
     out = f"--output_dir={tmp_path / 'run'}"
     missing = run("fpnas_keras.train", "--architecture=/nonesuch.json", out)
-    assert_refused(missing, "cannot read the architecture file /nonesuch.json")
+    assert_refused(missing, "cannot read /nonesuch.json, which should be an architecture file")
     (tmp_path / "bad.json").write_text("{")
     bad = run("fpnas_keras.train", f"--architecture={tmp_path}/bad.json", out)
     assert_refused(bad, "bad.json is not an architecture file")

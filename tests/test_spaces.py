@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ BLOCKS = st.builds(
     SearchBlock,
     **SHARED,
     kernel_size=st.lists(st.sampled_from([3, 5, 7]), min_size=1, unique=True),
-    splits=st.lists(st.sampled_from([0, 1]), min_size=1, unique=True),
+    splits=st.lists(st.sampled_from([0, 1, 2, 4]), min_size=1, unique=True),
+    strides=st.integers(1, 2),
+    repeats=st.integers(1, 3),
     skip=st.sampled_from([(False,), (False, True), (True, False)]),
 ) | st.builds(SearchBlock, **SHARED, operation=st.sampled_from([OPERATIONS, OPERATIONS[1:]]))
 _IRRELEVANT = {"kernel_size": 3, "expansion": 1, "activation": "relu", "splits": 0}
@@ -44,11 +48,16 @@ def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
 @given(BLOCKS)
 def test_number_of_choices_of_any_block(block):
     """Each different block once, and every combination of choices is one of them."""
-    blocks = block.all_blocks(16)
+    rows = block.all_blocks(16)
+    assert all(len(row) == block.repeats and set(row[1:]) <= {row[-1]} for row in rows)
+    assert all(
+        (each.filters, each.strides) == (row[0].filters, 1) for row in rows for each in row[1:]
+    )
+    blocks = [row[0] for row in rows]
     assert len(set(blocks)) == len(blocks) == len(block.entries)
     found = {dataclasses.replace(each, **_IRRELEVANT) if each.skip else each for each in blocks}
     for choices in np.ndindex(*block.cardinalities):
-        each = block.block(choices, 16)
+        each = block.blocks(choices, 16)[0]
         if each.skip:
             assert dataclasses.replace(each, **_IRRELEVANT) in found
         elif block.operation:
@@ -103,13 +112,14 @@ def test_unknown_space_is_refused_by_name():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"filters": ()}, "`filters` must have at least one choice"),
-        ({"kernel_size": (3, 3)}, "`kernel_size` must have at least one choice and none twice"),
+        ({"filters": ()}, "`filters` must be a list of at least one choice"),
+        ({"kernel_size": (3, 3)}, "`kernel_size` must have no choice twice"),
         ({"kernel_size": (3, 4)}, "`kernel_size` must be odd"),
         ({"skip": (True,)}, "`skip` must have the choice False"),
         ({"splits": (0, 3)}, "`splits` must be"),
         ({"filters": (SAME, 8)}, "`filters` must be an integer"),
         ({"strides": 0}, "`strides` must be"),
+        ({"repeats": 0}, "`repeats` must be an integer from 1"),
         ({"operation": ({"skip": True},)}, "`operation` must set some of the variables"),
         ({"operation": ({"depth": 3},)}, "`operation` must set some of the variables"),
         ({"operation": ({"splits": 1}, {"splits": 1})}, "`operation` must have no choice twice"),
@@ -124,3 +134,138 @@ def test_unknown_space_is_refused_by_name():
 def test_impossible_blocks_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SearchBlock(**{"filters": (8,)} | change)
+
+
+EXAMPLE = pathlib.Path(__file__).parents[1] / "configs" / "spaces" / "example.json"
+PYTHON_SPACE = """
+from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.spaces import SearchBlock, Space
+
+def space(input_shape, num_classes):
+    blocks = [SearchBlock(filters=(8, 16), kernel_size=(3, 5))]
+    return Space("mine", input_shape, num_classes, Stem(8), blocks, Head(16))
+"""
+
+
+def test_space_from_json():
+    space = spaces.get(EXAMPLE, input_shape=(64, 64, 3), num_classes=5)
+    assert (space.name, space.input_shape, space.num_classes) == ("example", (64, 64, 3), 5)
+    # Row by row; a skipped group counts once.
+    assert space.num_architectures == 8 * 54 * (6 + 1) * 8 * 3
+    assert [block.repeats for block in space.blocks] == [1, 1, 2, 1, 1]
+    architecture = space.architecture(space.cardinalities - 1)
+    assert len(architecture.blocks) == 6
+    assert architecture.blocks[2] == architecture.blocks[3]
+
+
+def test_space_from_python(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(PYTHON_SPACE)
+    space = spaces.get(str(file), input_shape=(16, 16, 1), num_classes=4)
+    assert (space.num_architectures, space.input_shape) == (4, (16, 16, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("head"), "the space lacks the key `head`"),
+        (lambda d: d.update(format=2), "`format` must be 1"),
+        (lambda d: d.update(blocks={}), "`blocks` must be a list"),
+        (lambda d: d.update(blocks=[]), "must have 1 to 1000 blocks"),
+        (lambda d: d["blocks"][1].update(kernel=3), "`blocks.1.` has the unknown key `kernel`"),
+        (lambda d: d["blocks"][1].pop("filters"), "`blocks.1.` lacks the key `filters`"),
+        (lambda d: d["blocks"][1].update(filters=16), "in `blocks.1.`: `filters` must be a list"),
+        (lambda d: d["blocks"][1].update(filters="same"), "`filters` must be a list"),
+        (lambda d: d["blocks"][1].update(filters=[[16]]), "`filters` must be an integer"),
+        (lambda d: d["blocks"][1].update(skip=[0]), "`skip` must be true or false"),
+        (lambda d: d["blocks"][4].update(operation=[1]), "`operation` must be a list of objects"),
+        (lambda d: d["blocks"][4].update(operation=3), "`operation` must be a list of objects"),
+        (lambda d: d["blocks"][4].update(operation={}), "`operation` must be a list of objects"),
+        (lambda d: d["blocks"][4].update(operation=[]), "`operation` must set some of"),
+        (lambda d: d["blocks"][1].update(splits=[0, 1, 2.0]), "`splits` must be one of 0, 1, 2, 4"),
+        (lambda d: d["blocks"][2].update(repeats=True), "`repeats` must be an integer"),
+        (
+            lambda d: d.update(blocks=[{"filters": [8], "repeats": 600}] * 2),
+            "must have 1 to 1000 blocks. Received: 1200 blocks",
+        ),
+        (
+            lambda d: d["blocks"][4].update(operation=[{"kernel_size": [3]}]),
+            "in `blocks.4.`: `kernel_size` must be an integer",
+        ),
+        (lambda d: d["stem"].update(filters=0), "in `stem`: `filters` must be an integer"),
+    ],
+)
+def test_bad_space_files_are_refused_by_key(tmp_path, change, message):
+    content = json.loads(EXAMPLE.read_text())
+    change(content)
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        spaces.get(file)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "must have a function `space"),
+        ("def space(input_shape, num_classes): return 3", "must have a function `space"),
+        ("def space(): pass", "fails: TypeError"),
+        ("1 / 0", "fails: ZeroDivisionError"),
+        ("import sys; sys.exit(3)", "fails: SystemExit"),
+        (PYTHON_SPACE.replace("blocks, Head", "[3], Head"), "`blocks` must be of SearchBlock"),
+        (PYTHON_SPACE.replace("Stem(8)", "8"), "`stem` of a space must be a Stem"),
+        (PYTHON_SPACE.replace("num_classes, Stem", "7, Stem"), "must make a space for images of"),
+    ],
+)
+def test_bad_python_spaces_are_refused(tmp_path, text, message):
+    file = tmp_path / "bad.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        spaces.get(str(file))
+    with pytest.raises(ValueError, match="there is no such file"):
+        spaces.get(str(tmp_path / "nonesuch.py"))
+
+
+def test_a_file_does_not_take_the_name_of_another_space(tmp_path):
+    file = tmp_path / "fpnas.json"
+    file.write_text(EXAMPLE.read_text())
+    with pytest.raises(ValueError, match="must not be named as one of"):
+        spaces.get(file)
+
+
+def test_blocks_that_share_their_choices_must_be_equal():
+    space = spaces.get("fbnetv2_f")
+    architecture = space.architecture(0 * space.cardinalities)
+    blocks = list(architecture.blocks)
+    blocks[3] = dataclasses.replace(blocks[3], kernel_size=5)
+    foreign = dataclasses.replace(architecture, blocks=tuple(blocks))
+    with pytest.raises(ValueError, match="where it shares the choices of block 2"):
+        space.choices(foreign)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "rows", "least", "largest"),
+    [
+        ("fbnet_c", 22, 22, 50e6, 573e6),
+        ("fbnetv2_f", 18, 10, 25e6, 429e6),
+        ("fbnetv2_f_fine", 18, 18, 25e6, 429e6),
+        ("fpnas", 28, 28, 51e6, 3032e6),
+        ("mobilenet_v3", 21, 21, 121e6, 566e6),
+    ],
+)
+def test_large_spaces_have_the_sizes_they_say(name, blocks, rows, least, largest):
+    space = spaces.get(name, input_shape=(224, 224, 3), num_classes=1000)
+    table = CostTable(space, MacsCost())
+    assert len(space.blocks) == rows
+    assert len(space.architecture(0 * space.cardinalities).blocks) == blocks
+    assert table.least() == pytest.approx(least, rel=0.02)
+    assert table.largest() == pytest.approx(largest, rel=0.002)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(spaces.names()), st.integers(0, 2**32 - 1))
+def test_every_space_reads_its_own_architectures(name, seed):
+    space = spaces.get(name)
+    choices = random_choices(space, np.random.default_rng(seed))
+    assert np.array_equal(space.choices(space.architecture(choices)), choices)

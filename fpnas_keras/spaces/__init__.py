@@ -1,16 +1,30 @@
-"""What can be chosen: search spaces as plain data, by name."""
+"""What can be chosen: search spaces as plain data, by name or from a file."""
 
+import os
 from collections.abc import Callable
 
+from fpnas_keras.spaces.fbnet import fbnet_c
+from fpnas_keras.spaces.fbnetv2 import fbnetv2_f, fbnetv2_f_fine
+from fpnas_keras.spaces.fpnas import fpnas
+from fpnas_keras.spaces.load import SUFFIXES, load
 from fpnas_keras.spaces.mobile_mini import mobile_mini
+from fpnas_keras.spaces.mobilenet_v3 import mobilenet_v3
 from fpnas_keras.spaces.nas_bench_macro import nas_bench_macro
 from fpnas_keras.spaces.space import SAME, VARIABLES, SearchBlock, Space
 
 __all__ = ["SAME", "VARIABLES", "SearchBlock", "Space", "get", "names"]
 
 _SPACES: dict[str, Callable[..., Space]] = {
-    "mobile_mini": mobile_mini,
-    "nas_bench_macro": nas_bench_macro,
+    each.__name__: each
+    for each in (
+        fbnet_c,
+        fbnetv2_f,
+        fbnetv2_f_fine,
+        fpnas,
+        mobile_mini,
+        mobilenet_v3,
+        nas_bench_macro,
+    )
 }
 
 
@@ -19,21 +33,38 @@ def names() -> list[str]:
     return sorted(_SPACES)
 
 
-def get(name: str, input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10) -> Space:
-    """The space of that name for images of a given shape.
+def get(
+    name: str | os.PathLike,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    num_classes: int = 10,
+) -> Space:
+    """The space of that name, or in that file, for images of a given shape.
 
     Args:
-        name: One of `names()`.
+        name: One of `names()`, or the path of a `.json` or `.py` file that defines a space.
+            A Python file is run: it must hold a function
+            `space(input_shape, num_classes)` that returns a `Space`.
         input_shape: `(height, width, channels)` of the images.
         num_classes: Number of classes.
 
     Raises:
-        ValueError: When there is no space of that name.
+        ValueError: When there is no space of that name, or the file has none.
 
     Example:
 
     >>> get("mobile_mini", input_shape=(28, 28, 1)).num_architectures
     """
+    name = os.fspath(name)
+    if name.endswith(SUFFIXES):
+        space = load(name, input_shape, num_classes)
+        if space.name in _SPACES:
+            raise ValueError(
+                f"the space file {name} must not be named as one of {', '.join(names())}"
+            )
+        return space
     if name not in _SPACES:
-        raise ValueError(f"`space` must be one of {', '.join(names())}. Received: space={name!r}")
+        raise ValueError(
+            f"`space` must be one of {', '.join(names())} or the path of a {' or '.join(SUFFIXES)} "
+            f"file. Received: space={name!r}"
+        )
     return _SPACES[name](input_shape=input_shape, num_classes=num_classes)

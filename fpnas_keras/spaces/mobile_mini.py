@@ -12,6 +12,8 @@ Every block chooses kernel size 3 or 5, expansion 1, 3 or 6, ReLU or hard swish,
 and with or without squeeze-excite. The first block of a stage chooses the filters
 of the stage: with filters of their own the stride-1 blocks would mostly lack the
 addition of their input, and the shared weights learn several times slower.
+
+At 32 pixels and 10 classes: 4.9e12 architectures of 0.74M to 11.4M MACs.
 """
 
 from fpnas_keras.architecture import Head, Stem

@@ -12,6 +12,8 @@ Every block is skipped, or has kernel size 3 and expansion 3, or kernel size 5 a
 6, all with ReLU: 3^8 = 6,561 networks. An architecture's code in the published table is the
 digits of its operations in this order.
 
+At 32 pixels and 10 classes: 7.7M to 105.7M MACs.
+
 Reference: Su et al., "Prioritized Architecture Sampling with Monto-Carlo Tree Search",
 CVPR 2021, arXiv:2103.11922.
 """

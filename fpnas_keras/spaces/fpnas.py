@@ -1,0 +1,68 @@
+"""`fpnas`: FBNetV2's space made wider and deeper, with split-attention; up to 3.0G MACs.
+
+For images of 128 to 288 pixels; MACs at 224.
+
+| stage | blocks | stride | filters | expansion |
+|---|---|---|---|---|
+| stem | 3x3 convolution | 2 | 24 | |
+| 1 | 2 | 1 | 16, 20, 24 | 1 |
+| 2 | 4 | 2 | 24, 28, ..., 40 | 0.75 to 6 |
+| 3 | 5 | 2 | 40, 48, ..., 72 | 0.75 to 6 |
+| 4 | 5 | 2 | 80, 88, ..., 136 | 0.75 to 6 |
+| 5 | 6 | 1 | 112, 120, ..., 184 | 0.75 to 6 |
+| 6 | 6 | 2 | 192, 208, ..., 320 | 0.75 to 6 |
+| head | 1x1 convolution | 1 | 1984 | |
+
+Every block chooses kernel size 3, 5 or 7, expansion (0.75, 1.5, 2.25, 3, 3.75, 4.5, 6), ReLU or
+hard swish, 0, 1, 2 or 4 splits and, but for the first of a stage, to be skipped. The first block
+of a stage chooses its filters, and has the stage's stride.
+
+At 224 pixels and 1,000 classes: 2.7e65 architectures of 51M to 3.03G MACs.
+
+A reconstruction: the paper says that its space is FBNetV2's made wider and deeper, with the
+number of splits searched; its exact table was not at hand. That a stage shares its filters is
+this project's: with filters of its own a block mostly lacks the addition of its input, and the
+shared weights learn several times slower (measured on mobile_mini).
+
+Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search", CVPR 2021,
+arXiv:2011.10949.
+"""
+
+from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.spaces.space import SAME, SearchBlock, Space
+
+# Filters, blocks, stride of the first.
+STAGES = (
+    (range(16, 25, 4), 2, 1),
+    (range(24, 41, 4), 4, 2),
+    (range(40, 73, 8), 5, 2),
+    (range(80, 137, 8), 5, 2),
+    (range(112, 185, 8), 6, 1),
+    (range(192, 321, 16), 6, 2),
+)
+EXPANSIONS = (0.75, 1.5, 2.25, 3, 3.75, 4.5, 6)
+
+
+def fpnas(input_shape: tuple[int, int, int] = (224, 224, 3), num_classes: int = 1000) -> Space:
+    """The space as in the table above."""
+    blocks = [
+        SearchBlock(
+            filters=tuple(filters) if position == 0 else (SAME,),
+            kernel_size=(3, 5, 7),
+            expansion=EXPANSIONS if stage > 0 else (1,),
+            activation=("relu", "hard_silu"),
+            splits=(0, 1, 2, 4),
+            skip=(False,) if position == 0 else (False, True),
+            strides=strides if position == 0 else 1,
+        )
+        for stage, (filters, repeats, strides) in enumerate(STAGES)
+        for position in range(repeats)
+    ]
+    return Space(
+        name="fpnas",
+        input_shape=input_shape,
+        num_classes=num_classes,
+        stem=Stem(filters=24, kernel_size=3, strides=2, activation="hard_silu"),
+        blocks=tuple(blocks),
+        head=Head(filters=1984, activation="hard_silu"),
+    )
