@@ -25,8 +25,9 @@ class Images(NamedTuple):
     """One set of labelled images.
 
     Attributes:
-        x: uint8 pixels of shape `(n, height, width, channels)`, or the names of
-            n files where the images do not fit into memory.
+        x: uint8 pixels of shape `(n, height, width, channels)`; or, where the images do
+            not fit into memory, where each is on the disk, as strings: the names of n
+            files, or of shape `(n, 2)` file and "offset:length:key" of n TFRecords.
         y: Index of the class, int32 of shape `(n,)`.
         class_names: Names of the classes.
         image_shape: `(height, width, channels)`.
@@ -116,12 +117,13 @@ def search_batches(
     (t) and one that the architecture is chosen on (v).
 
     Args:
-        x: Pixels 0..255 of shape `(n, height, width, channels)`, or file names.
+        x: Pixels 0..255 of shape `(n, height, width, channels)`, or where they are on the
+            disk, as `Images.x`.
         y: Index of the class, integers of shape `(n,)`.
         batch_size: Images of each part in a batch.
         seed: Seed of the split and of the order.
         steps_per_epoch: Batches an epoch; by default one pass over the weights part.
-        image_shape: `(height, width, channels)`, needed with file names.
+        image_shape: `(height, width, channels)`, needed for images on the disk.
         architecture_batch_size: Images of the architecture part in a batch, where that
             is another number.
 
@@ -223,17 +225,32 @@ def _reader(x, y, part, batch_size, seed, image_shape):
 
 
 def _pixels(x, image_shape):
-    """float32 pixels of a batch of images or of file names."""
+    """float32 pixels of a batch of images, of file names or of TFRecords."""
     if x.dtype == tf.string:
-        x = tf.map_fn(lambda path: _decode(path, image_shape), x, fn_output_signature=tf.uint8)
+        read = tf.io.read_file if x.shape.rank == 1 else _read_record
+        x = tf.map_fn(
+            lambda each: _decode(read(each), image_shape), x, fn_output_signature=tf.uint8
+        )
         x = tf.ensure_shape(x, (None, *image_shape))
     return tf.cast(x, tf.float32)
 
 
-def _decode(path, image_shape):
-    image = tf.io.decode_image(
-        tf.io.read_file(path), channels=image_shape[-1], expand_animations=False
-    )
+def _read_record(place):
+    """The encoded image in the TFRecord at (file, "offset:length:key")."""
+
+    def read(place):
+        path, rest = (each.decode() for each in place)
+        offset, length, key = rest.split(":", 2)
+        with tf.io.gfile.GFile(path, "rb") as file:
+            file.seek(int(offset))
+            example = tf.train.Example.FromString(file.read(int(length)))
+        return example.features.feature[key].bytes_list.value[0]
+
+    return tf.ensure_shape(tf.numpy_function(read, [place], tf.string), ())
+
+
+def _decode(encoded, image_shape):
+    image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
     return _resize(image, image_shape[0])
 
 
@@ -263,7 +280,11 @@ def _digits(split_name, image_size):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    _check_memory("digits", len(digits.target), (image_size, image_size, 1))
+    if len(digits.target) * image_size**2 > MEMORY_LIMIT:
+        raise ValueError(
+            f"the data set `digits` does not fit into memory ({MEMORY_LIMIT / 2**30:.0f} GiB) at "
+            f"that size. Received: image_size={image_size}"
+        )
     indices = _hold_out(digits.target, split_name)
     x = (digits.images[indices, ..., None] * (255 / 16)).round().astype(np.uint8)
     return Images(
@@ -282,7 +303,8 @@ def _tfds(name, split_name, image_size, data_dir, download):
         if download:
             builder.download_and_prepare()
         info = builder.info
-        test = next((each for each in ("test", "validation") if each in info.splits), None)
+        # Some sets have a test split without labels.
+        test = next((each for each in ("test", "validation") if _is_labelled(builder, each)), None)
         source = test if split_name == "test" and test else "train"
         dataset = builder.as_dataset(split=source, as_supervised=True, shuffle_files=False)
     except Exception as error:  # It raises what its many readers and downloaders raise.
@@ -300,15 +322,64 @@ def _tfds(name, split_name, image_size, data_dir, download):
         )
     image_shape = (image_size, image_size, image.shape[-1] or 3)
     count = info.splits[source].num_examples
-    _check_memory(name, count, image_shape)
-    dataset = dataset.map(lambda x, y: (_resize(x, image_size), y), num_parallel_calls=_AUTOTUNE)
-    x, y = _collect(dataset.batch(500).prefetch(2), count, image_shape, f"reading {name}")
+    if count * np.prod(image_shape, dtype=np.int64) > MEMORY_LIMIT:
+        x, y = _tfds_places(builder, source)
+    else:
+        dataset = dataset.map(
+            lambda x, y: (_resize(x, image_size), y), num_parallel_calls=_AUTOTUNE
+        )
+        x, y = _collect(dataset.batch(500).prefetch(2), count, image_shape, f"reading {name}")
     if y.min() < 0:
         raise ValueError(f"the split `{source}` of the data set `{name}` has no labels")
     if test is None:
         indices = _hold_out(y, split_name)
         x, y = x[indices], y[indices]
     return Images(x, y, tuple(label.names), image_shape)
+
+
+def _is_labelled(builder, split_name):
+    """Whether a data set has a split of that name, and labels in it."""
+    if split_name not in builder.info.splits:
+        return False
+    first = builder.as_dataset(split=f"{split_name}[:1]", as_supervised=True)
+    return all(label >= 0 for _, label in first.as_numpy_iterator())
+
+
+def _tfds_places(builder, split_name):
+    """Where the images of a prepared data set are on the disk, and their labels."""
+    import tensorflow_datasets as tfds
+
+    info = builder.info
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise ValueError(
+            f"the data set `{info.name}` does not fit into memory and must be prepared as "
+            f"{tfds.core.FileFormat.TFRECORD.value} files to be read from the disk. "
+            f"Received: {info.file_format.value}"
+        )
+    image, label = info.supervised_keys[:2]
+    features = {label: tf.io.FixedLenFeature([], tf.int64)}
+
+    def size_and_label(record):
+        return tf.strings.length(record), tf.io.parse_single_example(record, features)[label]
+
+    places, labels, split = [], [], info.splits[split_name]
+    with tqdm(total=split.num_examples, desc=f"indexing {info.name}", unit=" images") as progress:
+        for file in map(str, split.filepaths):
+            records = tf.data.TFRecordDataset(file, buffer_size=2**24)
+            records = records.map(size_and_label, num_parallel_calls=_AUTOTUNE).batch(1000)
+            end = 0
+            for lengths, own in records.as_numpy_iterator():
+                # A record is its length and a checksum, 12 bytes, what it holds, and 4 bytes.
+                ends = end + np.cumsum(lengths + 16, dtype=np.int64)
+                begins, end = ends - lengths - 4, ends[-1]
+                own_places = [
+                    (file.encode(), f"{begin}:{length}:{image}".encode())
+                    for begin, length in zip(begins, lengths)
+                ]
+                places.append(np.array(own_places))
+                labels.append(own)
+                progress.update(len(own))
+    return np.concatenate(places), np.concatenate(labels).astype(np.int32)
 
 
 def _folder(path, split_name, image_size):
@@ -337,7 +408,8 @@ def _folder(path, split_name, image_size):
         return Images(paths, y, names, image_shape)
     dataset = tf.data.Dataset.from_tensor_slices((paths, y))
     dataset = dataset.map(
-        lambda file, label: (_decode(file, image_shape), label), num_parallel_calls=_AUTOTUNE
+        lambda file, label: (_decode(tf.io.read_file(file), image_shape), label),
+        num_parallel_calls=_AUTOTUNE,
     )
     try:
         x, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, f"reading {path}")
@@ -385,15 +457,6 @@ def _channels(paths, y):
             raise ValueError(f"the image {file} cannot be read: {error.message}") from None
         channels.add(image.shape[-1])
     return 1 if channels == {1} else 3
-
-
-def _check_memory(name, count, image_shape):
-    if count * np.prod(image_shape, dtype=np.int64) > MEMORY_LIMIT:
-        raise ValueError(
-            f"the data set `{name}` does not fit into memory at {image_shape} "
-            f"({count:,} images; at most {MEMORY_LIMIT / 2**30:.0f} GiB); write it to a folder of "
-            "class folders and use folder:PATH, or choose a smaller `input_size`"
-        )
 
 
 def _collect(dataset, count, image_shape, description):

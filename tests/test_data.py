@@ -1,7 +1,10 @@
+import pathlib
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from fpnas_keras import data
 
@@ -185,6 +188,64 @@ def test_images_that_do_not_fit_into_memory_stay_on_the_disk(tmp_path, monkeypat
     ):
         for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other)):
             assert np.array_equal(a, b)
+
+
+class Noise(tfds.core.GeneratorBasedBuilder):
+    """A data set of tensorflow_datasets: 30 images to train on, 6 to test, 4 without labels."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = pathlib.Path(__file__).parent
+
+    def _info(self):
+        image = tfds.features.Image(shape=(9, 9, 3))
+        label = tfds.features.ClassLabel(names=["cat", "dog"])
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
+        return tfds.core.DatasetInfo(
+            builder=self, features=features, supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, _):
+        return {
+            "train": self._generate_examples(30),
+            "validation": self._generate_examples(6),
+            "test": self._generate_examples(4, labelled=False),
+        }
+
+    def _generate_examples(self, count, labelled=True):
+        rng = np.random.default_rng(count)
+        for index in range(count):
+            image = rng.integers(0, 256, (9, 9, 3), np.uint8)
+            yield index, {"image": image, "label": index % 2 if labelled else -1}
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dätä")
+    config = tfds.download.DownloadConfig(num_shards=3)
+    Noise(data_dir=folder).download_and_prepare(download_config=config)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_tfds_sets_that_do_not_fit_into_memory_are_read_from_their_files(
+    tfds_folder, monkeypatch, split
+):
+    arguments = ("tfds:noise", split, 8, str(tfds_folder), False)
+    in_memory = data.load(*arguments)
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 100)
+    on_disk = data.load(*arguments)
+    assert on_disk.x.shape == ({"train": 30, "test": 6}[split], 2)
+    assert np.array_equal(on_disk.y, in_memory.y)
+    assert on_disk[2:] == in_memory[2:]
+    for (x, y), (expected_x, expected_y) in zip(
+        data.test_batches(on_disk, 7), data.test_batches(in_memory, 7), strict=True
+    ):
+        assert np.array_equal(x, expected_x)
+        assert np.array_equal(y, expected_y)
+    one = data.search_batches(*on_disk[:2], batch_size=2, image_shape=on_disk.image_shape)
+    other = data.search_batches(*in_memory[:2], batch_size=2)
+    for a, b in zip(tf.nest.flatten(next(iter(one))), tf.nest.flatten(next(iter(other)))):
+        assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize(
