@@ -1,0 +1,219 @@
+"""What large searches cost: a step of `fpnas` at 224 pixels, recomputation, ten times the choices.
+
+python benchmarks/large_searches.py
+
+Takes about 25 minutes on 2 cores. Every job is a process of its own; what is compared with each
+other runs in turn in one of them. Finished jobs are appended to --output; a run that was cut goes
+on from there.
+"""
+
+import functools
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import fpnas_keras as fpnas
+from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.spaces import SAME, SearchBlock, Space
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("job", None, "Run this job alone and print its row.")
+flags.DEFINE_string("output", "benchmarks/large_searches.jsonl", "File of the finished rows.")
+
+BATCH, MEAN_COST, SAMPLES, ARCHITECTURES = 16, 1.0e9, 8, 6
+
+
+def tilted(space: Space, **settings) -> fpnas.ArchitectureSearch:
+    """A search of the space whose logits are moved until E[cost] is `MEAN_COST`."""
+    search = fpnas.ArchitectureSearch(space, samples=SAMPLES, warmup_steps=0, **settings)
+    search.compile("sgd", "adam")
+    distribution = search.distribution
+    while True:
+        p = distribution.entry_probabilities()
+        with tf.GradientTape() as tape:
+            tape.watch(p)
+            cost = search.cost_table.expected(p)
+        if cost >= MEAN_COST:
+            return search
+        slope = p * tape.gradient(cost, p) / MEAN_COST
+        distribution.logits.assign_add(5.0 * distribution.entry_gradient(slope))
+
+
+def batch(space: Space, size: int, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Noise with labels: the time and the memory are those of any images."""
+    x = tf.random.stateless_uniform((size, *space.input_shape), (seed, 0), 0, 255)
+    return x, tf.range(size) % space.num_classes
+
+
+def search_step(recompute: bool) -> dict[str, float]:
+    """Three steps of a search of `fpnas`, weights and logits; the first one traces."""
+    keras.utils.set_random_seed(0)
+    space = fpnas.spaces.get("fpnas", (224, 224, 3), 1000)
+    search = tilted(space, recompute=recompute)
+    expected = float(search.cost_table.expected(search.distribution.entry_probabilities()))
+    data = (batch(space, BATCH, 0), batch(space, BATCH, 1))
+    step, seconds = tf.function(search.train_step), []
+    for _ in range(3):
+        start = time.perf_counter()
+        logs = step(data)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "expected_macs": expected,
+        "samples": SAMPLES,
+        "first_step_seconds": seconds[0],
+        "step_seconds": statistics.mean(seconds[1:]),
+        "train_loss": float(logs["train_loss"]),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def sample_against_keras() -> dict[str, list[float]]:
+    """The weight half of a sample and Keras' training step of the same networks, in turn."""
+    space = fpnas.spaces.get("fpnas", (224, 224, 3), 1000)
+    search = tilted(space)
+    data = batch(space, BATCH, 0)
+
+    @tf.function
+    def sample(choices):
+        return search.add_sample(search.no_samples(), choices, tf.constant(1), data)[0]
+
+    result = {"macs": [], "sample_seconds": [], "keras_seconds": []}
+    for choices in search.distribution.sample(ARCHITECTURES, seed=0, step=0):
+        architecture = space.architecture(choices.numpy())
+        model = architecture.build()
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), jit_compile=False)
+        seconds = {"sample": [], "keras": []}
+        steps = {
+            "sample": functools.partial(sample, choices),
+            "keras": functools.partial(model.train_on_batch, *data),
+        }
+        for repeat in range(4):
+            for name, run in steps.items():
+                start = time.perf_counter()
+                run()
+                if repeat > 0:  # the first one traces
+                    seconds[name].append(time.perf_counter() - start)
+        result["macs"].append(architecture.macs())
+        for name, values in seconds.items():
+            result[f"{name}_seconds"].append(statistics.median(values))
+        keras.backend.clear_session()
+    return result
+
+
+def recomputed_in_turn() -> dict[str, float]:
+    """The weight half of the same samples, activations kept and recomputed, in turn."""
+    space = fpnas.spaces.get("fbnetv2_f", (224, 224, 3), 1000)
+    data, samples = batch(space, BATCH, 0), {}
+    for recompute in (False, True):
+        search = fpnas.ArchitectureSearch(space, recompute=recompute)
+
+        def sample(choices, search=search):
+            return search.add_sample(search.no_samples(), choices, tf.constant(1), data)[0]
+
+        samples[recompute] = tf.function(sample)
+    ratios = []
+    for choices in search.distribution.sample(ARCHITECTURES, seed=0, step=0):
+        seconds = {name: [] for name in samples}
+        for repeat in range(4):
+            for name, run in samples.items():
+                start = time.perf_counter()
+                run(choices)
+                if repeat > 0:  # the first one traces, or meets its shapes for the first time
+                    seconds[name].append(time.perf_counter() - start)
+        ratios.append(statistics.median(seconds[True]) / statistics.median(seconds[False]))
+    return {"ratios": ratios, "median": statistics.median(ratios)}
+
+
+def space_of(expansions: tuple[float, ...], activations: tuple[str, ...]) -> Space:
+    """8 blocks whose widths are multiples of 16 for expansions in steps of 0.2.
+
+    (oneDNN's kernels are slower for other widths, which is not what is measured here.)
+    """
+    blocks = [
+        SearchBlock(
+            filters=(80 * 2 ** (index // 4),) if index % 4 == 0 else (SAME,),
+            kernel_size=(3, 5),
+            expansion=expansions,
+            activation=activations,
+            strides=2 if index % 4 == 0 else 1,
+        )
+        for index in range(8)
+    ]
+    return Space("choices", (16, 16, 3), 10, Stem(80, 3, 1), tuple(blocks), Head(256))
+
+
+def ten_times_the_choices() -> dict[str, float]:
+    """Steps of two searches in turn: 4 and 40 choices a block, the same mean MACs."""
+    wide = (2, 2.2, 2.4, 2.6, 2.8, 3.2, 3.4, 3.6, 3.8, 4)
+    spaces = {
+        "narrow": space_of((2, 4), ("relu",)),
+        "wide": space_of(wide, ("relu", "relu6")),
+    }
+    steps, rows, macs = {}, {name: [] for name in spaces}, {}
+    for name, space in spaces.items():
+        search = fpnas.ArchitectureSearch(space, samples=8, warmup_steps=0)
+        # No updates of the logits: the mean MACs are to stay as they are.
+        search.compile("sgd", keras.optimizers.SGD(0.0))
+        p = search.distribution.entry_probabilities()
+        macs[name] = float(search.cost_table.expected(p))
+        data = (batch(space, 32, 0), batch(space, 32, 1))
+        steps[name] = functools.partial(tf.function(search.train_step), data)
+        for _ in range(20):  # until most shapes have been met
+            steps[name]()
+    for _ in range(60):
+        for name, run in steps.items():
+            start = time.perf_counter()
+            run()
+            rows[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in rows.items()}
+    ratios = [b / a for a, b in zip(rows["narrow"], rows["wide"])]
+    return {
+        "choices": [len(space.blocks[1].entries) for space in spaces.values()],
+        "macs": list(macs.values()),
+        "seconds": list(median.values()),
+        "ratio": median["wide"] / median["narrow"],
+        "ratio_quartiles": np.percentile(ratios, [25, 75]).tolist(),
+    }
+
+
+JOBS = {
+    "search step": lambda: search_step(recompute=False),
+    "search step, recomputed": lambda: search_step(recompute=True),
+    "recomputed in turn": recomputed_in_turn,
+    "sample against Keras": sample_against_keras,
+    "ten times the choices": ten_times_the_choices,
+}
+
+
+def main(_: list[str]) -> None:
+    """Runs the jobs that are not in the output yet."""
+    if FLAGS.job:
+        print(json.dumps({"job": FLAGS.job, **JOBS[FLAGS.job]()}))
+        return
+    output = pathlib.Path(FLAGS.output)
+    lines = output.read_text().splitlines() if output.exists() else []
+    rows = {row["job"]: row for row in map(json.loads, lines)}
+    for job in JOBS:
+        if job not in rows:
+            command = [sys.executable, __file__, f"--job={job}"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows[job] = json.loads(done.stdout.splitlines()[-1])
+            with output.open("a") as file:
+                file.write(json.dumps(rows[job]) + "\n")
+        print(json.dumps(rows[job], indent=1), flush=True)
+    own = rows["sample against Keras"]
+    ratios = np.divide(own["sample_seconds"], own["keras_seconds"])
+    print(f"\nsample / Keras step: {np.round(ratios, 2)}, median {np.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
