@@ -237,8 +237,9 @@ def _search(run):
     keras.utils.set_random_seed(FLAGS.seed)
     search, batches = _set_up()
     run.begin()
-    if pathlib.Path(FLAGS.space).is_file():
-        shutil.copy(FLAGS.space, run.path(f"space{pathlib.Path(FLAGS.space).suffix}"))
+    if FLAGS.space not in spaces.names():
+        with replacing(run.path(f"space{pathlib.Path(FLAGS.space).suffix}")) as temporary:
+            shutil.copy(FLAGS.space, temporary)
     search.fit(
         batches,
         epochs=FLAGS.epochs,

@@ -253,11 +253,9 @@ class ArchitectureSearch(keras.Model):
         """
         warming_up = self.step < self.warmup_steps
         entropy = self.distribution.entropy()
-        probabilities = self.distribution.entry_probabilities()
-        with tf.GradientTape() as tape:
-            tape.watch(probabilities)
-            expected_cost = self.cost_table.expected(probabilities)
-        cost_slope = probabilities * tape.gradient(expected_cost, probabilities)
+        expected_cost, cost_slope = self.cost_table.expected_and_slope(
+            self.distribution.entry_probabilities()
+        )
         coefficients = estimator.likelihood_coefficients(
             log_likelihoods, samples.counts, self.likelihood_scale, self.control_variate
         )

@@ -78,11 +78,12 @@ class Supernet(keras.layers.Layer):
         x = self.rescaling(images)
         x = self.stem_activation(self.stem_bn(self.stem(x)))
         filters_in = tf.constant(0)
+        rows = tf.unstack(choices, num=self.rows[-1] + 1)
         for block, row in zip(self.blocks, self.rows):
-            run = functools.partial(block, choices=choices[row], filters_in=filters_in)
+            run = functools.partial(block, choices=rows[row], filters_in=filters_in)
             x = tf.recompute_grad(run)(x) if self.recompute else run(x)
             if not block.block.keeps_filters:
-                filters_in = choices[row, VARIABLES.index("filters")]
+                filters_in = rows[row][VARIABLES.index("filters")]
         x = self.head_activation(self.head_bn(self.head(x)))
         x = tf.reduce_mean(x, axis=[1, 2])
         if self.head_dense is not None:

@@ -99,6 +99,22 @@ class CostTable:
                 filters_in = tf.math.unsorted_segment_sum(own, filters, filters.max() + 1)
         return total + tf.reduce_sum(filters_in * tf.constant(self.heads))
 
+    def expected_and_slope(self, probabilities: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The expectation E[cost], and p * dE / dp for each entry of each block.
+
+        `entry_gradient` of a distribution makes of the slope the gradient of its logits.
+
+        Args:
+            probabilities: p, as in `expected`.
+
+        Returns:
+            A float64 scalar, and a tensor shaped as `probabilities`.
+        """
+        with tf.GradientTape() as tape:
+            tape.watch(probabilities)
+            expected = self.expected(probabilities)
+        return expected, probabilities * tape.gradient(expected, probabilities)
+
     def least(self) -> float:
         """Cost of the cheapest architecture of the space."""
         return self._extreme(np.min)
