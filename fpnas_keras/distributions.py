@@ -213,7 +213,7 @@ class FactorizedLogits(BlockLogits):
         self.built = True
 
     def log_probabilities(self) -> tf.Tensor:
-        flat = tf.reshape(self._log_softmax(), [-1])
+        flat = tf.reshape(self.log_softmax(), [-1])
         log_p = tf.gather(tf.concat([flat, [0.0]], axis=0), self._positions)
         return tf.where(self.entries.exists, tf.reduce_sum(log_p, axis=1), -np.inf)
 
@@ -222,19 +222,23 @@ class FactorizedLogits(BlockLogits):
         size = self._exists.size
         sums = tf.math.unsorted_segment_sum(each, self._positions, size + 1)[:size]
         sums = tf.reshape(sums, self._exists.shape)
-        softmax = tf.exp(self._log_softmax())
+        softmax = tf.exp(self.log_softmax())
         gradient = sums - softmax * tf.reduce_sum(sums, axis=-1, keepdims=True)
         return tf.boolean_mask(gradient, self._searched)
 
-    def _log_softmax(self):
-        """log softmax(alpha), shape `(blocks, variables, choices)`, -inf where none is."""
+    def log_softmax(self) -> tf.Tensor:
+        """log p of each choice of each variable: float32, -inf where there is none.
+
+        Its shape is `(blocks, variables, choices)`; the variables are those of
+        `SearchBlock.variables`, in their order.
+        """
         logits = tf.tensor_scatter_nd_add(
             tf.where(self._exists, 0.0, -np.inf), np.argwhere(self._searched), self.logits.value
         )
         return tf.nn.log_softmax(logits)
 
     def _draw(self, count, uniforms):
-        rows = tf.reshape(tf.exp(self._log_softmax()), (-1, self._exists.shape[2]))
+        rows = tf.reshape(tf.exp(self.log_softmax()), (-1, self._exists.shape[2]))
         drawn = _inverse_cumulative(rows, uniforms(rows.shape[0]), self.cardinalities.ravel())
         choices = tf.reshape(drawn, (count, *self.cardinalities.shape))
         return tf.gather(tf.constant(self._entry_of_row), self._row_major(choices))

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+# How far (e to that power) a score of a `StreamingSum` may be above its reference.
+SLACK = 30.0
+
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveSamples:
@@ -193,17 +196,26 @@ def _shares(counts):
 class StreamingSum(NamedTuple):
     """State of sum_k softmax_k(s)_k * x_k while the scores s_k come one by one.
 
-    As in online softmax: what was added so far is held relative to the largest
-    score so far and rescaled when that moves. It is exact, and holds one
-    accumulator whatever K is.
+    As in online softmax, what was added so far is held relative to a reference, and
+    rescaled when that moves. It is exact, and holds one accumulator whatever K is. The
+    reference needs not be the largest score: as long as it is within `SLACK` of that,
+    nothing overflows and nothing has to be rescaled.
 
     Attributes:
-        maximum: Largest score so far.
-        denominator: sum_k exp(s_k - maximum).
-        sums: For each x, sum_k exp(s_k - maximum) * x_k.
+        reference: A score that was added, at most `SLACK` below the largest.
+        denominator: sum_k exp(s_k - reference).
+        sums: For each x, sum_k exp(s_k - reference) * x_k.
+
+    Example:
+
+    ```python
+    sums = StreamingSum.zero([x_1])
+    sums, factor = sums.admit(s_1)
+    sums = sums.add([factor * x_1])  # Or make x_1 scaled: a gradient can be.
+    ```
     """
 
-    maximum: tf.Tensor
+    reference: tf.Tensor
     denominator: tf.Tensor
     sums: tuple[tf.Tensor, ...]
 
@@ -214,15 +226,17 @@ class StreamingSum(NamedTuple):
             tf.constant(-float("inf")), tf.constant(0.0), tuple(tf.zeros(x.shape) for x in like)
         )
 
-    def add(self, score: tf.Tensor, values: Sequence[tf.Tensor]) -> "StreamingSum":
-        """Adds the values of one sample with its score."""
-        maximum = tf.maximum(self.maximum, score)
-        keep, weight = tf.exp(self.maximum - maximum), tf.exp(score - maximum)
-        return StreamingSum(
-            maximum,
-            keep * self.denominator + weight,
-            tuple(keep * total + weight * value for total, value in zip(self.sums, values)),
-        )
+    def admit(self, score: tf.Tensor) -> tuple["StreamingSum", tf.Tensor]:
+        """The sum with the weight of one more sample, and the factor for its values."""
+        moves = score > self.reference + SLACK
+        reference = tf.where(moves, score, self.reference)
+        keep, factor = tf.exp(self.reference - reference), tf.exp(score - reference)
+        sums = tf.cond(moves, lambda: [keep * total for total in self.sums], lambda: [*self.sums])
+        return StreamingSum(reference, keep * self.denominator + factor, tuple(sums)), factor
+
+    def add(self, values: Sequence[tf.Tensor]) -> "StreamingSum":
+        """Adds the values, times their factor, of the sample that was admitted."""
+        return self._replace(sums=tuple(total + x for total, x in zip(self.sums, values)))
 
     def result(self) -> list[tf.Tensor]:
         """sum_k softmax_k(s)_k * x_k."""

@@ -5,6 +5,7 @@ channels (and the middle of the kernel) that tensors ask for at call time, so
 that one graph runs every architecture at that architecture's price.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import keras
@@ -54,9 +55,17 @@ class SlicedConv(keras.layers.Layer):
 
     def call(self, x: tf.Tensor, filters: tf.Tensor | int | None = None) -> tf.Tensor:
         """Convolves the channels that `x` has to the first `filters` outputs (all if `None`)."""
-        kernel = self.kernel[:, :, : tf.shape(x)[-1], :filters]
-        x = tf.nn.conv2d(x, kernel, self.strides, "SAME")
-        return x + self.bias[:filters] if self.use_bias else x
+        filters = self.shape[-1] if filters is None else filters
+        kernel_size, filters_in = self.shape[0], tf.shape(x)[-1]
+        if kernel_size == self.strides == 1:
+            # oneDNN's 1x1 convolutions reorder their weights and are slower, most of all backwards.
+            kernel = _cut(tf.reshape(self.kernel, self.shape[2:]), (0, 0), (filters_in, filters))
+            y = tf.matmul(tf.reshape(x, (-1, filters_in)), kernel)
+            x = tf.reshape(y, (-1, *x.shape[1:3], filters))
+        else:
+            size = (kernel_size, kernel_size, filters_in, filters)
+            x = tf.nn.conv2d(x, _cut(self.kernel, (0,) * 4, size), self.strides, "SAME")
+        return x + _cut(self.bias, (0,), (filters,)) if self.use_bias else x
 
 
 class SlicedDepthwiseConv(keras.layers.Layer):
@@ -83,10 +92,54 @@ class SlicedDepthwiseConv(keras.layers.Layer):
     def call(self, x: tf.Tensor, kernel_size: tf.Tensor | int) -> tf.Tensor:
         """Convolves with the middle `kernel_size` square of the kernel."""
         first = (self.shape[0] - kernel_size) // 2
-        last = first + kernel_size
-        kernel = self.kernel[first:last, first:last, : tf.shape(x)[-1], :]
-        strides = [1, self.strides, self.strides, 1]
+        size = (kernel_size, kernel_size, tf.shape(x)[-1], 1)
+        kernel = _cut(self.kernel, (first, first, 0, 0), size)
+        return _depthwise_conv(x, kernel, self.strides, self.shape[0])
+
+
+def _depthwise_conv(x, kernel, stride, largest_kernel_size):
+    """`tf.nn.depthwise_conv2d` whose gradient is faster for kernels larger than 3.
+
+    For the gradient of those oneDNN takes a grouped convolution, twice as slow as TensorFlow's
+    own code, which is the one that runs where the padding is explicit.
+    """
+    strides = [1, stride, stride, 1]
+
+    def conv(x, kernel):
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME")
+
+    if largest_kernel_size <= 3:
+        return conv(x, kernel)
+
+    @tf.custom_gradient
+    def conv_with_gradient(x, kernel):
+        def kernel_gradient(dy, padding):
+            return tf.nn.depthwise_conv2d_backprop_filter(
+                x, tf.shape(kernel), dy, strides, padding=padding
+            )
+
+        def gradient(dy):
+            dx = tf.nn.depthwise_conv2d_backprop_input(
+                tf.shape(x), kernel, dy, strides, padding="SAME"
+            )
+            # The size of the kernel is a tensor; its padding must be known beforehand.
+            paddings = ["SAME"] + [
+                [[0, 0], *(_same_padding(n, size, stride) for n in x.shape[1:3]), [0, 0]]
+                for size in range(5, largest_kernel_size + 1, 2)
+            ]
+            branches = [functools.partial(kernel_gradient, dy, each) for each in paddings]
+            return dx, switch(tf.maximum(tf.shape(kernel)[0] // 2 - 1, 0), branches)
+
+        return conv(x, kernel), gradient
+
+    # Identities, since tensors of other graphs must not get into the gradient.
+    return conv_with_gradient(tf.identity(x), tf.identity(kernel))
+
+
+def _same_padding(size, kernel_size, stride):
+    """Pixels before and after, as "SAME" has it."""
+    total = max(0, (-(-size // stride) - 1) * stride + kernel_size - size)
+    return [total // 2, total - total // 2]
 
 
 class SlicedBatchNorm(keras.layers.Layer):
@@ -114,11 +167,28 @@ class SlicedBatchNorm(keras.layers.Layer):
         self.built = True
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        filters = tf.shape(x)[-1]
+        scale, offset = (_cut(each, (0,), (tf.shape(x)[-1],)) for each in (self.gamma, self.beta))
         # Keras' own layer is not the fused op on CPU.
         return tf.compat.v1.nn.fused_batch_norm(
-            x, self.gamma[:filters], self.beta[:filters], epsilon=BN_EPSILON, is_training=True
+            x, scale, offset, epsilon=BN_EPSILON, is_training=True
         )[0]
+
+
+def _cut(weight, begin, size):
+    """A part of a weight. Its gradient is padded, 3 to 10 times faster than `StridedSliceGrad`."""
+    # Made here: tensors of other graphs must not get into the gradient.
+    begin, size = tf.stack(begin), tf.stack(size)
+
+    @tf.custom_gradient
+    def cut(weight):
+        def gradient(dy):
+            dw = tf.pad(dy, tf.stack([begin, weight.shape - begin - size], axis=1))
+            dw.set_shape(weight.shape)
+            return dw
+
+        return tf.slice(weight, begin, size), gradient
+
+    return cut(tf.convert_to_tensor(weight))
 
 
 def switch(index: tf.Tensor, branches: Sequence[Callable[[], tf.Tensor]]) -> tf.Tensor:

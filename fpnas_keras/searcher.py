@@ -465,8 +465,10 @@ class ArchitectureSearch(keras.Model):
         with tf.GradientTape() as tape:
             result = self._evaluate(batch, choices)
             loss = result[0]
-        gradients = tape.gradient(loss, weights, unconnected_gradients="zero")
-        return sums.add(estimator.scores(-loss, count, self.likelihood_scale), gradients), result
+        sums, factor = sums.admit(estimator.scores(-loss, count, self.likelihood_scale))
+        # Scaled where it is one number, before the backward pass.
+        gradients = tape.gradient(loss, weights, factor, unconnected_gradients="zero")
+        return sums.add(gradients), result
 
     def _evaluate(self, batch, choices):
         images, labels = batch

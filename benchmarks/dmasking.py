@@ -1,0 +1,185 @@
+"""FBNetV2's DMaskingNAS, made of the product's layers, to compare with.
+
+Every choice of every block is computed in every step and weighted by a Gumbel-softmax of its
+logits: kernel sizes, activations, attention and skipping side by side; filters and expansions as
+masks over the widest. Where the method leaves room, what is cheaper was chosen: one set of weights
+for all choices, and one convolution for all expansions.
+
+Reference: Wan et al., "FBNetV2: Differentiable Neural Architecture Search for Spatial and Channel
+Dimensions", CVPR 2020, arXiv:2004.05565; temperature as in FBNet, arXiv:1812.03443.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import fpnas_keras as fpnas
+from fpnas_keras.spaces import Space
+from fpnas_keras.supernet import Supernet, SupernetBlock
+
+# From 5 down by exp(-0.045) in each of 90 epochs.
+FIRST_TEMPERATURE, DECAY = 5.0, 0.045 * 90
+
+
+class DMaskingNAS(fpnas.ArchitectureSearch):
+    """A search whose step trains the weights, then the logits, through all choices at once.
+
+    The weighting of the cost, its controller, the derivation and the warm-up are the product's.
+
+    Args:
+        space: The space: blocks that are skipped have one shape in and out.
+        total_steps: Steps of the search, over which the temperature falls.
+        **kwargs: As in `ArchitectureSearch`.
+    """
+
+    def __init__(self, space: Space, total_steps: int, **kwargs):
+        super().__init__(space, distribution="factorized", **kwargs)
+        if any(set(block.block.splits) - {0, 1} for block in self.supernet.blocks):
+            raise ValueError("only squeeze-excite is masked here, not split-attention")
+        self.total_steps = total_steps
+
+    def train_step(self, data) -> dict[str, tf.Tensor]:
+        """One update of the weights on the first batch and of the logits on the second."""
+        train_batch, validation_batch = data
+        weights = [variable.value for variable in self.supernet.trainable_variables]
+        with tf.GradientTape() as tape:
+            train_loss, train_accuracy = self._evaluate_masked(train_batch, part=0)
+        gradients = tape.gradient(train_loss, weights, unconnected_gradients="zero")
+        logits = self.distribution.logits.value
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(logits)
+            loss, accuracy = self._evaluate_masked(validation_batch, part=1)
+        logits_gradient = tape.gradient(loss, logits)
+        self.optimizer.apply(gradients, self.supernet.trainable_variables)
+        expected_cost, slope = self.cost_table.expected_and_slope(
+            self.distribution.entry_probabilities()
+        )
+        coefficient = self._cost_coefficient(expected_cost)
+        logits_gradient += coefficient * self._cost_gradient(None, slope)
+        tf.cond(
+            self.step < self.warmup_steps,
+            lambda: None,
+            lambda: self._update_logits(logits_gradient),
+        )
+        self.step.assign_add(1)
+        self._track(
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            validation_loss=loss,
+            validation_accuracy=accuracy,
+            entropy=self.distribution.entropy(),
+            expected_cost=expected_cost,
+            cost_coefficient=coefficient,
+        )
+        return {name: tracker.result() for name, tracker in self._trackers.items()}
+
+    def _evaluate_masked(self, batch, part):
+        images, labels = batch
+        logits = masked_network(self.supernet, images, self.choice_weights(part))
+        loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+        accuracy = keras.metrics.sparse_categorical_accuracy(labels, logits)
+        return tf.reduce_mean(loss), tf.reduce_mean(accuracy)
+
+    def choice_weights(self, part: int) -> list[dict[str, tf.Tensor]]:
+        """Gumbel-softmax weights of the choices of each variable, for each block."""
+        log_p = self.distribution.log_softmax()
+        done = tf.cast(self.step, tf.float32) / self.total_steps
+        temperature = FIRST_TEMPERATURE * tf.exp(-DECAY * done)
+        key = tf.stack([tf.cast(self.seed, tf.int64), 2 * self.step + part])
+        uniform = tf.random.stateless_uniform(log_p.shape, key, np.finfo(np.float32).tiny)
+        weights = tf.nn.softmax((log_p - tf.math.log(-tf.math.log(uniform))) / temperature)
+        return [
+            {
+                name: weights[row, column, : len(choices)]
+                for column, (name, (choices, _)) in enumerate(block.variables.items())
+            }
+            for row, block in enumerate(self.space.blocks)
+        ]
+
+
+def masked_network(
+    supernet: Supernet, images: tf.Tensor, weights: list[dict[str, tf.Tensor]]
+) -> tf.Tensor:
+    """Logits of the weighted sum of all architectures.
+
+    Args:
+        supernet: The shared weights.
+        images: Pixels 0..255.
+        weights: For each block of the space, the weight of each choice of each variable.
+    """
+    x = supernet.stem_activation(supernet.stem_bn(supernet.stem(supernet.rescaling(images))))
+    filters_in = tf.ones(1)
+    for block, row in zip(supernet.blocks, supernet.rows):
+        x = masked_block(block, x, weights[row], filters_in)
+        if not block.block.keeps_filters:
+            filters_in = weights[row]["filters"]
+    x = supernet.head_activation(supernet.head_bn(supernet.head(x)))
+    return supernet.classes(tf.reduce_mean(x, axis=[1, 2]))
+
+
+def masked_block(
+    block: SupernetBlock, inputs: tf.Tensor, weights: dict[str, tf.Tensor], filters_in: tf.Tensor
+) -> tf.Tensor:
+    """The weighted sum of what the choices of a block compute.
+
+    Args:
+        block: The block.
+        inputs: Features with the most filters that may come in, masked.
+        weights: Of each choice of each variable.
+        filters_in: Weights of the numbers of filters that may come in.
+    """
+    choices, widest = block.block, int(block.expanded.max())
+    shares = filters_in[:, None] * weights["expansion"]
+    mask = _mask(shares, block.expanded)
+
+    def activate(x):
+        functions = [keras.activations.get(name) for name in choices.activation]
+        return _sum(weights["activation"], [function(x) for function in functions])
+
+    x = 0.0
+    if 1 in choices.expansion:
+        unused = widest - inputs.shape[-1]
+        share = weights["expansion"][choices.expansion.index(1)]
+        x += share * tf.pad(inputs, [[0, 0], [0, 0], [0, 0], [0, unused]])
+    if set(choices.expansion) != {1}:
+        convolved = shares * np.not_equal(choices.expansion, 1).astype(np.float32)
+        expanded = activate(block.expand_bn(block.expand(inputs, filters=widest)))
+        x += _mask(convolved, block.expanded) * expanded
+    parts = [block.depthwise[0](x, kernel_size=size) for size in choices.kernel_size]
+    parts = [activate(block.depthwise_bn[0](part)) for part in parts]
+    x = mask * _sum(weights["kernel_size"], parts)
+    gated = []
+    for splits in choices.splits:
+        gated.append(x * _gate(block, x, shares) if splits else x)
+    x = _sum(weights["splits"], gated)
+    filters = block.project.shape[-1]
+    x = block.project_bn(block.project(x, filters=filters))
+    options = (block.filters_in, filters_in)
+    if not choices.keeps_filters:
+        options = (choices.filters, weights["filters"])
+    x = _mask(options[1], np.array(options[0])) * x
+    if block.must_agree:
+        x += inputs
+    if True in choices.skip:  # then the shapes agree
+        x = _sum(weights["skip"], [inputs if skip else x for skip in choices.skip])
+    return x
+
+
+def _gate(block, x, shares):
+    pooled = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
+    widest = int(block.bottleneck.max())
+    bottleneck = tf.nn.relu(block.attention_reduce(pooled, filters=widest))
+    bottleneck *= _mask(shares, block.bottleneck)
+    return keras.activations.hard_sigmoid(block.attention_expand(bottleneck, filters=x.shape[-1]))
+
+
+def _mask(weights, widths):
+    """sum of w * (1 for the first `width` channels, else 0), shape `(widest,)`."""
+    masks = (np.arange(widths.max()) < widths[..., None]).astype(np.float32)
+    return tf.reduce_sum(weights[..., None] * masks, axis=list(range(widths.ndim)))
+
+
+def _sum(weights, values):
+    if len(values) == 1:
+        return values[0]
+    return tf.add_n([weight * value for weight, value in zip(tf.unstack(weights), values)])
