@@ -5,7 +5,6 @@ from one iteration to the next. Every image is decoded once (once a batch where 
 images do not fit into memory).
 """
 
-import itertools
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -191,15 +190,15 @@ def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
 
 def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int) -> tf.data.Dataset:
     """`batch(step)` for `steps` steps; a new iteration is a new epoch."""
-    epochs = itertools.count()
+    # Not a generator: TensorFlow 2.21 makes malloc give all large buffers back when it meets one
+    # (M_TRIM_THRESHOLD), and each step of training then pays for fresh pages.
+    epochs = tf.Variable(0, dtype=tf.int64, trainable=False)
 
-    def epoch_steps():
-        first = next(epochs) * steps
-        return iter(range(first, first + steps))
+    def epoch_steps(_):
+        first = (epochs.assign_add(1) - 1) * steps
+        return tf.data.Dataset.range(first, first + steps)
 
-    dataset = tf.data.Dataset.from_generator(
-        epoch_steps, output_signature=tf.TensorSpec((), tf.int64)
-    )
+    dataset = tf.data.Dataset.range(1).flat_map(epoch_steps)
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
     return dataset.map(batch, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
 

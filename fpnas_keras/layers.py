@@ -174,6 +174,41 @@ class SlicedBatchNorm(keras.layers.Layer):
         )[0]
 
 
+def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
+    """The activation `names[index]`.
+
+    Its gradient starts from `x` alone: what a conditional keeps for the backward pass costs
+    memory, in the graph most of all.
+    """
+
+    @tf.custom_gradient
+    def activated(x, index):
+        def gradient(dy):
+            branches = [functools.partial(_activation_gradient, name, x, dy) for name in names]
+            return switch(index, branches), None
+
+        functions = [keras.activations.get(name) for name in names]
+        return switch(index, [functools.partial(each, x) for each in functions]), gradient
+
+    # Identities, since tensors of other graphs must not get into the gradient.
+    return activated(tf.identity(x), tf.identity(index))
+
+
+def _activation_gradient(name, x, dy):
+    if name == "relu":
+        return tf.raw_ops.ReluGrad(gradients=dy, features=x)
+    if name == "relu6":
+        return tf.raw_ops.Relu6Grad(gradients=dy, features=x)
+    if name == "hard_silu":  # x * relu6(x + 3) / 6
+        shifted = x + 3.0
+        slope = tf.nn.relu6(shifted) + tf.raw_ops.Relu6Grad(gradients=x, features=shifted)
+        return dy * slope * (1 / 6)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = keras.activations.get(name)(x)
+    return tape.gradient(y, x, dy)
+
+
 def _cut(weight, begin, size):
     """A part of a weight. Its gradient is padded, 3 to 10 times faster than `StridedSliceGrad`."""
     # Made here: tensors of other graphs must not get into the gradient.

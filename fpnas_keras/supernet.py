@@ -11,6 +11,7 @@ from fpnas_keras.layers import (
     SlicedBatchNorm,
     SlicedConv,
     SlicedDepthwiseConv,
+    activate,
     rescaling,
     switch,
 )
@@ -216,8 +217,7 @@ class SupernetBlock(keras.layers.Layer):
         return switch(index, branches[: 1 + is_one.any()])
 
     def _activate(self, x, choice):
-        functions = [keras.activations.get(name) for name in self.block.activation]
-        return switch(choice["activation"], [lambda f=f: f(x) for f in functions])
+        return activate(x, choice["activation"], self.block.activation)
 
     def _gate(self, x, bottleneck, expanded):
         features = self._attention_bottleneck([x], bottleneck)

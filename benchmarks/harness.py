@@ -1,0 +1,116 @@
+"""What the benchmarks of speed and memory share: noise, timing in turn, rows in a file."""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import keras
+import tensorflow as tf
+
+import fpnas_keras as fpnas
+
+Batch = tuple[tf.Tensor, tf.Tensor]
+
+# Image size and batch size that each space is measured with.
+SIZES = {"mobile_mini": (32, 64), "fbnetv2_f": (128, 32)}
+
+
+def get_space(name: str) -> fpnas.spaces.Space:
+    """A space at its size of `SIZES`, with 10 classes."""
+    size = SIZES[name][0]
+    return fpnas.spaces.get(name, (size, size, 3), 10)
+
+
+def noise(space: fpnas.spaces.Space, size: int, seed: int) -> Batch:
+    """Noise with labels: the time and the memory are those of any images."""
+    x = tf.random.stateless_uniform((size, *space.input_shape), (seed, 0), 0, 255)
+    return x, tf.range(size) % space.num_classes
+
+
+def timed_in_turn(
+    runs: dict[str, Callable[[], object]], repeats: int, untimed: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each of several functions that are called in turn.
+
+    Args:
+        runs: The functions by name; each returns when its work is done.
+        repeats: Timed calls of each.
+        untimed: Calls before those: the first one traces, or meets its shapes for the first time.
+    """
+    seconds = {name: [] for name in runs}
+    for repeat in range(untimed + repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat >= untimed:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each of several functions that are called in turn."""
+    return {name: statistics.median(s) for name, s in timed_in_turn(runs, repeats).items()}
+
+
+def keras_step(model: keras.Model, batch: Batch) -> Callable[[], object]:
+    """A step of Keras' own `fit` of a model."""
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    model.make_train_function()
+    batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    return lambda: model.train_function(batches)["loss"].numpy()
+
+
+def sample_steps(
+    search: fpnas.ArchitectureSearch, batch: Batch, copies: int
+) -> Callable[[tf.Tensor], object]:
+    """From choices to the weight half of a search step that samples them `copies` times."""
+
+    @tf.function
+    def run(choices):
+        sums = search.no_samples()
+        for _ in tf.range(copies):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            sums, _ = search.add_sample(sums, choices, tf.constant(1), batch)
+        return sums
+
+    return lambda choices: run(choices).denominator.numpy()
+
+
+def finished(output: str) -> dict[str, dict]:
+    """The rows of a file by their "job"."""
+    path = pathlib.Path(output)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {row["job"]: row for row in map(json.loads, lines)}
+
+
+def in_processes(script: str, jobs: Iterable[str], output: str) -> dict[str, dict]:
+    """Runs `script --job=JOB` for each job that is not in the output yet, one after the other.
+
+    Args:
+        script: A script that prints the row of a job as JSON in its last line.
+        jobs: Names of the jobs.
+        output: File that finished rows are appended to.
+
+    Returns:
+        The rows by job.
+    """
+    rows = finished(output)
+    for job in jobs:
+        if job not in rows:
+            print(f"{job} ...", flush=True)
+            done = subprocess.run(
+                [sys.executable, script, f"--job={job}"],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            rows[job] = {"job": job, **json.loads(done.stdout.splitlines()[-1])}
+            with pathlib.Path(output).open("a") as file:
+                file.write(json.dumps(rows[job]) + "\n")
+    return rows
