@@ -1,6 +1,6 @@
 """Three searches on the same space, data, batches, steps and target: PARSEC, DMaskingNAS, ours.
 
-python -m benchmarks.baselines --data_dir=../shared/data/tfds
+python benchmarks/baselines.py --data_dir=../shared/data/tfds
 
 Short protocol: 10,000 training images of Fashion-MNIST, `mobile_mini`, 1,000 search steps with a
 target of 1.5M MACs, 3 seeds; each result trained from scratch for 20 epochs with the same recipe.
@@ -11,19 +11,18 @@ jobs finish; a run that was cut goes on from there.
 import json
 import os
 import pathlib
-import queue
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
+import harness
 import keras
 from absl import app, flags
+from dmasking import DMaskingNAS
 
 import fpnas_keras as fpnas
-from benchmarks.dmasking import DMaskingNAS
 from fpnas_keras import cli
 
 FLAGS = flags.FLAGS
@@ -97,12 +96,12 @@ def jobs() -> list[dict[str, list[str]]]:
     for seed in range(SEEDS):
         for method in METHODS:
             searches[f"search {method} {seed}"] = [
-                *(__spec__.name, *DATA, data_dir, f"--work_dir={FLAGS.work_dir}"),
+                *(__file__, *DATA, data_dir, f"--work_dir={FLAGS.work_dir}"),
                 *(f"--method={method}", f"--seed={seed}", f"--steps={FLAGS.steps}"),
             ]
             architecture = directory(f"search {method} {seed}").with_suffix(".json")
             trainings[f"train {method} {seed}"] = [
-                *("fpnas_keras.train", *DATA, data_dir, f"--architecture={architecture}"),
+                *("-m", "fpnas_keras.train", *DATA, data_dir, f"--architecture={architecture}"),
                 *(f"--epochs={EPOCHS}", f"--output_dir={directory(f'train {method} {seed}')}"),
             ]
     for seed in range(1, SEEDS):  # the noise of one training
@@ -122,7 +121,7 @@ def run(name: str, command: list[str], core: int) -> dict:
     log = directory(name).with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=file, text=True
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=file, text=True
         )
         os.sched_setaffinity(process.pid, {core})
         out, _ = process.communicate()
@@ -165,28 +164,7 @@ def main(_: list[str]) -> None:
         print(json.dumps(search(FLAGS.method, FLAGS.seed)))
         return
     pathlib.Path(FLAGS.work_dir).mkdir(parents=True, exist_ok=True)
-    output = pathlib.Path(FLAGS.output)
-    lines = output.read_text().splitlines() if output.exists() else []
-    rows = {row["name"]: row for row in map(json.loads, lines)}
-    cores = queue.SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
-
-    def work(item):
-        name, command = item
-        core = cores.get()
-        try:
-            rows[name] = {"name": name, **run(name, command, core)}
-        finally:
-            cores.put(core)
-        with output.open("a") as file:
-            file.write(json.dumps(rows[name]) + "\n")
-        print(f"finished: {name}", flush=True)
-
-    with ThreadPoolExecutor(cores.qsize()) as pool:
-        for phase in jobs():
-            list(pool.map(work, [item for item in phase.items() if item[0] not in rows]))
-    report(rows)
+    report(harness.on_cores(jobs(), run, FLAGS.output))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ core. Rows are appended to --output as jobs finish; a run that was cut goes on f
 import json
 import os
 import pathlib
-import queue
 import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
+import harness
 from absl import app, flags
 
 FLAGS = flags.FLAGS
@@ -82,8 +81,9 @@ def directory(name: str) -> pathlib.Path:
     return pathlib.Path(FLAGS.work_dir).absolute() / name.replace(" ", "_")
 
 
-def run(command: list[str], output_dir: pathlib.Path, core: int) -> dict:
+def run(name: str, command: list[str], core: int) -> dict:
     """Runs one job on one core; its summary."""
+    output_dir = directory(name)
     command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
     command.append(f"--data_dir={pathlib.Path(FLAGS.data_dir).absolute()}")
     log = output_dir.with_suffix(".log")
@@ -121,29 +121,7 @@ def report(rows: dict[str, dict]) -> None:
 def main(_: list[str]) -> None:
     """Runs what is not yet in the output, one job a core."""
     pathlib.Path(FLAGS.work_dir).mkdir(parents=True, exist_ok=True)
-    output = pathlib.Path(FLAGS.output)
-    lines = output.read_text().splitlines() if output.exists() else []
-    rows = {row["name"]: row for row in map(json.loads, lines)}
-    cores = queue.SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
-
-    def work(item):
-        name, command = item
-        core = cores.get()
-        try:
-            summary = run(command, directory(name), core)
-        finally:
-            cores.put(core)
-        rows[name] = {"name": name, **summary}
-        with output.open("a") as file:
-            file.write(json.dumps(rows[name]) + "\n")
-        print(f"finished: {name}, {summary['wall_seconds']:.0f} s", flush=True)
-
-    with ThreadPoolExecutor(cores.qsize()) as pool:
-        for phase in phases():
-            list(pool.map(work, [item for item in phase.items() if item[0] not in rows]))
-    report(rows)
+    report(harness.on_cores(phases(), run, FLAGS.output))
 
 
 if __name__ == "__main__":

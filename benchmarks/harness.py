@@ -1,12 +1,15 @@
 """What the benchmarks of speed and memory share: noise, timing in turn, rows in a file."""
 
 import json
+import os
 import pathlib
+import queue
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import tensorflow as tf
@@ -82,11 +85,16 @@ def sample_steps(
     return lambda choices: run(choices).denominator.numpy()
 
 
-def finished(output: str) -> dict[str, dict]:
-    """The rows of a file by their "job"."""
+def finished(output: str, key: str = "job") -> dict[str, dict]:
+    """The rows of a file by what each has under `key`."""
     path = pathlib.Path(output)
     lines = path.read_text().splitlines() if path.exists() else []
-    return {row["job"]: row for row in map(json.loads, lines)}
+    return {row[key]: row for row in map(json.loads, lines)}
+
+
+def _append(output, row):
+    with pathlib.Path(output).open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def in_processes(script: str, jobs: Iterable[str], output: str) -> dict[str, dict]:
@@ -111,6 +119,41 @@ def in_processes(script: str, jobs: Iterable[str], output: str) -> dict[str, dic
                 text=True,
             )
             rows[job] = {"job": job, **json.loads(done.stdout.splitlines()[-1])}
-            with pathlib.Path(output).open("a") as file:
-                file.write(json.dumps(rows[job]) + "\n")
+            _append(output, rows[job])
+    return rows
+
+
+def on_cores(
+    phases: Iterable[dict[str, list[str]]],
+    run: Callable[[str, list[str], int], dict],
+    output: str,
+) -> dict[str, dict]:
+    """Runs the commands that are not in the output yet, one on each core at a time.
+
+    Args:
+        phases: Commands by name; those of a phase need nothing but earlier phases.
+        run: From name, command and core to the row of a job.
+        output: File that finished rows are appended to.
+
+    Returns:
+        The rows by name.
+    """
+    rows = finished(output, "name")
+    cores = queue.SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+
+    def work(item):
+        name, command = item
+        core = cores.get()
+        try:
+            rows[name] = {"name": name, **run(name, command, core)}
+        finally:
+            cores.put(core)
+        _append(output, rows[name])
+        print(f"finished: {name}", flush=True)
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        for phase in phases:
+            list(pool.map(work, [item for item in phase.items() if item[0] not in rows]))
     return rows

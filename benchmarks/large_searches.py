@@ -9,13 +9,11 @@ on from there.
 
 import functools
 import json
-import pathlib
 import resource
 import statistics
-import subprocess
-import sys
 import time
 
+import harness
 import keras
 import numpy as np
 import tensorflow as tf
@@ -45,19 +43,13 @@ def tilted(space: Space, **settings) -> fpnas.ArchitectureSearch:
         distribution.logits.assign_add(5.0 * distribution.entry_gradient(slope / MEAN_COST))
 
 
-def batch(space: Space, size: int, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Noise with labels: the time and the memory are those of any images."""
-    x = tf.random.stateless_uniform((size, *space.input_shape), (seed, 0), 0, 255)
-    return x, tf.range(size) % space.num_classes
-
-
 def search_step(recompute: bool) -> dict[str, float]:
     """Three steps of a search of `fpnas`, weights and logits; the first one traces."""
     keras.utils.set_random_seed(0)
     space = fpnas.spaces.get("fpnas", (224, 224, 3), 1000)
     search = tilted(space, recompute=recompute)
     expected = float(search.cost_table.expected(search.distribution.entry_probabilities()))
-    data = (batch(space, BATCH, 0), batch(space, BATCH, 1))
+    data = tuple(harness.noise(space, BATCH, seed) for seed in (0, 1))
     step, seconds = tf.function(search.train_step), []
     for _ in range(3):
         start = time.perf_counter()
@@ -77,31 +69,18 @@ def sample_against_keras() -> dict[str, list[float]]:
     """The weight half of a sample and Keras' training step of the same networks, in turn."""
     space = fpnas.spaces.get("fpnas", (224, 224, 3), 1000)
     search = tilted(space)
-    data = batch(space, BATCH, 0)
-
-    @tf.function
-    def sample(choices):
-        return search.add_sample(search.no_samples(), choices, tf.constant(1), data)[0]
-
+    batch = harness.noise(space, BATCH, 0)
+    sample = harness.sample_steps(search, batch, copies=1)
     result = {"macs": [], "sample_seconds": [], "keras_seconds": []}
     for choices in search.distribution.sample(ARCHITECTURES, seed=0, step=0):
         architecture = space.architecture(choices.numpy())
-        model = architecture.build()
-        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), jit_compile=False)
-        seconds = {"sample": [], "keras": []}
         steps = {
-            "sample": functools.partial(sample, choices),
-            "keras": functools.partial(model.train_on_batch, *data),
+            "sample_seconds": functools.partial(sample, choices),
+            "keras_seconds": harness.keras_step(architecture.build(), batch),
         }
-        for repeat in range(4):
-            for name, run in steps.items():
-                start = time.perf_counter()
-                run()
-                if repeat > 0:  # the first one traces
-                    seconds[name].append(time.perf_counter() - start)
         result["macs"].append(architecture.macs())
-        for name, values in seconds.items():
-            result[f"{name}_seconds"].append(statistics.median(values))
+        for name, seconds in harness.in_turn(steps, repeats=3).items():
+            result[name].append(seconds)
         keras.backend.clear_session()
     return result
 
@@ -109,24 +88,15 @@ def sample_against_keras() -> dict[str, list[float]]:
 def recomputed_in_turn() -> dict[str, float]:
     """The weight half of the same samples, activations kept and recomputed, in turn."""
     space = fpnas.spaces.get("fbnetv2_f", (224, 224, 3), 1000)
-    data, samples = batch(space, BATCH, 0), {}
+    batch, samples = harness.noise(space, BATCH, 0), {}
     for recompute in (False, True):
         search = fpnas.ArchitectureSearch(space, recompute=recompute)
-
-        def sample(choices, search=search):
-            return search.add_sample(search.no_samples(), choices, tf.constant(1), data)[0]
-
-        samples[recompute] = tf.function(sample)
+        samples[recompute] = harness.sample_steps(search, batch, copies=1)
     ratios = []
     for choices in search.distribution.sample(ARCHITECTURES, seed=0, step=0):
-        seconds = {name: [] for name in samples}
-        for repeat in range(4):
-            for name, run in samples.items():
-                start = time.perf_counter()
-                run(choices)
-                if repeat > 0:  # the first one traces, or meets its shapes for the first time
-                    seconds[name].append(time.perf_counter() - start)
-        ratios.append(statistics.median(seconds[True]) / statistics.median(seconds[False]))
+        runs = {name: functools.partial(run, choices) for name, run in samples.items()}
+        seconds = harness.in_turn(runs, repeats=3)
+        ratios.append(seconds[True] / seconds[False])
     return {"ratios": ratios, "median": statistics.median(ratios)}
 
 
@@ -155,22 +125,17 @@ def ten_times_the_choices() -> dict[str, float]:
         "narrow": space_of((2, 4), ("relu",)),
         "wide": space_of(wide, ("relu", "relu6")),
     }
-    steps, rows, macs = {}, {name: [] for name in spaces}, {}
+    steps, macs = {}, {}
     for name, space in spaces.items():
         search = fpnas.ArchitectureSearch(space, samples=8, warmup_steps=0)
         # No updates of the logits: the mean MACs are to stay as they are.
         search.compile("sgd", keras.optimizers.SGD(0.0))
         p = search.distribution.entry_probabilities()
         macs[name] = float(search.cost_table.expected(p))
-        data = (batch(space, 32, 0), batch(space, 32, 1))
+        data = tuple(harness.noise(space, 32, seed) for seed in (0, 1))
         steps[name] = functools.partial(tf.function(search.train_step), data)
-        for _ in range(20):  # until most shapes have been met
-            steps[name]()
-    for _ in range(60):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            rows[name].append(time.perf_counter() - start)
+    # Until most shapes have been met.
+    rows = harness.timed_in_turn(steps, repeats=60, untimed=20)
     median = {name: statistics.median(values) for name, values in rows.items()}
     ratios = [b / a for a, b in zip(rows["narrow"], rows["wide"])]
     return {
@@ -194,19 +159,10 @@ JOBS = {
 def main(_: list[str]) -> None:
     """Runs the jobs that are not in the output yet."""
     if FLAGS.job:
-        print(json.dumps({"job": FLAGS.job, **JOBS[FLAGS.job]()}))
+        print(json.dumps(JOBS[FLAGS.job]()))
         return
-    output = pathlib.Path(FLAGS.output)
-    lines = output.read_text().splitlines() if output.exists() else []
-    rows = {row["job"]: row for row in map(json.loads, lines)}
-    for job in JOBS:
-        if job not in rows:
-            command = [sys.executable, __file__, f"--job={job}"]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows[job] = json.loads(done.stdout.splitlines()[-1])
-            with output.open("a") as file:
-                file.write(json.dumps(rows[job]) + "\n")
-        print(json.dumps(rows[job], indent=1), flush=True)
+    rows = harness.in_processes(__file__, JOBS, FLAGS.output)
+    print(json.dumps(rows, indent=1))
     own = rows["sample against Keras"]
     ratios = np.divide(own["sample_seconds"], own["keras_seconds"])
     print(f"\nsample / Keras step: {np.round(ratios, 2)}, median {np.median(ratios):.2f}")
