@@ -54,8 +54,10 @@ class DMaskingNAS(fpnas.ArchitectureSearch):
         expected_cost, slope = self.cost_table.expected_and_slope(
             self.distribution.entry_probabilities()
         )
-        coefficient = self._cost_coefficient(expected_cost)
-        logits_gradient += coefficient * self._cost_gradient(None, slope)
+        coefficient = tf.constant(0.0)
+        if self.cost.target is not None:
+            coefficient = self._cost_coefficient(expected_cost)
+            logits_gradient += coefficient * self._cost_gradient(None, slope)
         tf.cond(
             self.step < self.warmup_steps,
             lambda: None,

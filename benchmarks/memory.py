@@ -41,7 +41,7 @@ def search_steps(name: str, make=fpnas.ArchitectureSearch, **settings) -> dict[s
     """Steps of a search, weights and logits."""
     space = harness.get_space(name)
     data = tuple(harness.noise(space, harness.SIZES[name][1], seed) for seed in (0, 1))
-    search = make(space, cost_coefficient=0.0, warmup_steps=0, **settings)
+    search = make(space, warmup_steps=0, **settings)
     search.compile(keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), "adam")
     before = peak_mb()
     step = tf.function(search.train_step)
