@@ -109,8 +109,7 @@ def masked_network(
         images: Pixels 0..255.
         weights: For each block of the space, the weight of each choice of each variable.
     """
-    x = supernet.stem_activation(supernet.stem_bn(supernet.stem(supernet.rescaling(images))))
-    filters_in = tf.ones(1)
+    x, filters_in = supernet.features(images), tf.ones(1)
     for block, row in zip(supernet.blocks, supernet.rows):
         x = masked_block(block, x, weights[row], filters_in)
         if not block.block.keeps_filters:

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 import fpnas_keras as fpnas
+from fpnas_keras.estimator import Samples
 
 Batch = tuple[tf.Tensor, tf.Tensor]
 
@@ -76,13 +77,11 @@ def sample_steps(
 
     @tf.function
     def run(choices):
-        sums = search.no_samples()
-        for _ in tf.range(copies):
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
-            sums, _ = search.add_sample(sums, choices, tf.constant(1), batch)
-        return sums
+        drawn = Samples.each(tf.repeat(choices[None], copies, axis=0))
+        gradients, results = search.weight_gradients(drawn, batch)
+        return [*gradients, results]
 
-    return lambda choices: run(choices).denominator.numpy()
+    return lambda choices: run(choices)[-1].numpy()
 
 
 def finished(output: str, key: str = "job") -> dict[str, dict]:

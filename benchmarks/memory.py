@@ -90,8 +90,7 @@ def side_by_side(name: str) -> dict[str, int]:
     before = peak_mb()
 
     def network(x):
-        x = supernet.stem_activation(supernet.stem_bn(supernet.stem(supernet.rescaling(x))))
-        widest = tf.constant(0)
+        x, widest = supernet.features(x), tf.constant(0)
         for block in supernet.blocks:
             own, filters = block.block.entries, len(block.block.filters) - 1
             own = own[own[:, 1] == filters]

@@ -88,12 +88,15 @@ def whole_steps(name: str) -> dict[str, list[float]]:
     search.make_train_function()
     iterator = iter(batches)
     data = next(iterator)
-    samples_alone = tf.function(lambda *drawn: search._run_samples(Samples(*drawn), *data))
     drawn = []
 
+    @tf.function
+    def samples_alone(choices, counts):
+        gradients, results = search.weight_gradients(Samples(choices, counts), data[0])
+        return [*gradients, results, search.evaluate_samples(Samples(choices, counts), data[1])]
+
     def alone():
-        gradients, *_ = samples_alone(*drawn[-1])
-        return gradients[0].numpy()
+        return samples_alone(*drawn[-1])[-1].numpy()
 
     def step():
         return search.train_function(iterator)["train_loss"].numpy()

@@ -222,9 +222,7 @@ class StreamingSum(NamedTuple):
     @classmethod
     def zero(cls, like: Sequence[tf.Tensor]) -> "StreamingSum":
         """The sum of nothing, for values shaped `like` these."""
-        return cls(
-            tf.constant(-float("inf")), tf.constant(0.0), tuple(tf.zeros(x.shape) for x in like)
-        )
+        return cls(tf.constant(-float("inf")), tf.constant(0.0), tuple(map(tf.zeros_like, like)))
 
     def admit(self, score: tf.Tensor) -> tuple["StreamingSum", tf.Tensor]:
         """The sum with the weight of one more sample, and the factor for its values."""

@@ -211,7 +211,8 @@ class ArchitectureSearch(keras.Model):
         train_batch, validation_batch = data
         samples = self.ask()
         # Both halves use the weights and the logits from the step's start.
-        gradients, train, validation = self._run_samples(samples, train_batch, validation_batch)
+        gradients, train = self.weight_gradients(samples, train_batch)
+        validation = self.evaluate_samples(samples, validation_batch)
         self.optimizer.apply(gradients, self.supernet.trainable_variables)
         for part, results in (("train", train), ("validation", validation)):
             loss, accuracy = tf.unstack(results, axis=1)
@@ -413,66 +414,68 @@ class ArchitectureSearch(keras.Model):
         log_p = self.distribution.log_probabilities().numpy()
         return most_probable(self.space, log_p, self.cost_table, limit, seconds, least)
 
-    def _run_samples(self, samples, train_batch, validation_batch):
-        """Runs every sample on both batches, one at a time.
-
-        Returns:
-            The gradient of each weight, and loss and accuracy of each sample on
-            the training and on the validation batch, shape `(evaluated, 2)`.
-        """
-        choices, counts = samples
-        count = tf.size(counts)
-
-        def body(index, sums, train, validation):
-            sums, result = self.add_sample(sums, choices[index], counts[index], train_batch)
-            validation = validation.write(index, self._evaluate(validation_batch, choices[index]))
-            return index + 1, sums, train.write(index, result), validation
-
-        results = [tf.TensorArray(tf.float32, count, element_shape=(2,)) for _ in range(2)]
-        # One at a time: it bounds the memory, and with TensorFlow 2.21's default of 10
-        # the oneDNN kernels corrupt the heap within a minute.
-        _, sums, train, validation = tf.while_loop(
-            lambda index, *_: index < count,
-            body,
-            (tf.constant(0), self.no_samples(), *results),
-            parallel_iterations=1,
-        )
-        return sums.result(), train.stack(), validation.stack()
-
-    def no_samples(self) -> StreamingSum:
-        """The sum of the gradients of no samples."""
-        return StreamingSum.zero(self.supernet.trainable_variables)
-
-    def add_sample(
-        self,
-        sums: StreamingSum,
-        choices: tf.Tensor,
-        count: tf.Tensor,
-        batch: tuple[tf.Tensor, tf.Tensor],
-    ) -> tuple[StreamingSum, tf.Tensor]:
-        """The weight half of one sample: forward, backward, accumulation.
+    def weight_gradients(
+        self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The weight half of a step: forward and backward, one sample at a time.
 
         Args:
-            sums: Gradients of the samples before.
-            choices: The architecture, integers of shape `(blocks, variables)`.
-            count: How many draws it stands for.
+            samples: What `ask` drew.
             batch: Images and labels.
 
         Returns:
-            The sums with its gradients, and its loss and accuracy, shape `(2,)`.
+            The gradient of each weight of the supernet, the sum of the samples' weighted by
+            their importance, and loss and accuracy of each sample, shape `(evaluated, 2)`.
         """
-        weights = [variable.value for variable in self.supernet.trainable_variables]
-        with tf.GradientTape() as tape:
-            result = self._evaluate(batch, choices)
-            loss = result[0]
-        sums, factor = sums.admit(estimator.scores(-loss, count, self.likelihood_scale))
-        # Scaled where it is one number, before the backward pass.
-        gradients = tape.gradient(loss, weights, factor, unconnected_gradients="zero")
-        return sums.add(gradients), result
-
-    def _evaluate(self, batch, choices):
         images, labels = batch
-        return _loss_and_accuracy(labels, self.supernet(images, choices))
+        # The stem runs once: what is summed over the samples is the gradient of its features.
+        with tf.GradientTape() as tape:
+            features = self.supernet.features(images)
+        stem = self.supernet.stem_variables
+        rest = self.supernet.trainable_variables[len(stem) :]
+        inputs = [features, *(variable.value for variable in rest)]
+        count = tf.size(samples.counts)
+
+        def body(index, sums, results):
+            with tf.GradientTape() as tape:
+                tape.watch(features)
+                result = self._evaluate(features, labels, samples.choices[index])
+                loss = result[0]
+            score = estimator.scores(-loss, samples.counts[index], self.likelihood_scale)
+            sums, factor = sums.admit(score)
+            # Scaled where it is one number, before the backward pass.
+            gradients = tape.gradient(loss, inputs, factor, unconnected_gradients="zero")
+            return index + 1, sums.add(gradients), results.write(index, result)
+
+        # One at a time: it bounds the memory, and with TensorFlow 2.21's default of 10
+        # the oneDNN kernels corrupt the heap within a minute.
+        _, sums, results = tf.while_loop(
+            lambda index, *_: index < count,
+            body,
+            (
+                tf.constant(0),
+                StreamingSum.zero(inputs),
+                tf.TensorArray(tf.float32, count, element_shape=(2,)),
+            ),
+            parallel_iterations=1,
+        )
+        feature_gradient, *gradients = sums.result()
+        weights = [variable.value for variable in stem]
+        return tape.gradient(features, weights, feature_gradient) + gradients, results.stack()
+
+    def evaluate_samples(self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        """Loss and accuracy of each sample on images and labels, shape `(evaluated, 2)`."""
+        images, labels = batch
+        features = self.supernet.features(images)
+        return tf.map_fn(
+            lambda choices: self._evaluate(features, labels, choices),
+            samples.choices,
+            fn_output_signature=tf.TensorSpec((2,)),
+            parallel_iterations=1,  # as above
+        )
+
+    def _evaluate(self, features, labels, choices):
+        return _loss_and_accuracy(labels, self.supernet.logits(features, choices))
 
     def _track(self, sample_weight=None, **values):
         for name, value in values.items():

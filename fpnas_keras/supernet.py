@@ -76,9 +76,20 @@ class Supernet(keras.layers.Layer):
         Returns:
             Logits of shape `(batch, num_classes)`.
         """
-        x = self.rescaling(images)
-        x = self.stem_activation(self.stem_bn(self.stem(x)))
-        filters_in = tf.constant(0)
+        return self.logits(self.features(images), choices)
+
+    @property
+    def stem_variables(self) -> list[keras.Variable]:
+        """The weights that `features` uses."""
+        return self.stem.trainable_variables + self.stem_bn.trainable_variables
+
+    def features(self, images: tf.Tensor) -> tf.Tensor:
+        """What the stem makes of images, the same for every architecture."""
+        return self.stem_activation(self.stem_bn(self.stem(self.rescaling(images))))
+
+    def logits(self, features: tf.Tensor, choices: tf.Tensor) -> tf.Tensor:
+        """Logits of one architecture from the features of the stem; see `call`."""
+        x, filters_in = features, tf.constant(0)
         rows = tf.unstack(choices, num=self.rows[-1] + 1)
         for block, row in zip(self.blocks, self.rows):
             run = functools.partial(block, choices=rows[row], filters_in=filters_in)

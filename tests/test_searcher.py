@@ -117,8 +117,8 @@ def test_each_optimizer_owns_its_variables_alone():
 
 def test_nothing_is_retraced_while_the_number_of_samples_changes(monkeypatch):
     calls = []
-    call = Supernet.call
-    monkeypatch.setattr(Supernet, "call", lambda *args: calls.append(1) or call(*args))
+    logits = Supernet.logits
+    monkeypatch.setattr(Supernet, "logits", lambda *args: calls.append(1) or logits(*args))
     search = make_search(
         architecture_optimizer=keras.optimizers.Adam(0.3),
         samples=fpnas.AdaptiveSamples(scale=1.0),
