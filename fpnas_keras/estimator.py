@@ -222,7 +222,11 @@ class StreamingSum(NamedTuple):
     @classmethod
     def zero(cls, like: Sequence[tf.Tensor]) -> "StreamingSum":
         """The sum of nothing, for values shaped `like` these."""
-        return cls(tf.constant(-float("inf")), tf.constant(0.0), tuple(map(tf.zeros_like, like)))
+        return cls(
+            tf.constant(-float("inf")),
+            tf.constant(0.0),
+            tuple(tf.zeros_like(x, tf.float32) for x in like),
+        )
 
     def admit(self, score: tf.Tensor) -> tuple["StreamingSum", tf.Tensor]:
         """The sum with the weight of one more sample, and the factor for its values."""
@@ -234,7 +238,9 @@ class StreamingSum(NamedTuple):
 
     def add(self, values: Sequence[tf.Tensor]) -> "StreamingSum":
         """Adds the values, times their factor, of the sample that was admitted."""
-        return self._replace(sums=tuple(total + x for total, x in zip(self.sums, values)))
+        return self._replace(
+            sums=tuple(total + tf.cast(x, tf.float32) for total, x in zip(self.sums, values))
+        )
 
     def result(self) -> list[tf.Tensor]:
         """sum_k softmax_k(s)_k * x_k."""

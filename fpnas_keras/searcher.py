@@ -460,6 +460,7 @@ class ArchitectureSearch(keras.Model):
             parallel_iterations=1,
         )
         feature_gradient, *gradients = sums.result()
+        feature_gradient = tf.cast(feature_gradient, features.dtype)
         weights = [variable.value for variable in stem]
         return tape.gradient(features, weights, feature_gradient) + gradients, results.stack()
 

@@ -213,8 +213,8 @@ def test_an_unproven_derivation_says_so():
 
 def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
     calls = []
-    call = Supernet.call
-    monkeypatch.setattr(Supernet, "call", lambda *args: calls.append(1) or call(*args))
+    logits = Supernet.logits
+    monkeypatch.setattr(Supernet, "logits", lambda *args: calls.append(1) or logits(*args))
     search = make_search(
         architecture_optimizer=keras.optimizers.Adam(0.1), distribution="coarse_to_fine"
     )
