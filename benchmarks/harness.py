@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import tensorflow as tf
+from absl import app, flags
 
 import fpnas_keras as fpnas
 from fpnas_keras.estimator import Samples
@@ -96,17 +97,32 @@ def _append(output, row):
         file.write(json.dumps(row) + "\n")
 
 
-def in_processes(script: str, jobs: Iterable[str], output: str) -> dict[str, dict]:
-    """Runs `script --job=JOB` for each job that is not in the output yet, one after the other.
+def run_jobs(
+    script: str,
+    jobs: dict[str, Callable[[], dict]],
+    report: Callable[[dict[str, dict]], None],
+) -> None:
+    """The command line of a benchmark whose jobs run one after the other, each in a process.
 
     Args:
-        script: A script that prints the row of a job as JSON in its last line.
-        jobs: Names of the jobs.
-        output: File that finished rows are appended to.
-
-    Returns:
-        The rows by job.
+        script: `__file__` of the benchmark; its rows go into a `.jsonl` file of that name.
+        jobs: By name, what makes a row.
+        report: Prints all rows, by job.
     """
+    flags.DEFINE_enum("job", None, list(jobs), "Run this job alone and print its row.")
+    output = f"benchmarks/{pathlib.Path(script).stem}.jsonl"
+    flags.DEFINE_string("output", output, "File of the finished rows.")
+
+    def main(_):
+        if flags.FLAGS.job:
+            print(json.dumps(jobs[flags.FLAGS.job]()))
+        else:
+            report(_in_processes(script, jobs, flags.FLAGS.output))
+
+    app.run(main)
+
+
+def _in_processes(script, jobs, output):
     rows = finished(output)
     for job in jobs:
         if job not in rows:

@@ -17,15 +17,10 @@ import harness
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
 
 import fpnas_keras as fpnas
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces import SAME, SearchBlock, Space
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("job", None, "Run this job alone and print its row.")
-flags.DEFINE_string("output", "benchmarks/large_searches.jsonl", "File of the finished rows.")
+from fpnas_keras.spaces import Space, stage
 
 BATCH, MEAN_COST, SAMPLES, ARCHITECTURES = 16, 1.0e9, 8, 6
 
@@ -106,14 +101,17 @@ def space_of(expansions: tuple[float, ...], activations: tuple[str, ...]) -> Spa
     (oneDNN's kernels are slower for other widths, which is not what is measured here.)
     """
     blocks = [
-        SearchBlock(
-            filters=(80 * 2 ** (index // 4),) if index % 4 == 0 else (SAME,),
+        block
+        for filters in (80, 160)
+        for block in stage(
+            4,
+            least_blocks=4,
+            strides=2,
+            filters=(filters,),
             kernel_size=(3, 5),
             expansion=expansions,
             activation=activations,
-            strides=2 if index % 4 == 0 else 1,
         )
-        for index in range(8)
     ]
     return Space("choices", (16, 16, 3), 10, Stem(80, 3, 1), tuple(blocks), Head(256))
 
@@ -156,12 +154,8 @@ JOBS = {
 }
 
 
-def main(_: list[str]) -> None:
-    """Runs the jobs that are not in the output yet."""
-    if FLAGS.job:
-        print(json.dumps(JOBS[FLAGS.job]()))
-        return
-    rows = harness.in_processes(__file__, JOBS, FLAGS.output)
+def report(rows: dict[str, dict]) -> None:
+    """Prints the rows, and the ratios of one of them."""
     print(json.dumps(rows, indent=1))
     own = rows["sample against Keras"]
     ratios = np.divide(own["sample_seconds"], own["keras_seconds"])
@@ -169,4 +163,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_jobs(__file__, JOBS, report)

@@ -10,14 +10,12 @@ matrix product; then the time by kind of operation, from TensorFlow's profiler. 
 
 import collections
 import functools
-import json
 import pathlib
 import tempfile
 
 import harness
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
 
 # TensorFlow has no public reader of its profiler's files.
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
@@ -25,10 +23,6 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 import fpnas_keras as fpnas
 from fpnas_keras.architecture import expanded_filters, output_size
 from fpnas_keras.layers import SlicedConv, SlicedDepthwiseConv
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("job", None, "Run this job alone and print its row.")
-flags.DEFINE_string("output", "benchmarks/limits.jsonl", "File of the finished rows.")
 
 ARCHITECTURES, COPIES, REPEATS = 6, 4, 7
 # Rows of the matrix product that is taken for the ceiling.
@@ -161,13 +155,5 @@ def report(rows: dict[str, dict]) -> None:
             print(f"| {kind} | {own['ms']:.2f} | {own['calls']:.1f} | {own['ms'] / total:.1%} |")
 
 
-def main(_: list[str]) -> None:
-    """Runs the jobs that are not in the output yet."""
-    if FLAGS.job:
-        print(json.dumps(JOBS[FLAGS.job]()))
-        return
-    report(harness.in_processes(__file__, JOBS, FLAGS.output))
-
-
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_jobs(__file__, JOBS, report)

@@ -11,22 +11,16 @@ minutes on 2 cores.
 """
 
 import functools
-import json
 import resource
 
 import harness
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
 from dmasking import DMaskingNAS
 
 import fpnas_keras as fpnas
 from fpnas_keras.supernet import Supernet
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("job", None, "Run this job alone and print its row.")
-flags.DEFINE_string("output", "benchmarks/memory.jsonl", "File of the finished rows.")
 
 STEPS = 3
 SAMPLES = (1, 4, 16, 64)
@@ -135,13 +129,5 @@ def report(rows: dict[str, dict]) -> None:
         print(f"| {job} | {row['before']:,} | {row['peak']:,} | {row['peak'] / alone:.2f} |")
 
 
-def main(_: list[str]) -> None:
-    """Runs the jobs that are not in the output yet."""
-    if FLAGS.job:
-        print(json.dumps(JOBS[FLAGS.job]()))
-        return
-    report(harness.in_processes(__file__, JOBS, FLAGS.output))
-
-
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_jobs(__file__, JOBS, report)

@@ -8,7 +8,6 @@ curve all settings run in turn in one process. Writes a picture with one plot fo
 """
 
 import functools
-import json
 import pathlib
 import statistics
 
@@ -16,16 +15,14 @@ import harness
 import keras
 import matplotlib
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import fpnas_keras as fpnas
 from fpnas_keras.architecture import Head, Stem
 from fpnas_keras.files import replacing
-from fpnas_keras.spaces import SAME, SearchBlock, Space
+from fpnas_keras.spaces import Space, stage
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("job", None, "Run this job alone and print its row.")
-flags.DEFINE_string("output", "benchmarks/scaling.jsonl", "File of the finished rows.")
 flags.DEFINE_string("picture", "benchmarks/scaling.png", "File of the picture.")
 
 REPEATS = 15
@@ -53,20 +50,16 @@ def space_of(setting: dict[str, int]) -> Space:
     fine = tuple(2 + step / 4 for step in range(9))
     expansions = {2: (3,), 8: (2, 4), 24: (2, 3, 4), 72: fine}
     choices = setting["choices"]
-    block = {
-        "kernel_size": (3, 5),
-        "expansion": expansions[choices],
-        "activation": ("relu", "hard_silu") if choices > 2 else ("relu",),
-        "splits": (0, 1) if choices > 8 else (0,),
-    }
-    blocks = [
-        SearchBlock(
-            filters=(setting["filters"],) if index == 0 else (SAME,),
-            strides=2 if index == 0 else 1,
-            **block,
-        )
-        for index in range(setting["blocks"])
-    ]
+    blocks = stage(
+        setting["blocks"],
+        least_blocks=setting["blocks"],
+        strides=2,
+        filters=(setting["filters"],),
+        kernel_size=(3, 5),
+        expansion=expansions[choices],
+        activation=("relu", "hard_silu") if choices > 2 else ("relu",),
+        splits=(0, 1) if choices > 8 else (0,),
+    )
     size = setting["image size"]
     return Space("scaling", (size, size, 3), 10, Stem(16, 3, 1), tuple(blocks), Head(64))
 
@@ -122,12 +115,8 @@ def plot(rows: dict[str, dict]) -> None:
         figure.savefig(temporary, dpi=90, format="png")
 
 
-def main(_: list[str]) -> None:
-    """Runs the curves that are not in the output yet, and draws them."""
-    if FLAGS.job:
-        print(json.dumps(curve(FLAGS.job)))
-        return
-    rows = harness.in_processes(__file__, CURVES, FLAGS.output)
+def report(rows: dict[str, dict]) -> None:
+    """Prints the curves, and draws them."""
     for name, row in rows.items():
         print(f"\n| {name} | mean MACs, M | ms a step |\n|---|---|---|")
         for value, macs, seconds in zip(row["values"], row["macs"], row["seconds"]):
@@ -136,4 +125,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    jobs = {name: functools.partial(curve, name) for name in CURVES}
+    harness.run_jobs(__file__, jobs, report)

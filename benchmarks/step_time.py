@@ -14,7 +14,6 @@ appended to --output; a run that was cut goes on from there.
 """
 
 import functools
-import json
 import pathlib
 import subprocess
 import sys
@@ -25,14 +24,13 @@ import harness
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
+from absl import flags
 
 import fpnas_keras as fpnas
+from fpnas_keras.cost import CostTable
 from fpnas_keras.estimator import Samples
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("job", None, "Run this job alone and print its row.")
-flags.DEFINE_string("output", "benchmarks/step_time.jsonl", "File of the finished rows.")
 flags.DEFINE_integer("architectures", 24, "Random architectures of a space.", lower_bound=1)
 
 REPEATS = 7
@@ -80,9 +78,9 @@ def whole_steps(name: str) -> dict[str, list[float]]:
     size = harness.SIZES[name][1]
     x = np.random.default_rng(0).integers(0, 256, (2000, *space.input_shape), np.uint8)
     # Not updated, so that both run the same architectures.
-    search = fpnas.ArchitectureSearch(
-        space, samples=8, cost=fpnas.MacsCost(_middle(space)), warmup_steps=0
-    )
+    table = CostTable(space, fpnas.MacsCost())
+    cost = fpnas.MacsCost((table.least() + table.largest()) / 2)
+    search = fpnas.ArchitectureSearch(space, samples=8, cost=cost, warmup_steps=0)
     search.compile(keras.optimizers.SGD(0.0, momentum=0.9), keras.optimizers.Adam(0.0))
     batches = fpnas.data.search_batches(x, np.arange(len(x)) % 10, size, steps_per_epoch=1000)
     search.make_train_function()
@@ -109,11 +107,6 @@ def whole_steps(name: str) -> dict[str, list[float]]:
             for key, (value,) in seconds.items():
                 rows[key].append(value)
     return rows
-
-
-def _middle(space):
-    table = fpnas.ArchitectureSearch(space).cost_table
-    return (table.least() + table.largest()) / 2
 
 
 def start() -> dict[str, list[float]]:
@@ -167,13 +160,5 @@ def report(rows: dict[str, dict]) -> None:
     line("seconds to the first step of the quickstart", rows["start"]["seconds"])
 
 
-def main(_: list[str]) -> None:
-    """Runs the jobs that are not in the output yet."""
-    if FLAGS.job:
-        print(json.dumps(JOBS[FLAGS.job]()))
-        return
-    report(harness.in_processes(__file__, JOBS, FLAGS.output))
-
-
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_jobs(__file__, JOBS, report)

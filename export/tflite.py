@@ -17,7 +17,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tqdm import tqdm
 
 from fpnas_keras import cli, data
-from fpnas_keras.files import replacing
+from fpnas_keras.files import reason, replacing
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
@@ -73,8 +73,8 @@ def convert(model: keras.Model) -> bytes:
     try:
         return converter.convert()
     except Exception as error:  # ConverterError is not public.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise ValueError(f"the model {model.name} cannot be converted: {reason}") from None
+        message = f"the model {model.name} cannot be converted: {reason(error, line=-1)}"
+        raise ValueError(message) from None
 
 
 def compare(model: keras.Model, tflite: bytes, images: data.Images) -> Comparison:
@@ -154,8 +154,7 @@ def load_model(path: str) -> keras.Model:
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises what its many readers raise.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load the Keras model {path}: {reason}") from None
+        raise ValueError(f"cannot load the Keras model {path}: {reason(error)}") from None
     shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
     ranks = [len(shape) if isinstance(shape, tuple) else None for shape in shapes]
     if ranks != [4, 2] or None in shapes[0][1:]:

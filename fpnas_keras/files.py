@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON read strictly."""
+"""Files: written whole or not at all, JSON read strictly; values and errors in messages."""
 
 import contextlib
 import dataclasses
@@ -120,6 +120,12 @@ def short(value: Any) -> str:
     """A value as it is shown in messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def reason(error: Exception, line: int = 0) -> str:
+    """One line of an exception of another library, for messages: by default its first."""
+    lines = str(error).strip().splitlines()
+    return lines[line] if lines else type(error).__name__
 
 
 def _unique_keys(pairs):

@@ -288,20 +288,24 @@ def _set_up():
         images.image_shape,
         FLAGS.architecture_batch_size,
     )
-    steps = int(batches.cardinality()) * FLAGS.epochs
-    warmup_steps = min(300, steps // 5) if FLAGS.warmup_steps is None else FLAGS.warmup_steps
-    if warmup_steps >= steps:
-        raise ValueError(
-            f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
-            f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
-        )
-    if FLAGS.distribution == "coarse_to_fine":
-        coarse_steps = int(batches.cardinality()) * _coarse_epochs()
-        if coarse_steps <= warmup_steps:
-            raise ValueError(
-                f"`coarse_epochs` must reach beyond the {warmup_steps} steps of the warm-up. "
-                f"Received: coarse_epochs={_coarse_epochs()}, {coarse_steps} steps"
-            )
+    search = _make_search(space, int(batches.cardinality()))
+    logging.info(
+        "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
+        space.name,
+        space.num_architectures,
+        search.distribution.count_params(),
+        f"{search.cost_table.least():,.0f}",
+        f"{search.cost_table.largest():,.0f}",
+        search.cost.unit,
+        int(batches.cardinality()) * FLAGS.epochs,
+    )
+    return search, batches
+
+
+def _make_search(space, steps_per_epoch):
+    """The compiled search, or a `ValueError` about the flags."""
+    steps = steps_per_epoch * FLAGS.epochs
+    warmup_steps = _warmup_steps(steps_per_epoch)
     adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
     anneal_steps = FLAGS.anneal_steps
     if anneal_steps is None:
@@ -330,18 +334,25 @@ def _set_up():
         ),
         architecture_optimizer=keras.optimizers.Adam(FLAGS.architecture_learning_rate),
     )
-    table, unit = search.cost_table, search.cost.unit
-    logging.info(
-        "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
-        space.name,
-        space.num_architectures,
-        search.distribution.count_params(),
-        f"{table.least():,.0f}",
-        f"{table.largest():,.0f}",
-        unit,
-        steps,
-    )
-    return search, batches
+    return search
+
+
+def _warmup_steps(steps_per_epoch):
+    steps = steps_per_epoch * FLAGS.epochs
+    warmup_steps = min(300, steps // 5) if FLAGS.warmup_steps is None else FLAGS.warmup_steps
+    if warmup_steps >= steps:
+        raise ValueError(
+            f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
+            f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
+        )
+    if FLAGS.distribution == "coarse_to_fine":
+        coarse_steps = steps_per_epoch * _coarse_epochs()
+        if coarse_steps <= warmup_steps:
+            raise ValueError(
+                f"`coarse_epochs` must reach beyond the {warmup_steps} steps of the warm-up. "
+                f"Received: coarse_epochs={_coarse_epochs()}, {coarse_steps} steps"
+            )
+    return warmup_steps
 
 
 def _row(search, epoch, logs):

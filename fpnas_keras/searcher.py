@@ -102,25 +102,7 @@ class ArchitectureSearch(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        fewest = samples.minimum if isinstance(samples, AdaptiveSamples) else samples
-        if fewest < 1 + control_variate:
-            raise ValueError(
-                f"`samples` must be at least {1 + control_variate} a step"
-                f"{' with the control variate' if control_variate else ''}. "
-                f"Received: samples={samples}"
-            )
-        if warmup_samples < 1 or warmup_steps < 0:
-            raise ValueError(
-                "`warmup_samples` must be at least 1 and `warmup_steps` at least 0. "
-                f"Received: warmup_samples={warmup_samples}, warmup_steps={warmup_steps}"
-            )
-        if not isinstance(cost_coefficient, CostController) and not (
-            0 <= cost_coefficient < math.inf
-        ):
-            raise ValueError(
-                "`cost_coefficient` must be a `CostController` or a number from 0. "
-                f"Received: cost_coefficient={cost_coefficient}"
-            )
+        _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient)
         self.space = space
         self.samples = samples
         self.cost = cost or MacsCost()
@@ -133,13 +115,7 @@ class ArchitectureSearch(keras.Model):
         self.stratified = stratified
         self.deduplicate = deduplicate
         self.cost_table = CostTable(space, self.cost)
-        least, largest = self.cost_table.least(), self.cost_table.largest()
-        if self.cost.target is not None and not least <= self.cost.target <= largest:
-            raise ValueError(
-                f"`target` must be from {least:,.0f} to {largest:,.0f} {self.cost.unit}, the least "
-                f"and the largest cost in the space `{space.name}`. "
-                f"Received: target={self.cost.target:,.0f}"
-            )
+        _check_target(space, self.cost, self.cost_table)
         _checked("distribution", distribution, tuple(_DISTRIBUTIONS))
         self.distributions = [kind(space.blocks) for kind in _DISTRIBUTIONS[distribution]]
         if distribution == "joint":
@@ -481,6 +457,36 @@ class ArchitectureSearch(keras.Model):
     def _track(self, sample_weight=None, **values):
         for name, value in values.items():
             self._trackers[name].update_state(value, sample_weight)
+
+
+def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient):
+    fewest = samples.minimum if isinstance(samples, AdaptiveSamples) else samples
+    if fewest < 1 + control_variate:
+        raise ValueError(
+            f"`samples` must be at least {1 + control_variate} a step"
+            f"{' with the control variate' if control_variate else ''}. "
+            f"Received: samples={samples}"
+        )
+    if warmup_samples < 1 or warmup_steps < 0:
+        raise ValueError(
+            "`warmup_samples` must be at least 1 and `warmup_steps` at least 0. "
+            f"Received: warmup_samples={warmup_samples}, warmup_steps={warmup_steps}"
+        )
+    is_controller = isinstance(cost_coefficient, CostController)
+    if not is_controller and not 0 <= cost_coefficient < math.inf:
+        raise ValueError(
+            "`cost_coefficient` must be a `CostController` or a number from 0. "
+            f"Received: cost_coefficient={cost_coefficient}"
+        )
+
+
+def _check_target(space, cost, table):
+    least, largest = table.least(), table.largest()
+    if cost.target is not None and not least <= cost.target <= largest:
+        raise ValueError(
+            f"`target` must be from {least:,.0f} to {largest:,.0f} {cost.unit}, the least and the "
+            f"largest cost in the space `{space.name}`. Received: target={cost.target:,.0f}"
+        )
 
 
 def _checked(name, value, legal):

@@ -179,7 +179,7 @@ def test_images_that_do_not_fit_into_memory_stay_on_the_disk(tmp_path, monkeypat
         for index in range(10):
             write_image(tmp_path / name / f"{index}.png", 100 * label + index)
     in_memory = data.load(f"folder:{tmp_path}", "train", 8)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 100)
+    monkeypatch.setattr("fpnas_keras.data.reading.MEMORY_LIMIT", 100)
     on_disk = data.load(f"folder:{tmp_path}", "train", 8)
     assert on_disk.x.shape == (16,)
     for one, other in zip(
@@ -232,7 +232,7 @@ def test_tfds_sets_that_do_not_fit_into_memory_are_read_from_their_files(
 ):
     arguments = ("tfds:noise", split, 8, str(tfds_folder), False)
     in_memory = data.load(*arguments)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 100)
+    monkeypatch.setattr("fpnas_keras.data.reading.MEMORY_LIMIT", 100)
     on_disk = data.load(*arguments)
     assert on_disk.x.shape == ({"train": 30, "test": 6}[split], 2)
     assert np.array_equal(on_disk.y, in_memory.y)

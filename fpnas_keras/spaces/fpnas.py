@@ -29,7 +29,7 @@ arXiv:2011.10949.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SAME, SearchBlock, Space
+from fpnas_keras.spaces.space import Space, stage
 
 # Filters, blocks, stride of the first.
 STAGES = (
@@ -46,17 +46,17 @@ EXPANSIONS = (0.75, 1.5, 2.25, 3, 3.75, 4.5, 6)
 def fpnas(input_shape: tuple[int, int, int] = (224, 224, 3), num_classes: int = 1000) -> Space:
     """The space as in the table above."""
     blocks = [
-        SearchBlock(
-            filters=tuple(filters) if position == 0 else (SAME,),
+        block
+        for index, (filters, blocks, strides) in enumerate(STAGES)
+        for block in stage(
+            blocks,
+            strides=strides,
+            filters=tuple(filters),
             kernel_size=(3, 5, 7),
-            expansion=EXPANSIONS if stage > 0 else (1,),
+            expansion=EXPANSIONS if index > 0 else (1,),
             activation=("relu", "hard_silu"),
             splits=(0, 1, 2, 4),
-            skip=(False,) if position == 0 else (False, True),
-            strides=strides if position == 0 else 1,
         )
-        for stage, (filters, repeats, strides) in enumerate(STAGES)
-        for position in range(repeats)
     ]
     return Space(
         name="fpnas",

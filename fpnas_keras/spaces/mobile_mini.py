@@ -17,7 +17,7 @@ At 32 pixels and 10 classes: 4.9e12 architectures of 0.74M to 11.4M MACs.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SAME, SearchBlock, Space
+from fpnas_keras.spaces.space import Space, stage
 
 STAGES = (
     (2, (12, 16, 20)),
@@ -29,17 +29,17 @@ STAGES = (
 def mobile_mini(input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int = 10) -> Space:
     """The space as in the table above."""
     blocks = [
-        SearchBlock(
-            filters=filters if position == 0 else (SAME,),
+        block
+        for blocks, filters in STAGES
+        for block in stage(
+            blocks,
+            strides=2,
+            filters=filters,
             kernel_size=(3, 5),
             expansion=(1, 3, 6),
             activation=("relu", "hard_silu"),
             splits=(0, 1),
-            skip=(False,) if position == 0 else (False, True),
-            strides=2 if position == 0 else 1,
         )
-        for repeats, filters in STAGES
-        for position in range(repeats)
     ]
     return Space(
         name="mobile_mini",

@@ -22,7 +22,7 @@ Reference: Howard et al., "Searching for MobileNetV3", arXiv:1905.02244; Cai et 
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SearchBlock, Space
+from fpnas_keras.spaces.space import SearchBlock, Space, stage
 
 # Filters, stride of the first block, activation, splits.
 STAGES = (
@@ -39,17 +39,18 @@ def mobilenet_v3(
 ) -> Space:
     """The space as in the table above."""
     blocks = [
-        SearchBlock(
+        block
+        for filters, strides, activation, splits in STAGES
+        for block in stage(
+            4,
+            least_blocks=2,
+            strides=strides,
             filters=(filters,),
             kernel_size=(3, 5, 7),
             expansion=(3, 4, 6),
             activation=(activation,),
             splits=(splits,),
-            skip=(False, True) if position > 1 else (False,),
-            strides=strides if position == 0 else 1,
         )
-        for filters, strides, activation, splits in STAGES
-        for position in range(4)
     ]
     return Space(
         name="mobilenet_v3",

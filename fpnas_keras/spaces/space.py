@@ -215,6 +215,26 @@ class SearchBlock:
         return [self.blocks(choices, filters_in) for choices in self.entries]
 
 
+def stage(blocks: int, least_blocks: int = 1, strides: int = 1, **choices) -> list[SearchBlock]:
+    """Blocks in a row with equal choices, each made on its own; the first chooses the filters.
+
+    Args:
+        blocks: Most blocks.
+        least_blocks: Fewest; those after them may be skipped.
+        strides: Stride of the first block; the others have 1.
+        **choices: As for `SearchBlock`; what it has as `filters` is the first block's.
+    """
+    later = choices | {"filters": (SAME,)}
+    return [
+        SearchBlock(
+            **(later if position else choices),
+            strides=1 if position else strides,
+            skip=(False, True) if position >= least_blocks else (False,),
+        )
+        for position in range(blocks)
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """Everything that a search can choose from.

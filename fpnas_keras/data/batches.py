@@ -1,0 +1,168 @@
+"""Batches of images, for searching, training and testing.
+
+A batch is a pure function of (seed, step); a dataset goes on counting its steps
+from one iteration to the next. Every image is decoded once (once a batch where the
+images do not fit into memory).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from fpnas_keras.data.reading import Images, decode, split
+
+_AUTOTUNE = tf.data.AUTOTUNE
+
+
+def search_batches(
+    x: np.ndarray,
+    y: np.ndarray,
+    batch_size: int = 64,
+    seed: int = 0,
+    steps_per_epoch: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    architecture_batch_size: int | None = None,
+) -> tf.data.Dataset:
+    """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
+
+    The images are split 50/50, stratified, into a part that trains the weights
+    (t) and one that the architecture is chosen on (v).
+
+    Args:
+        x: Pixels 0..255 of shape `(n, height, width, channels)`, or where they are on the
+            disk, as `Images.x`.
+        y: Index of the class, integers of shape `(n,)`.
+        batch_size: Images of each part in a batch.
+        seed: Seed of the split and of the order.
+        steps_per_epoch: Batches an epoch; by default one pass over the weights part.
+        image_shape: `(height, width, channels)`, needed for images on the disk.
+        architecture_batch_size: Images of the architecture part in a batch, where that
+            is another number.
+
+    Returns:
+        A dataset of one epoch; each time that it is iterated it goes on with the
+        next epoch.
+    """
+    weights, architecture = split(y, 0.5, seed)
+    steps = steps_per_epoch or max(1, len(weights) // batch_size)
+    # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
+    x, y = tf.constant(x), tf.constant(y, tf.int32)
+    read_t = _reader(x, y, weights, batch_size, seed, image_shape)
+    read_v = _reader(
+        x, y, architecture, architecture_batch_size or batch_size, seed + 1, image_shape
+    )
+    return _epochs(lambda step: (read_t(step), read_v(step)), steps)
+
+
+def train_batches(
+    images: Images,
+    batch_size: int = 128,
+    seed: int = 0,
+    random_crop: int = 0,
+    random_flip: bool = False,
+) -> tf.data.Dataset:
+    """Batches to train one network with: `(pixels, labels)`, one pass an epoch.
+
+    Args:
+        images: The images.
+        batch_size: Images in a batch.
+        seed: Seed of the order and of the augmentation.
+        random_crop: Pixels that an image may move in each direction; what moves
+            in is 0.
+        random_flip: Whether half of the images are mirrored left to right.
+
+    Returns:
+        A dataset of one epoch; each time that it is iterated it goes on with the
+        next epoch.
+    """
+    x, y = tf.constant(images.x), tf.constant(images.y)
+    read = _reader(x, y, np.arange(len(images.y)), batch_size, seed, images.image_shape)
+
+    def augmented(step):
+        x, y = read(step)
+        key = tf.stack([tf.constant(seed, tf.int64), step])
+        if random_crop:
+            x = _random_crop(x, random_crop, key)
+        if random_flip:
+            x = tf.image.stateless_random_flip_left_right(x, key)
+        return x, y
+
+    return _epochs(augmented, max(1, len(images.y) // batch_size))
+
+
+def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
+    """All images once, in order: `(pixels, labels)`, the last batch smaller."""
+    x, y = tf.constant(images.x), tf.constant(images.y)
+    dataset = tf.data.Dataset.range(len(images.y)).batch(batch_size)
+
+    def read(indices):
+        return _pixels(tf.gather(x, indices), images.image_shape), tf.gather(y, indices)
+
+    return dataset.map(read, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
+
+
+def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int) -> tf.data.Dataset:
+    """`batch(step)` for `steps` steps; a new iteration is a new epoch."""
+    # Not a generator: TensorFlow 2.21 makes malloc give all large buffers back when it meets one
+    # (M_TRIM_THRESHOLD), and each step of training then pays for fresh pages.
+    epochs = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+    def epoch_steps(_):
+        first = (epochs.assign_add(1) - 1) * steps
+        return tf.data.Dataset.range(first, first + steps)
+
+    dataset = tf.data.Dataset.range(1).flat_map(epoch_steps)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    return dataset.map(batch, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
+
+
+def _reader(x, y, part, batch_size, seed, image_shape):
+    """From a step to its batch of the images `part`: pass after pass, each in its own order."""
+    n, part = len(part), tf.constant(part)
+
+    def read(step):
+        positions = step * batch_size + tf.range(batch_size, dtype=tf.int64)
+        seeds = tf.stack(
+            [tf.fill([batch_size], tf.constant(seed, tf.int64)), positions // n, positions * 0], 1
+        )
+        # tf.random.experimental.index_shuffle takes no seed for each index in 2.21, and its 4
+        # rounds leave successive passes correlated by 0.3 to 0.9.
+        indices = tf.raw_ops.RandomIndexShuffle(
+            index=positions % n, seed=seeds, max_index=tf.constant(n - 1, tf.int64), rounds=16
+        )
+        indices = tf.gather(part, tf.ensure_shape(indices, (batch_size,)))
+        return _pixels(tf.gather(x, indices), image_shape), tf.gather(y, indices)
+
+    return read
+
+
+def _pixels(x, image_shape):
+    """float32 pixels of a batch of images, of file names or of TFRecords."""
+    if x.dtype == tf.string:
+        read = tf.io.read_file if x.shape.rank == 1 else _read_record
+        x = tf.map_fn(lambda each: decode(read(each), image_shape), x, fn_output_signature=tf.uint8)
+        x = tf.ensure_shape(x, (None, *image_shape))
+    return tf.cast(x, tf.float32)
+
+
+def _read_record(place):
+    """The encoded image in the TFRecord at (file, "offset:length:key")."""
+
+    def read(place):
+        path, rest = (each.decode() for each in place)
+        offset, length, key = rest.split(":", 2)
+        with tf.io.gfile.GFile(path, "rb") as file:
+            file.seek(int(offset))
+            example = tf.train.Example.FromString(file.read(int(length)))
+        return example.features.feature[key].bytes_list.value[0]
+
+    return tf.ensure_shape(tf.numpy_function(read, [place], tf.string), ())
+
+
+def _random_crop(x, pixels, key):
+    batch, height, width = x.shape[0], x.shape[1], x.shape[2]
+    x = tf.pad(x, [[0, 0], [pixels, pixels], [pixels, pixels], [0, 0]])
+    first = tf.random.stateless_uniform((batch, 2), key, 0, 2 * pixels + 1, tf.int32)
+    x = tf.gather(x, first[:, :1] + tf.range(height), axis=1, batch_dims=1)
+    return tf.gather(x, first[:, 1:] + tf.range(width), axis=2, batch_dims=1)
