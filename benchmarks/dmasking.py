@@ -27,7 +27,7 @@ class DMaskingNAS(fpnas.ArchitectureSearch):
     The weighting of the cost, its controller, the derivation and the warm-up are the product's.
 
     Args:
-        space: The space: blocks that are skipped have one shape in and out.
+        space: The space.
         total_steps: Steps of the search, over which the temperature falls.
         **kwargs: As in `ArchitectureSearch`.
     """
@@ -158,12 +158,26 @@ def masked_block(
     options = (block.filters_in, filters_in)
     if not choices.keeps_filters:
         options = (choices.filters, weights["filters"])
-    x = _mask(options[1], np.array(options[0])) * x
-    if block.must_agree:
-        x += inputs
-    if True in choices.skip:  # then the shapes agree
-        x = _sum(weights["skip"], [inputs if skip else x for skip in choices.skip])
+    mask = _mask(options[1], np.array(options[0]))
+    x = mask * x
+    added = _added(block, inputs, filters_in, options)
+    if added is not None:
+        x += added
+    if True in choices.skip:
+        skipped = inputs if block.must_agree else mask * block.skip_bn(block.skip(inputs))
+        x = _sum(weights["skip"], [skipped if skip else x for skip in choices.skip])
     return x
+
+
+def _added(block, inputs, filters_in, options):
+    """The input as far as the numbers of filters agree, to be added."""
+    if block.must_agree or not block.may_agree:
+        return inputs if block.must_agree else None
+    equal = np.equal.outer(block.filters_in, options[0]).astype(np.float32)
+    agree = tf.reduce_sum(filters_in[:, None] * options[1] * equal)
+    filters = block.project.shape[-1]
+    inputs = inputs[..., :filters]
+    return agree * tf.pad(inputs, [[0, 0], [0, 0], [0, 0], [0, filters - inputs.shape[-1]]])
 
 
 def _gate(block, x, shares):
