@@ -4,7 +4,7 @@ python benchmarks/baselines.py --data_dir=../shared/data/tfds
 
 Short protocol: 10,000 training images of Fashion-MNIST, `mobile_mini`, 1,000 search steps with a
 target of 1.5M MACs, 3 seeds; each result trained from scratch for 20 epochs with the same recipe.
-Takes about 90 minutes on 2 cores; one job runs on each core. Rows are appended to --output as
+Takes about 55 minutes on 2 cores; one job runs on each core. Rows are appended to --output as
 jobs finish; a run that was cut goes on from there.
 """
 
