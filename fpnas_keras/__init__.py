@@ -6,7 +6,7 @@ import fpnas_keras as fpnas
 from fpnas_keras import data, spaces
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.callbacks import CoarseToFine
-from fpnas_keras.cost import MacsCost, ParamsCost
+from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost
 from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.searcher import ArchitectureSearch
 
@@ -16,6 +16,7 @@ __all__ = [
     "ArchitectureSearch",
     "CoarseToFine",
     "CostController",
+    "LatencyCost",
     "MacsCost",
     "ParamsCost",
     "data",

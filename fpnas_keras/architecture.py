@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fpnas_keras.files import (
     check_format,
@@ -105,6 +105,22 @@ class Head:
             _check_integer(self, "dense_units", 1, MAX_FILTERS)
 
 
+class Part(NamedTuple):
+    """A stem, a block or a head where it stands in a network: what a cost is given.
+
+    Attributes:
+        layers: The stem, block or head.
+        size: Height and width of what comes in.
+        channels: Channels of what comes in.
+        num_classes: Number of classes; 0 but for a head.
+    """
+
+    layers: Stem | Block | Head
+    size: tuple[int, int]
+    channels: int
+    num_classes: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """A network as data: one choice for every variable of every block.
@@ -162,6 +178,15 @@ class Architecture:
         from fpnas_keras import network
 
         return network.build(self, bn_momentum=bn_momentum)
+
+    def parts(self) -> list[Part]:
+        """Stem, blocks and head, each with what comes into it."""
+        size, channels = self.input_shape[:2], self.input_shape[2]
+        parts = []
+        for each in (self.stem, *self.blocks):
+            parts.append(Part(each, size, channels))
+            size, channels = output_size(size, each.strides), each.filters
+        return [*parts, Part(self.head, size, channels, self.num_classes)]
 
     def macs(self) -> int:
         """Multiply-adds of all convolutions and dense layers for one image."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import CostTable
+from fpnas_keras.cost import CostTable, text
 from fpnas_keras.spaces import Space
 
 # Labels kept after each block in the first pass; each further pass keeps more.
@@ -79,8 +79,8 @@ def most_probable(
     """
     if budget < table.least():
         raise ValueError(
-            f"`budget` must be at least {table.least():,.0f}, the least cost in the space. "
-            f"Received: budget={budget:,.0f}"
+            f"`budget` must be at least {text(table.least())}, the least cost in the space. "
+            f"Received: budget={text(budget)}"
         )
     budget = min(budget, table.largest())  # which may be infinite
     chain = _Chain(np.asarray(log_probabilities, np.float64), table, least)
@@ -98,8 +98,8 @@ def most_probable(
     if not best.entries:
         reason = "there is no" if upper == -math.inf else f"in {seconds:g} s there was found no"
         warnings.warn(
-            f"{reason} architecture that costs from {least:,.0f} to {budget:,.0f}; the most "
-            f"probable one up to {budget:,.0f} is taken",
+            f"{reason} architecture that costs from {text(least)} to {text(budget)}; the "
+            f"most probable one up to {text(budget)} is taken",
             stacklevel=2,
         )
         left = max(0.0, deadline - time.monotonic())

@@ -129,8 +129,9 @@ def reason(error: Exception, line: int = 0) -> str:
 
 
 def _unique_keys(pairs):
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    found = {}
+    for key, value in pairs:
+        if key in found:
             raise ValueError(f"the key `{key}` appears twice in one object")
-    return dict(pairs)
+        found[key] = value
+    return found

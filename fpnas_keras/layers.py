@@ -7,6 +7,7 @@ that one graph runs every architecture at that architecture's price.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -14,17 +15,17 @@ import tensorflow as tf
 BN_EPSILON = 1e-3
 
 
-def rescaling() -> keras.layers.Rescaling:
-    """The first layer of every network: pixels 0..255 to -1..1."""
-    return keras.layers.Rescaling(1 / 127.5, -1.0, name="rescaling")
+def rescaling(library: Any = keras) -> keras.layers.Rescaling:
+    """The first layer of every network, of Keras or tf_keras: pixels 0..255 to -1..1."""
+    return library.layers.Rescaling(1 / 127.5, -1.0, name="rescaling")
 
 
-def conv_initializer() -> keras.initializers.Initializer:
+def conv_initializer(library: Any = keras) -> keras.initializers.Initializer:
     """A fresh initializer for convolutions: variance 2 / fan_out, as MobileNets have it.
 
     It suits depthwise kernels too, whose fan_out Keras takes to be one channel's.
     """
-    return keras.initializers.VarianceScaling(2.0, "fan_out")
+    return library.initializers.VarianceScaling(2.0, "fan_out")
 
 
 class SlicedConv(keras.layers.Layer):

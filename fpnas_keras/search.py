@@ -13,7 +13,7 @@ from absl import flags, logging
 from fpnas_keras import cli, data, spaces
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.callbacks import CoarseToFine, MetricsFile, StopOnDivergence
-from fpnas_keras.cost import MacsCost, ParamsCost
+from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost, latency, text
 from fpnas_keras.distributions import JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.files import replacing
@@ -37,13 +37,21 @@ flags.DEFINE_integer(
 flags.DEFINE_enum(
     "cost",
     "none",
-    ["none", "macs", "params"],
-    "What --target limits: multiply-adds of one image, or trainable parameters.",
+    ["none", "macs", "params", "latency"],
+    "What --target limits: multiply-adds of one image, trainable parameters, or milliseconds on "
+    "the device of --latency_table.",
+)
+flags.DEFINE_string(
+    "latency_table",
+    None,
+    "Table for --cost=latency: a .json file that `python -m export.latency` measured on your "
+    "device, or a .yaml or .csv look-up table of ProxylessNAS or once-for-all.",
 )
 flags.DEFINE_float(
     "target",
     None,
-    "What the architecture may cost, in the unit of --cost (3e6 is 3 million).",
+    "What the architecture may cost, in the unit of --cost (3e6 is 3 million MACs or parameters, "
+    "1.5 is 1.5 ms).",
     lower_bound=0,
 )
 flags.DEFINE_float(
@@ -189,7 +197,12 @@ flags.register_multi_flags_validator(
 flags.register_multi_flags_validator(
     ["cost", "target"],
     lambda values: (values["cost"] == "none") == (values["target"] is None),
-    "--target needs --cost=macs or --cost=params, and the other way round",
+    "--target needs --cost=macs, params or latency, and the other way round",
+)
+flags.register_multi_flags_validator(
+    ["cost", "latency_table"],
+    lambda values: (values["cost"] == "latency") == (values["latency_table"] is not None),
+    "--cost=latency needs --latency_table, and the other way round",
 )
 
 flags.register_multi_flags_validator(
@@ -222,7 +235,12 @@ flags.register_multi_flags_validator(
     "--coarse_epochs needs --distribution=coarse_to_fine and must be below --epochs",
 )
 
-_COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}
+_COSTS = {
+    "none": MacsCost,
+    "macs": MacsCost,
+    "params": ParamsCost,
+    "latency": lambda target: LatencyCost(FLAGS.latency_table, target),
+}
 
 
 def main() -> None:
@@ -237,9 +255,11 @@ def _search(run):
     keras.utils.set_random_seed(FLAGS.seed)
     search, batches = _set_up()
     run.begin()
-    if FLAGS.space not in spaces.names():
-        with replacing(run.path(f"space{pathlib.Path(FLAGS.space).suffix}")) as temporary:
-            shutil.copy(FLAGS.space, temporary)
+    files = {"space": FLAGS.space, "latency_table": FLAGS.latency_table}
+    for name, file in files.items():
+        if file not in (None, *spaces.names()):
+            with replacing(run.path(name + pathlib.Path(file).suffix)) as temporary:
+                shutil.copy(file, temporary)
     search.fit(
         batches,
         epochs=FLAGS.epochs,
@@ -294,8 +314,8 @@ def _set_up():
         space.name,
         space.num_architectures,
         search.distribution.count_params(),
-        f"{search.cost_table.least():,.0f}",
-        f"{search.cost_table.largest():,.0f}",
+        text(search.cost_table.least()),
+        text(search.cost_table.largest()),
         search.cost.unit,
         int(batches.cardinality()) * FLAGS.epochs,
     )
@@ -385,6 +405,7 @@ def _summary(search, derivation):
         "cost": FLAGS.cost,
         "target": FLAGS.target,
         "expected_cost": float(table.expected(search.distribution.entry_probabilities())),
+        "found_cost": derivation.cost,
         "derivation_log_prob": derivation.log_prob,
         "derivation_least": derivation.least,
         "derivation_gap": derivation.gap,
@@ -405,7 +426,11 @@ def _report(run):
         else:
             kernel = f"{block.kernel_size}x{block.kernel_size}"
             print(row + f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}")
-    target = "" if summary["target"] is None else f" (target {summary['target']:,.0f})"
+    target = ""
+    if summary["cost"] == "latency":
+        target = f", {text(summary['found_cost'])} ms by {FLAGS.latency_table}"
+    if summary["target"] is not None:
+        target += f" (target {text(summary['target'])})"
     if summary["derivation_gap"]:
         target += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
     file = shlex.quote(str(run.path("architecture.json")))
@@ -418,6 +443,24 @@ def _report(run):
         f"  python -m fpnas_keras.train --architecture={file} {cli.data_arguments()} "
         f"--output_dir={shlex.quote(str(run.directory) + '_trained')}"
     )
+    if summary["cost"] == "latency":
+        print(
+            "measure it on the device:\n"
+            f"  python -m export.latency --architecture={file} {_device_arguments()}"
+        )
+
+
+def _device_arguments():
+    """Flags of `export.latency` for the device of the table."""
+    arguments = [f"--latency_table={FLAGS.latency_table}"]
+    if FLAGS.latency_table.endswith(".json"):
+        device = latency.read(FLAGS.latency_table)["device"]
+        arguments += [f"--device={device['kind']}", f"--threads={device['threads']}"]
+        if device["kind"] == "adb":
+            arguments += ["--benchmark_model=BENCHMARK_MODEL"]
+            arguments += [f"--core_mask={device['core_mask']}"] if device["core_mask"] else []
+            arguments += ["--gpu"] if device["gpu"] else []
+    return shlex.join(arguments)
 
 
 if __name__ == "__main__":

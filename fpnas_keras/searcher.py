@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from fpnas_keras import estimator
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import CostTable, MacsCost
+from fpnas_keras.cost import CostTable, MacsCost, text
 from fpnas_keras.derivation import Derivation, most_probable
 from fpnas_keras.distributions import BlockLogits, FactorizedLogits, JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
@@ -360,8 +360,8 @@ class ArchitectureSearch(keras.Model):
         if found.gap > 0:
             warnings.warn(
                 f"not proven in {seconds:g} s: another architecture that costs from "
-                f"{found.least:,.0f} to the budget may be up to {math.exp(found.gap):.3g} times as "
-                "probable",
+                f"{text(found.least)} to the budget may be up to {math.exp(found.gap):.3g} times "
+                "as probable",
                 stacklevel=2,
             )
         return found.architecture
@@ -484,8 +484,8 @@ def _check_target(space, cost, table):
     least, largest = table.least(), table.largest()
     if cost.target is not None and not least <= cost.target <= largest:
         raise ValueError(
-            f"`target` must be from {least:,.0f} to {largest:,.0f} {cost.unit}, the least and the "
-            f"largest cost in the space `{space.name}`. Received: target={cost.target:,.0f}"
+            f"`target` must be from {text(least)} to {text(largest)} {cost.unit}, the least and "
+            f"the largest cost in the space `{space.name}`. Received: target={text(cost.target)}"
         )
 
 

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import all_choices, random_choices
+from helpers import all_choices, random_choices, write_latency_table
 
-from fpnas_keras import MacsCost, ParamsCost, spaces
-from fpnas_keras.cost import CostTable
+from fpnas_keras import Architecture, LatencyCost, MacsCost, ParamsCost, spaces
+from fpnas_keras.architecture import Block, Head, Part, Stem
+from fpnas_keras.cost import CostTable, count, latency
 from fpnas_keras.distributions import FactorizedLogits
 
 COSTS = [(MacsCost, "macs"), (ParamsCost, "params")]
@@ -39,3 +40,146 @@ def test_expectation_and_extremes_are_those_of_an_enumeration(tiny_space, cost, 
 def test_targets_must_be_positive(target):
     with pytest.raises(ValueError, match="`target` must be above 0 MACs"):
         MacsCost(target=target)
+
+
+def some_milliseconds(part):
+    """Depends on everything that a part computes, as a device's time does."""
+    return 1e-6 * count.part(part).macs + 1e-5 * len(latency.names(part)[0])
+
+
+def test_latency_is_the_sum_of_the_entries_in_the_graph_too(tiny_space, tmp_path):
+    cost = LatencyCost(write_latency_table(tmp_path / "table.json", tiny_space, some_milliseconds))
+    choices = all_choices(tiny_space)[::50]
+    expected = [
+        sum(
+            some_milliseconds(part)
+            for part in tiny_space.architecture(each).parts()
+            if latency.names(part)
+        )
+        for each in choices
+    ]
+    costs = tf.function(CostTable(tiny_space, cost))(tf.constant(choices))
+    np.testing.assert_allclose(costs, expected, rtol=1e-12)
+    own = [sum(map(cost, tiny_space.architecture(each).parts())) for each in choices]
+    np.testing.assert_allclose(own, expected, rtol=1e-12)
+
+
+def test_parts_of_one_name_compute_the_same_and_others_do_not(tiny_space):
+    by_name = {}
+    for space in (tiny_space, spaces.get("mobile_mini"), spaces.get("fbnetv2_f", (64, 64, 3))):
+        rng = np.random.default_rng(0)
+        for _ in range(30):
+            for part in space.architecture(random_choices(space, rng)).parts():
+                for name in latency.names(part):
+                    by_name.setdefault(name, set()).add(count.part(part))
+    assert all(len(counts) == 1 for counts in by_name.values())
+    base = {"filters": 24, "kernel_size": 3, "expansion": 3, "strides": 2}
+    changes = (
+        *({"filters": 16}, {"kernel_size": 5}, {"expansion": 1}, {"expansion": 6}, {"strides": 1}),
+        *({"activation": "hard_silu"}, {"splits": 1}, {"splits": 2}, {"skip": True}),
+    )
+    blocks = [Block(**base), *(Block(**base | change) for change in changes)]
+    names = {latency.names(Part(block, (8, 8), 16))[0] for block in blocks}
+    assert len(names) == len(blocks)
+    assert latency.names(Part(Block(16, skip=True), (8, 8), 16)) == []
+
+
+def test_a_table_that_lacks_parts_of_the_space_is_refused_with_their_names(tmp_path, tiny_space):
+    table = write_latency_table(tmp_path / "table.json", tiny_space, some_milliseconds)
+    other = spaces.get("mobile_mini", (16, 16, 1), 10)
+    with pytest.raises(ValueError, match=r"lacks \d+ parts .*`mobile_mini`.*: stem 16x16x1 k3 f16"):
+        CostTable(other, LatencyCost(table))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"complete": False}, "is not finished"),
+        (
+            {"entries": {"stem": -1.0}},
+            "`entries` must be milliseconds from 0. Received: 'stem': -1",
+        ),
+        ({"entries": {"stem": "1"}}, "Received: 'stem': '1'"),
+        ({"entries": {"stem": True}}, "Received: 'stem': True"),
+        ({"entries": [1]}, r"`entries` must be an object with keys. Received: \[1\]"),
+        ({"format": 2}, "`format` must be 1"),
+        ({"more": 1}, "unknown key `more`"),
+    ],
+)
+def test_tables_that_are_none_are_refused(tmp_path, tiny_space, changes, message):
+    path = write_latency_table(tmp_path / "t.json", tiny_space, some_milliseconds, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        LatencyCost(path)
+    assert "t.json" in str(error.value)
+
+
+# A network that all kinds of published tables can name.
+PUBLISHED = Architecture(
+    (32, 32, 3),
+    10,
+    Stem(16, 3, 2),
+    (Block(24, 5, 3, 2, "relu6"), Block(24, skip=True), Block(24, 3, 6)),
+    Head(64),
+)
+TABLES = {
+    "mobile_trim.yaml": {
+        "Conv-input:32x32x3-output:16x16x16": 1,
+        "expanded_conv-input:16x16x16-output:8x8x24-expand:3-kernel:5-stride:2-idskip:0": 2,
+        "expanded_conv-input:8x8x24-output:8x8x24-expand:6-kernel:3-stride:1-idskip:1": 4,
+        "Conv_1-input:8x8x24-output:8x8x64": 8,
+        "Logits-input:8x8x64-output:10": 16,
+    },
+    "note10.yaml": {
+        "Conv-input:32x32x3-output:16x16x16": 1,
+        "expanded_conv-input:16x16x16-output:8x8x24-"
+        "expand:48-kernel:5-stride:2-idskip:0-se:0-hs:0": 2,
+        "expanded_conv-input:8x8x24-output:8x8x24-"
+        "expand:144-kernel:3-stride:1-idskip:1-se:0-hs:0": 4,
+        "Conv_1-input:8x8x24-output:8x8x64": 8,
+        "AvgPool2D-input:8x8x64-output:1x1x64": 7,
+        "Logits-input:1x1x64-output:10": 9,
+    },
+    "224_lookup_table.yaml": {
+        "first_conv-input:32x32x3-output:16x16x16": 1,
+        "MBConv-input:16x16x16-output:8x8x24-expand:3-kernel:5-stride:2-idskip:0-se:0": 2,
+        "MBConv-input:8x8x24-output:8x8x24-expand:6-kernel:3-stride:1-idskip:1-se:0": 4,
+        "final_expand_layer-input:8x8x24-output:8x8x64": 8,
+        "classifier-input:64-output:10": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_tables(tmp_path, name):
+    entries = TABLES[name]
+    path = tmp_path / name
+    path.write_text("".join(f"{key}: {{count: 3, mean: {ms}}}\n" for key, ms in entries.items()))
+    assert sum(map(LatencyCost(path), PUBLISHED.parts())) == 31
+    path = tmp_path / "table.csv"
+    path.write_text("name,mean\n" + "".join(f"{key},{ms}\n" for key, ms in entries.items()))
+    assert sum(map(LatencyCost(path), PUBLISHED.parts())) == 31
+    # What is missing is named as it is in that table.
+    with pytest.raises(ValueError, match=r"lacks \d+ parts .*: (Conv|first_conv)-input:64x64x3"):
+        CostTable(spaces.get("mobilenet_v3", (64, 64, 3)), LatencyCost(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.yaml", "a: [1", "is not a latency table: while parsing"),
+        ("t.yaml", "a: 1", "`name: {mean: milliseconds}`"),
+        ("t.yaml", "!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("t.yaml", "Conv-input:1: {mean: .nan}", "`mean` must be milliseconds"),
+        ("t.yaml", "Conv-input:1: {mean: 1}", "no entry is named"),
+        ("t.csv", "a,b\n1,2", "columns name and mean"),
+        ("t.csv", "name,mean\na,b", "could not convert"),
+        ("none.csv", None, "cannot read the latency table"),
+    ],
+)
+def test_published_tables_that_are_none_are_refused(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        LatencyCost(tmp_path / name)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert name in str(error.value)

@@ -1,14 +1,14 @@
-"""The costs that a search can hold: `MacsCost` and `ParamsCost`, one interface.
+"""The costs that a search can hold: `MacsCost`, `ParamsCost` and `LatencyCost`, one interface.
 
-A cost says what the stem, a block and the head cost on their own; the cost of a
-network is their sum. `CostTable` makes a graph of it.
+A cost says what a stem, a block or a head costs on its own; the cost of a network is the sum
+of its parts. `CostTable` makes a graph of it.
 """
 
 import math
-from collections.abc import Sequence
+import os
 
-from fpnas_keras.architecture import Block, Head, Stem
-from fpnas_keras.cost import count
+from fpnas_keras.architecture import Part
+from fpnas_keras.cost import count, latency
 
 
 class MacsCost:
@@ -22,28 +22,52 @@ class MacsCost:
     """
 
     unit = "MACs"
-    counted = "macs"
 
     def __init__(self, target: float | None = None):
         if target is not None and not (target > 0 and math.isfinite(target)):
             raise ValueError(f"`target` must be above 0 {self.unit}. Received: target={target}")
         self.target = target
 
-    def stem(self, stem: Stem, size: Sequence[int], channels: int) -> float:
-        """Cost of the stem on images of `size` (height, width)."""
-        return getattr(count.stem(stem, size, channels), self.counted)
+    def __call__(self, part: Part) -> float:
+        """Cost of a part of a network.
 
-    def block(self, block: Block, size: Sequence[int], filters_in: int) -> float:
-        """Cost of a block that receives `filters_in` channels of `size`."""
-        return getattr(count.block(block, size, filters_in), self.counted)
-
-    def head(self, head: Head, size: Sequence[int], filters_in: int, num_classes: int) -> float:
-        """Cost of the head that receives `filters_in` channels of `size`."""
-        return getattr(count.head(head, size, filters_in, num_classes), self.counted)
+        Raises:
+            KeyError: When it is not known.
+        """
+        return count.part(part).macs
 
 
 class ParamsCost(MacsCost):
     """Trainable parameters; otherwise as `MacsCost`."""
 
     unit = "parameters"
-    counted = "params"
+
+    def __call__(self, part: Part) -> float:
+        return count.part(part).params
+
+
+class LatencyCost(MacsCost):
+    """Milliseconds on a device, by a table of what was measured there.
+
+    Args:
+        table: A table of `export.latency`, or one of those that `fpnas_keras.cost.latency.load`
+            reads too.
+        target: What an architecture may take, in milliseconds; `None` sets no target.
+
+    Raises:
+        ValueError: When the target is not positive, or the file is no latency table.
+    """
+
+    unit = "ms"
+
+    def __init__(self, table: str | os.PathLike, target: float | None = None):
+        super().__init__(target)
+        self._entries, self._names = latency.load(table)
+
+    def __call__(self, part: Part) -> float:
+        return math.fsum(self._entries[name] for name in self._names(part))
+
+
+def text(value: float) -> str:
+    """A cost as it is shown, without its unit."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

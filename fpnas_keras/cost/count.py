@@ -4,13 +4,12 @@ What FLOPS means in the papers: multiply-adds of convolutions and dense layers,
 one image; batch norms, activations, pooling and the gates of attention are free.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from fpnas_keras.architecture import (
     Architecture,
     Block,
-    Head,
+    Part,
     Stem,
     attention_filters,
     expanded_filters,
@@ -30,22 +29,23 @@ class Count(NamedTuple):
 
 def architecture(architecture: Architecture) -> Count:
     """Counts a whole network."""
-    size, channels = architecture.input_shape[:2], architecture.input_shape[2]
-    total = stem(architecture.stem, size, channels)
-    size, channels = output_size(size, architecture.stem.strides), architecture.stem.filters
-    for each in architecture.blocks:
-        total += block(each, size, channels)
-        size, channels = output_size(size, each.strides), each.filters
-    return total + head(architecture.head, size, channels, architecture.num_classes)
+    return sum(map(part, architecture.parts()), Count())
 
 
-def stem(stem: Stem, size: Sequence[int], channels: int) -> Count:
-    """Counts the stem on images of `size` (height, width) with `channels`."""
+def part(part: Part) -> Count:
+    """Counts a part of a network."""
+    if isinstance(part.layers, Stem):
+        return _stem(part.layers, part.size, part.channels)
+    if isinstance(part.layers, Block):
+        return _block(part.layers, part.size, part.channels)
+    return _head(part.layers, part.size, part.channels, part.num_classes)
+
+
+def _stem(stem, size, channels):
     return _conv_bn(output_size(size, stem.strides), stem.kernel_size, channels, stem.filters)
 
 
-def block(block: Block, size: Sequence[int], filters_in: int) -> Count:
-    """Counts a block that receives `filters_in` channels of `size` (height, width)."""
+def _block(block, size, filters_in):
     size_out = output_size(size, block.strides)
     if block.skip:
         is_identity = block.strides == 1 and filters_in == block.filters
@@ -63,8 +63,7 @@ def block(block: Block, size: Sequence[int], filters_in: int) -> Count:
     return total + _conv_bn(size_out, 1, expanded, block.filters)
 
 
-def head(head: Head, size: Sequence[int], filters_in: int, num_classes: int) -> Count:
-    """Counts the head that receives `filters_in` channels of `size`."""
+def _head(head, size, filters_in, num_classes):
     total = _conv_bn(size, 1, filters_in, head.filters)
     features = head.filters
     if head.dense_units:

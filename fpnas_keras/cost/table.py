@@ -1,12 +1,12 @@
 """A cost over a whole space, evaluated inside the graph."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.architecture import output_size
-from fpnas_keras.cost.costs import MacsCost
+from fpnas_keras.architecture import Part, output_size
 from fpnas_keras.spaces import VARIABLES, Space
 from fpnas_keras.spaces.entries import Entries
 
@@ -21,7 +21,10 @@ class CostTable:
 
     Args:
         space: The space.
-        cost: `MacsCost`, `ParamsCost` or what has their methods.
+        cost: `MacsCost`, `ParamsCost`, `LatencyCost`, or a function of your own from a `Part`.
+
+    Raises:
+        ValueError: When the cost does not know all parts of the space.
 
     Example:
 
@@ -31,15 +34,24 @@ class CostTable:
     ```
     """
 
-    def __init__(self, space: Space, cost: MacsCost):
+    def __init__(self, space: Space, cost: Callable[[Part], float]):
+        missing = {}  # in order, without doubles
+
+        def known(part):
+            try:
+                return cost(part)
+            except KeyError as error:
+                missing[error.args[0]] = part
+                return math.nan
+
         sizes = space.input_sizes()
         self._entries = Entries(space.blocks)
-        self.fixed = float(cost.stem(space.stem, space.input_shape[:2], space.input_shape[2]))
+        self.fixed = float(known(Part(space.stem, space.input_shape[:2], space.input_shape[2])))
         # One float64 array for each of the space's blocks: (choices of filters in, entries).
         self.blocks = [
             np.array(
                 [
-                    [_sum(cost, own, sizes[index], filters) for own in block.all_blocks(filters)]
+                    [_sum(known, own, sizes[index], filters) for own in block.all_blocks(filters)]
                     for filters in space.filters_in(index)
                 ],
                 np.float64,
@@ -49,11 +61,16 @@ class CostTable:
         # The head, by the filters that reach it.
         self.heads = np.array(
             [
-                cost.head(space.head, sizes[-1], filters, space.num_classes)
+                known(Part(space.head, sizes[-1], filters, space.num_classes))
                 for filters in space.filters_in(len(space.blocks))
             ],
             np.float64,
         )
+        if missing:
+            raise ValueError(
+                f"the cost lacks {len(missing)} parts of the space `{space.name}` at "
+                f"{space.input_shape}, the first ones: {'; '.join(list(missing)[:5])}"
+            )
         # The block whose choice of filters reaches each block and, last, the head.
         self.sources = [space.filters_source(index) for index in range(len(space.blocks) + 1)]
 
@@ -148,6 +165,6 @@ def _sum(cost, blocks, size, filters_in):
     """Cost of blocks in a row."""
     total = 0.0
     for block in blocks:
-        total += cost.block(block, size, filters_in)
+        total += cost(Part(block, size, filters_in))
         size, filters_in = output_size(size, block.strides), block.filters
     return total
