@@ -15,8 +15,10 @@ import keras
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from helpers import write_latency_table
 
-from fpnas_keras import Architecture, data, spaces
+from fpnas_keras import Architecture, LatencyCost, data, spaces
+from fpnas_keras.cost import count
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One worker runs this file, so that the finished run is made once.
@@ -139,6 +141,35 @@ def test_a_space_of_ones_own_from_search_to_tflite(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_search_for_milliseconds(tmp_path):
+    space = spaces.get("mobile_mini", (16, 16, 1), 10)
+    table = write_latency_table(
+        tmp_path / "table.json", space, lambda part: 1e-3 + 1e-6 * count.part(part).macs
+    )
+    flags = [each for each in SEARCH if "target" not in each and "cost" not in each]
+    flags += ["--cost=latency", f"--latency_table={table}"]
+    result = run(*flags, "--target=0.5", f"--output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    architecture = Architecture.load(tmp_path / "run" / "architecture.json")
+    predicted = sum(map(LatencyCost(table), architecture.parts()))
+    assert summary["found_cost"] == pytest.approx(predicted)
+    assert 0.95 * 0.5 <= predicted <= 0.5
+    assert f"{predicted:.4g} ms by {table} (target 0.5)" in result.stdout
+    # It prints how to measure what it found, here on a device that is not this machine.
+    assert next_command(result.stdout)[0] == "export.latency"
+    assert_refused(run(*next_command(result.stdout)), "is of the device {'kind': 'host', 'name'")
+
+    too_fast = run(*flags, "--target=0.01", f"--output_dir={tmp_path}/fast")
+    assert_refused(too_fast, "`target` must be from 0.1")
+    other = run(*flags, "--target=0.5", "--input_size=20", f"--output_dir={tmp_path}/other")
+    assert_refused(other, "the cost lacks")
+    (tmp_path / "table.json").write_text("{}")
+    empty = run(*flags, "--target=0.5", f"--output_dir={tmp_path}/empty")
+    assert_refused(empty, "table.json is not a latency table file: the latency table lacks the key")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "table.json"]
+
+
 def test_a_part_of_the_training_images_is_kept_in_the_next_command(tmp_path):
     result = run(*SEARCH, "--train_images=400", f"--output_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
@@ -236,6 +267,7 @@ def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
         (["--epochs=x"], "--epochs=x"),
         (["--target=3e6"], "--target needs --cost"),
         (["--distribution=coarse_to_fine", "--epochs=1"], "needs at least 2 --epochs"),
+        (["--cost=latency", "--target=1"], "--cost=latency needs --latency_table"),
         (["--cost_coefficient=1"], "--cost_coefficient and --anneal_steps need --target"),
         (
             ["--cost=macs", "--target=5e5", "--cost_coefficient=1", "--anneal_steps=9"],
@@ -322,6 +354,32 @@ def test_a_training_of_another_architecture_is_not_taken_for_this_one(trained, s
     changed["head"]["filters"] += 8
     file.write_text(json.dumps(changed))
     assert_refused(run("fpnas_keras.train", *arguments), "a run of another architecture")
+
+
+@pytest.mark.parametrize("quantize", ["float16", "dynamic", "int8", "qat"])
+def test_quantized_files_are_written_and_reported(trained, tmp_path, quantize):
+    shutil.copy(trained[0] / "model.keras", tmp_path)
+    shutil.copy(trained[0] / "summary.json", tmp_path)
+    arguments = [f"--model={tmp_path}/model.keras", f"--quantize={quantize}", "--data=digits"]
+    result = run("export.tflite", *arguments, "--min_agreement=0.5", "--qat_epochs=1")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / f"model_{quantize}_report.json").read_text())
+    assert report["quantize"] == quantize
+    assert report["agreement"] >= 0.5
+    assert report["host_milliseconds"] > 0
+    assert report["bytes"] == (tmp_path / f"model_{quantize}.tflite").stat().st_size
+    assert (report["float_operators"] == {}) == (quantize in ("int8", "qat"))
+
+
+def test_a_file_under_the_agreement_is_not_left(trained, tmp_path):
+    result = run(
+        *("export.tflite", f"--model={trained[0]}/model.keras", "--data=digits"),
+        *("--quantize=int8", "--min_agreement=1", f"--output={tmp_path}/x.tflite"),
+        # Ranges of a single image.
+        "--representative_images=1",
+    )
+    assert_refused(result, "less than `min_agreement` 100.00%; nothing is written")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_of_export_is_refused(trained, tmp_path):

@@ -6,9 +6,19 @@ from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 from helpers import make_tiny_space
 
-from export import tflite
+from export import conversion, tflite
 from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
+
+BLOCKS = [
+    Block(8, 3, 3, 1, "relu", 0),
+    Block(8, 5, 1, 1, "relu6", 1),
+    Block(12, 5, 6, 2, "hard_silu", 1),
+    Block(12, 7, 2.5, 1, "hard_silu", 0),
+    Block(12, 5, 2.5, 2, "hard_silu", 2),
+    Block(8, 3, 3, 1, "relu", 4),
+    Block(16, skip=True, strides=2),
+]
 
 
 def make_model(block, activation="relu"):
@@ -19,7 +29,10 @@ def make_model(block, activation="relu"):
         (block, Block(12, skip=True)),
         Head(24, activation),
     )
-    model = architecture.build()
+    return calibrated(architecture.build())
+
+
+def calibrated(model):
     x = 255 * tf.random.stateless_uniform((32, 16, 16, 3), (1, 2))
     for _ in range(30):  # moving statistics that fit the weights
         model(x, training=True)
@@ -32,26 +45,14 @@ def random_images(count=20):
     return data.Images(x, np.arange(count) % 5, tuple("abcde"), (16, 16, 3))
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        Block(8, 3, 3, 1, "relu", 0),
-        Block(8, 5, 1, 1, "relu6", 1),
-        Block(12, 5, 6, 2, "hard_silu", 1),
-        Block(12, 7, 2.5, 1, "hard_silu", 0),
-        Block(12, 5, 2.5, 2, "hard_silu", 2),
-        Block(8, 3, 3, 1, "relu", 4),
-        Block(16, skip=True, strides=2),
-    ],
-    ids=lambda block: f"k{block.kernel_size}-{block.activation}-{block.splits}-{block.skip}",
-)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_choice_is_exported_and_gives_the_same_logits(block):
     model = make_model(block, block.activation)
-    content = tflite.convert(model)
+    content = conversion.convert(model)
     comparison = tflite.compare(model, content, random_images())
     assert comparison.max_difference < 1e-4
     assert comparison.agreement == 1.0
-    names = set(tflite.operators(content))
+    names = set(conversion.operators(content))
     assert not {name for name in names if "Flex" in name or "CUSTOM" in name}
     assert "DELEGATE" not in names
     interpreter = Interpreter(model_content=content)
@@ -62,9 +63,30 @@ def test_every_choice_is_exported_and_gives_the_same_logits(block):
     }
 
 
+@pytest.mark.parametrize("quantize", ["float16", "dynamic", "int8"])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_choice_is_quantized(block, quantize):
+    model = make_model(block, block.activation)
+    images = random_images(100)
+    representative = conversion.representative_images(images, 50)
+    content = conversion.convert(model, quantize, representative, "int8")
+    comparison = tflite.compare(model, content, images)
+    logits = model.predict(images.x.astype(np.float32), verbose=0)
+    bound = {"float16": 0.005, "dynamic": 0.1, "int8": 0.1}[quantize]
+    assert comparison.max_difference < bound * np.ptp(logits)
+    names = conversion.operators(content)
+    assert not [name for name in names if "Flex" in name or "CUSTOM" in name]
+    if quantize == "int8":
+        assert conversion.float_operators(content) == {}
+        assert conversion.Runner(content).pixels == (1.0, -128)
+        assert conversion.Runner(
+            conversion.convert(model, "int8", representative, "uint8")
+        ).pixels == (1.0, 0)
+
+
 def test_compare_sees_a_file_that_is_another_model():
     one, other = make_model(Block(8)), make_model(Block(8))
-    comparison = tflite.compare(one, tflite.convert(other), random_images())
+    comparison = tflite.compare(one, conversion.convert(other), random_images())
     assert comparison.max_difference > 0.1
     assert comparison.agreement < 1.0
 
@@ -72,7 +94,7 @@ def test_compare_sees_a_file_that_is_another_model():
 def test_compare_sees_a_file_that_gives_nan():
     good, bad = make_model(Block(8)), make_model(Block(8))
     bad.trainable_variables[-1].assign([float("nan")] * 5)
-    comparison = tflite.compare(good, tflite.convert(bad), random_images())
+    comparison = tflite.compare(good, conversion.convert(bad), random_images())
     assert np.isnan(comparison.max_difference)
 
 

@@ -1,0 +1,148 @@
+"""Keras models -> TFLite flat buffers, and what can be said of a flat buffer."""
+
+import collections
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+from fpnas_keras import data
+from fpnas_keras.files import reason
+
+FORMATS = ("none", "float16", "dynamic", "int8")
+
+
+def convert(
+    model: keras.Model,
+    quantize: str = "none",
+    representative: Iterable[np.ndarray] | None = None,
+    input_type: str = "int8",
+) -> bytes:
+    """Converts a model of one input and one output to a flat buffer.
+
+    The file takes one image (batch 1: a dynamic batch splits the part that XNNPACK runs), has
+    builtin operators only, and the signature `serving_default` from `image` to `logits`.
+
+    Args:
+        model: A built functional model, of Keras or of tf_keras (one that was trained for
+            quantization too: its ranges are taken).
+        quantize: "none" (float32), "float16" (weights), "dynamic" (int8 weights; activations as
+            they come), "int8" (all of it).
+        representative: Inputs, shape `input_shape` each, whose ranges int8 is to cover; `None`
+            for a model that was trained for quantization.
+        input_type: "int8" or "uint8", of the image and the logits of an int8 file.
+
+    Raises:
+        ValueError: When the model needs operators that are not builtin.
+    """
+    module = tf.Module()
+    # The module owns the variables, else the converter leaves them out of the file.
+    module.variables_of_model = [
+        each if isinstance(each, tf.Variable) else each.value for each in model.variables
+    ]
+    shape = (1, *model.input_shape[1:])
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name="image")])
+    def serve(image):
+        return {"logits": model(image, training=False)}
+
+    module.serve = serve
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [serve.get_concrete_function()], module
+    )
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    if quantize != "none":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if quantize == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if quantize == "int8":
+        converter.inference_input_type = converter.inference_output_type = tf.as_dtype(input_type)
+        if representative is not None:
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.representative_dataset = lambda: (
+                {"image": each[None].astype(np.float32)} for each in representative
+            )
+    try:
+        return converter.convert()
+    except Exception as error:  # ConverterError is not public.
+        message = f"the model {model.name} cannot be converted: {reason(error, line=-1)}"
+        raise ValueError(message) from None
+
+
+def representative_images(images: data.Images, count: int) -> list[np.ndarray]:
+    """Images, float32 pixels, evenly spread over a set, for `convert`.
+
+    The first one gets one black and one white pixel value: pixels are then quantized with
+    scale 1, whatever the images are.
+    """
+    part = np.linspace(0, len(images.y) - 1, min(count, len(images.y))).astype(int)
+    some = images._replace(x=images.x[part], y=images.y[part])
+    found = [x for batch, _ in data.test_batches(some) for x in batch.numpy()]
+    found[0][0, 0, 0], found[0][-1, -1, -1] = 0, 255
+    return found
+
+
+class Runner:
+    """Runs a flat buffer image by image.
+
+    Args:
+        content: The flat buffer, with the signature of `convert`.
+    """
+
+    def __init__(self, content: bytes):
+        interpreter = Interpreter(model_content=content)
+        self._serve = interpreter.get_signature_runner("serving_default")
+        self._image = self._serve.get_input_details()["image"]
+        self._logits = self._serve.get_output_details()["logits"]
+
+    @property
+    def pixels(self) -> tuple[float, int]:
+        """Scale and zero point of the image, `(0.0, 0)` where pixels are float32."""
+        return self._image["quantization"]
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Logits, float32 of shape `(classes,)`, of one image of pixels 0..255."""
+        scale, zero_point = self.pixels
+        if scale:
+            limits = np.iinfo(self._image["dtype"])
+            image = np.clip(np.round(image / scale) + zero_point, limits.min, limits.max)
+        logits = self._serve(image=image[None].astype(self._image["dtype"]))["logits"][0]
+        scale, zero_point = self._logits["quantization"]
+        return (logits.astype(np.float32) - zero_point) * (scale or 1.0)
+
+
+def operators(content: bytes) -> dict[str, int]:
+    """How often each operator occurs in a flat buffer."""
+    return _histogram(_operators(content))
+
+
+def float_operators(content: bytes) -> dict[str, int]:
+    """How often each operator occurs that takes or gives floating-point values."""
+
+    def is_float(operator):
+        types = [*operator["operand_types"], *operator["result_types"]]
+        return any(np.issubdtype(each, np.floating) for each in types)
+
+    return _histogram(filter(is_float, _operators(content)))
+
+
+def delegated_partitions(content: bytes) -> int:
+    """The number of parts that XNNPACK takes of the graph: 1 where it takes all of it."""
+    interpreter = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    return sum(each["op_name"] == "DELEGATE" for each in interpreter._get_ops_details())
+
+
+def _operators(content):
+    # Without the delegate, which would show as one operator for all that it took.
+    interpreter = Interpreter(
+        model_content=content,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    return interpreter._get_ops_details()
+
+
+def _histogram(operators):
+    return dict(sorted(collections.Counter(each["op_name"] for each in operators).items()))

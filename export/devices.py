@@ -1,0 +1,225 @@
+"""Devices that `.tflite` files are timed on: this machine, and Android phones through adb.
+
+A device times many files in rounds. In a round each file is timed once, in random order: what
+slows the device down for a while hits a few rounds of all files, not all rounds of a few.
+"""
+
+import collections
+import functools
+import json
+import pathlib
+import platform
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Of the calls of a file in a round, on the host.
+_UNTIMED, _TIMED = 1, 3
+_PHONE_FOLDER = "/data/local/tmp/fpnas_keras"
+
+
+class Host:
+    """This machine: the LiteRT interpreter with XNNPACK, in a process of its own.
+
+    Args:
+        threads: Threads of the interpreter.
+    """
+
+    def __init__(self, threads: int = 1):
+        self.threads = threads
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # where LiteRT says that it found XNNPACK
+            text=True,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the times belong to, for the table."""
+        return {"kind": "host", "name": _processor(), "threads": self.threads}
+
+    def round(self, files: Mapping[str, pathlib.Path], seed: int) -> Iterator[tuple[str, float]]:
+        """Milliseconds of each file, as they are measured, in an order drawn by the seed."""
+        for name in random.Random(seed).sample(sorted(files), len(files)):
+            print(json.dumps(str(files[name])), file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+            if not answer:
+                raise ValueError(f"the file for {name} cannot be run: the interpreter died")
+            yield name, float(answer)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _time_what_comes_in(threads):
+    """The process of a `Host`: a file in, its milliseconds out."""
+    for line in sys.stdin:
+        print(_milliseconds(_interpreter(json.loads(line), threads)), flush=True)
+
+
+@functools.cache
+def _interpreter(path, threads):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(path, num_threads=threads)
+    interpreter.allocate_tensors()
+    (details,) = interpreter.get_input_details()
+    values = np.random.default_rng(0).integers(0, 128, details["shape"])
+    interpreter.set_tensor(details["index"], values.astype(details["dtype"]))
+    return interpreter
+
+
+def _milliseconds(interpreter):
+    for _ in range(_UNTIMED):
+        interpreter.invoke()
+    times = []
+    for _ in range(_TIMED):
+        start = time.perf_counter()
+        interpreter.invoke()
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+def _processor():
+    lines = pathlib.Path("/proc/cpuinfo")
+    if lines.exists():
+        found = re.search(r"model name\s*:\s*(.+)", lines.read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+class Adb:
+    """An Android phone: TensorFlow's `benchmark_model`, run there through adb.
+
+    Args:
+        benchmark_model: The binary for the phone, from
+            https://ai.google.dev/edge/litert/models/measurement.
+        serial: Serial number of the phone, as `adb devices` lists it; `None` where there is one.
+        threads: Threads of the interpreter.
+        core_mask: Cores to run on, as taskset takes them (a hexadecimal number); "" for all.
+        gpu: Whether the GPU runs what it can.
+        rest_seconds: Seconds to let the phone cool down after each round.
+
+    Raises:
+        ValueError: When there is no such phone, or it cannot be used; the message says why.
+    """
+
+    def __init__(
+        self,
+        benchmark_model: str,
+        serial: str | None = None,
+        threads: int = 1,
+        core_mask: str = "",
+        gpu: bool = False,
+        rest_seconds: float = 0.0,
+    ):
+        if not pathlib.Path(benchmark_model).is_file():
+            raise ValueError(
+                "`benchmark_model` must be the benchmark_model binary for the phone. "
+                f"Received: benchmark_model={benchmark_model}"
+            )
+        self.serial, self.threads, self.gpu = serial, threads, gpu
+        self.core_mask, self.rest_seconds = core_mask, rest_seconds
+        self._pushed = set()
+        self._adb("get-state")
+        self._adb("shell", f"mkdir -p {_PHONE_FOLDER}")
+        self._adb("push", benchmark_model, f"{_PHONE_FOLDER}/benchmark_model")
+        self._adb("shell", f"chmod +x {_PHONE_FOLDER}/benchmark_model")
+
+    def describe(self) -> dict[str, Any]:
+        """What the times belong to, for the table."""
+        model = self._adb("shell", "getprop ro.product.model").strip()
+        build = self._adb("shell", "getprop ro.build.fingerprint").strip()
+        return {
+            "kind": "adb",
+            "name": model,
+            "build": build,
+            "threads": self.threads,
+            "core_mask": self.core_mask,
+            "gpu": self.gpu,
+        }
+
+    def round(self, files: Mapping[str, pathlib.Path], seed: int) -> Iterator[tuple[str, float]]:
+        """Milliseconds of each file, as they are measured, in an order drawn by the seed."""
+        for name in random.Random(seed).sample(sorted(files), len(files)):
+            yield name, self._run(files[name])
+        time.sleep(self.rest_seconds)
+
+    def close(self) -> None:
+        """Removes what was pushed."""
+        self._adb("shell", f"rm -rf {_PHONE_FOLDER}")
+
+    def _run(self, path):
+        there = f"{_PHONE_FOLDER}/{path.name}"
+        if path not in self._pushed:
+            self._adb("push", str(path), there)
+            self._pushed.add(path)
+        command = (
+            f"{_PHONE_FOLDER}/benchmark_model --graph={shlex.quote(there)} "
+            f"--num_threads={self.threads} --use_xnnpack={str(not self.gpu).lower()} "
+            f"--use_gpu={str(self.gpu).lower()} --warmup_runs=5 --num_runs=100 --min_secs=0.2"
+        )
+        if self.core_mask:
+            command = f"taskset {self.core_mask} {command}"
+        return parse_benchmark(self._adb("shell", command, timeout=300), path.name)
+
+    def _adb(self, *arguments, timeout=120):
+        serial = ["-s", self.serial] if self.serial else []
+        command = ["adb", *serial, *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except FileNotFoundError:
+            raise ValueError("adb is not installed, or not on the PATH") from None
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"`{shlex.join(command)}` gave no answer in {timeout} s") from None
+        if done.returncode:
+            lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
+            reason = next((line for line in lines if "error" in line), lines[-1])
+            raise ValueError(f"`{shlex.join(command)}` failed: {reason}")
+        return done.stdout + done.stderr
+
+
+def parse_benchmark(text: str, name: str) -> float:
+    """Milliseconds of an inference in the output of `benchmark_model`.
+
+    The median of its last line `count=... median=...`, or `Inference (avg)`, both microseconds.
+
+    Raises:
+        ValueError: When there is neither.
+    """
+    medians = re.findall(r"count=\d+.*?\bmedian=([\d.e+]+)", text)
+    averages = re.findall(r"Inference \(avg\): ([\d.e+]+)", text)
+    found = medians or averages
+    if not found:
+        last = text.strip().splitlines() or ["nothing"]
+        raise ValueError(f"benchmark_model gave no time for {name}: {last[-1]}")
+    return float(found[-1]) / 1000
+
+
+def percentiles(device: Host | Adb, files: Mapping[str, pathlib.Path], rounds: int) -> dict:
+    """Milliseconds of files: the 10th percentile of some rounds, on a fresh device."""
+    times = collections.defaultdict(list)
+    for seed in range(rounds):
+        for name, milliseconds in device.round(files, seed):
+            times[name].append(milliseconds)
+    return {name: typical(each) for name, each in times.items()}
+
+
+def typical(times: Sequence[float]) -> float:
+    """The 10th percentile: other work on the device makes times longer, never shorter."""
+    return float(np.percentile(times, 10))
+
+
+if __name__ == "__main__":
+    _time_what_comes_in(int(sys.argv[1]))

@@ -1,0 +1,201 @@
+"""Quantization-aware training: fine-tuning with the numbers rounded as int8 will have them.
+
+tensorflow-model-optimization works on models of tf_keras only: the network is built once more of
+its layers, gets the weights of the Keras model, is fine-tuned and converted.
+"""
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_model_optimization as tfmot
+import tf_keras
+from absl import logging
+from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import (
+    default_8bit_quantize_registry,
+)
+
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.network import NetworkBuilder
+
+_quantize = tfmot.quantization.keras
+_CALIBRATION_BATCHES = 50
+# Of tfmot's moving averages of ranges.
+_DECAY = 0.999
+
+
+class TwinBuilder(NetworkBuilder):
+    """Builds networks of tf_keras layers that tfmot can quantize, for the same function."""
+
+    def __init__(self):
+        super().__init__(library=tf_keras)
+
+    def rescale(self, images: object) -> object:
+        """As in `NetworkBuilder`; in two steps, so that what is between them is rounded too."""
+        x = self.layers.Rescaling(1 / 127.5, name="rescaling")(images)
+        return self.layers.Rescaling(1.0, -1.0, name="rescaling_shift")(x)
+
+    def activation(self, x: object, function: str, name: str) -> object:
+        """As in `NetworkBuilder`."""
+        layers = self.layers
+        if function == "relu6":
+            return layers.ReLU(6.0, name=name)(x)
+        if function not in ("hard_silu", "hard_sigmoid"):
+            return super().activation(x, function, name)
+        # Keras 3's; tf_keras has no hard_silu, and another hard_sigmoid. In pieces, which XNNPACK
+        # runs in int8 too, unlike HARD_SWISH.
+        gate = layers.Rescaling(1.0, 3.0, name=f"{name}_shift")(x)
+        gate = layers.ReLU(6.0, name=f"{name}_relu6")(gate)
+        gate = layers.Rescaling(1 / 6, name=f"{name}_scale")(gate)
+        return gate if function == "hard_sigmoid" else layers.Multiply(name=name)([x, gate])
+
+
+def twin(model: tf_keras.Model, architecture: Architecture) -> tf_keras.Model:
+    """The network of a Keras model in tf_keras, with the same weights."""
+    built = TwinBuilder().network(architecture)
+    for layer in model.layers:
+        if layer.weights:
+            built.get_layer(layer.name).set_weights(layer.get_weights())
+    return built
+
+
+def fine_tune(
+    model: tf_keras.Model,
+    architecture: Architecture,
+    batches: tf.data.Dataset,
+    epochs: int = 3,
+    learning_rate: float = 0.01,
+    sparsity: float = 0.0,
+) -> tf_keras.Model:
+    """Trains a model on, with its numbers rounded to int8 as it will be used.
+
+    Args:
+        model: The trained Keras model.
+        architecture: Its architecture.
+        batches: Pixels and labels; a new iteration is a new epoch.
+        epochs: Epochs.
+        learning_rate: Peak learning rate, cosine to 0.
+        sparsity: Share of the weights of 1x1 convolutions that are set to 0 over as many
+            epochs before that.
+
+    Returns:
+        A model of tf_keras, to be converted as "int8" without representative images.
+    """
+    network = twin(model, architecture)
+    if sparsity:
+        network = _prune(network, batches, epochs, learning_rate, sparsity)
+    annotated = tf_keras.models.clone_model(network, clone_function=_annotate)
+    annotated.set_weights(network.get_weights())
+    with _quantize.quantize_scope({"_OutputOnly": _OutputOnly}):
+        if sparsity:
+            scheme = tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
+            quantized = _quantize.quantize_apply(annotated, scheme)
+        else:
+            quantized = _quantize.quantize_apply(annotated)
+    _calibrate(quantized, batches)
+    _fit(quantized, batches, epochs, learning_rate)
+    return quantized
+
+
+def _calibrate(model, batches):
+    """Starts the ranges of activations at what they are on some batches.
+
+    tfmot starts them at -6 to 6 and moves them by a thousandth a step, so that a short training
+    would end far from the ranges of its activations.
+    """
+    moving = []
+    for each in model.non_trainable_variables:
+        layer, name = each.name.removesuffix(":0").split("/")[-2:]
+        if not name.endswith(("_min", "_max")) or "kernel" in name:
+            continue
+        if layer.startswith(
+            "quantize_layer"
+        ):  # The pixels; their range is the widest that was ever met.
+            each.assign(255.0 if name.endswith("_max") else 0.0)
+        else:
+            moving.append(each)
+
+    @tf.function
+    def observe(x):
+        before = [tf.identity(each) for each in moving]
+        model(x, training=True)
+        return [(new - _DECAY * old) / (1 - _DECAY) for new, old in zip(moving, before)]
+
+    observed = []
+    for x, _ in batches.repeat().take(_CALIBRATION_BATCHES):
+        observed.append([each.numpy() for each in observe(x)])
+        # A layer's inputs are right as soon as the ranges of all before it are.
+        for each, value in zip(moving, observed[-1]):
+            each.assign(value)
+    for each, values in zip(moving, zip(*observed[_CALIBRATION_BATCHES // 2 :])):
+        each.assign(np.mean(values))
+
+
+def _fit(model, batches, epochs, learning_rate, callbacks=()):
+    steps = int(batches.cardinality()) * epochs
+    schedule = tf_keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+    model.compile(
+        optimizer=tf_keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True),
+        loss=tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    model.fit(batches, epochs=epochs, callbacks=list(callbacks))
+
+
+class _OutputOnly(_quantize.QuantizeConfig):
+    """Rounds what a layer gives, which tfmot would not touch."""
+
+    def get_weights_and_quantizers(self, layer):
+        return []
+
+    def get_activations_and_quantizers(self, layer):
+        return []
+
+    def set_quantize_weights(self, layer, quantize_weights):
+        pass
+
+    def set_quantize_activations(self, layer, quantize_activations):
+        pass
+
+    def get_output_quantizers(self, layer):
+        return [
+            _quantize.quantizers.MovingAverageQuantizer(
+                num_bits=8, per_axis=False, symmetric=False, narrow_range=False
+            )
+        ]
+
+    def get_config(self):
+        return {}
+
+
+_REGISTRY = default_8bit_quantize_registry.Default8BitQuantizeRegistry()
+
+
+def _annotate(layer):
+    known = isinstance(layer, tf_keras.layers.BatchNormalization) or _REGISTRY.supports(layer)
+    if isinstance(layer, tf_keras.layers.InputLayer):
+        return layer
+    is_sigmoid = isinstance(layer, tf_keras.layers.Activation) and layer.name.endswith("_gate")
+    if known and not is_sigmoid:
+        return _quantize.quantize_annotate_layer(layer)
+    return _quantize.quantize_annotate_layer(layer, _OutputOnly())
+
+
+def _prune(network, batches, epochs, learning_rate, sparsity):
+    """Sets the smallest weights of the 1x1 convolutions to 0, step by step."""
+    steps = int(batches.cardinality()) * epochs
+    schedule = tfmot.sparsity.keras.PolynomialDecay(
+        0.0, sparsity, 0, max(1, steps * 2 // 3), frequency=max(1, steps // 50)
+    )
+
+    def prunable(layer):
+        if isinstance(layer, tf_keras.layers.Conv2D) and layer.kernel_size == (1, 1):
+            return tfmot.sparsity.keras.prune_low_magnitude(layer, pruning_schedule=schedule)
+        return layer
+
+    pruned = tf_keras.models.clone_model(network, clone_function=prunable)
+    for layer in network.layers:
+        if layer.weights:
+            own = next(each for each in pruned.layers if each.name.endswith(layer.name))
+            own.set_weights(layer.get_weights() + own.get_weights()[len(layer.weights) :])
+    logging.info("pruning to %.0f%%", 100 * sparsity)
+    _fit(pruned, batches, epochs, learning_rate, [tfmot.sparsity.keras.UpdatePruningStep()])
+    return tfmot.sparsity.keras.strip_pruning(pruned)

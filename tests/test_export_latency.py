@@ -1,0 +1,277 @@
+import json
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from export import devices
+from export.latency_model import LatencyModel
+from fpnas_keras import Architecture, LatencyCost, spaces
+from fpnas_keras.architecture import Block, Part
+from fpnas_keras.cost import CostTable, count, latency
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("latency")
+SPACE = {
+    "format": 1,
+    "stem": {"filters": 8, "kernel_size": 3, "strides": 2},
+    "blocks": [
+        {"filters": [8, 12], "expansion": [1, 3], "strides": 2},
+        {"filters": ["same"], "kernel_size": [3, 5], "skip": [False, True]},
+    ],
+    "head": {"filters": 16},
+}
+FLAGS = ["--input_size=16", "--channels=1", "--proof_networks=5"]
+# Stands in for adb: answers as it does, and fails as it does where FAIL says so.
+ADB = """#!/usr/bin/env python3
+import os, sys
+words, fail = sys.argv[1:], os.environ.get("FAIL", "")
+open(os.environ["ADB_LOG"], "a").write(" ".join(words) + chr(10))
+if words[0] == "-s":
+    words = words[2:]
+def die(text):
+    print(text, file=sys.stderr)
+    sys.exit(1)
+if fail == "none":
+    die("error: no devices/emulators found")
+if fail == "unauthorized":
+    die("error: device unauthorized." + chr(10) + "This adb server's $ADB_VENDOR_KEYS is not set")
+command = " ".join(words)
+if words[0] == "get-state":
+    print("device")
+elif words[0] == "push":
+    if fail == "push" and words[1].endswith(".tflite"):
+        die("adb: error: failed to copy: remote No space left on device")
+    print(words[1] + ": 1 file pushed, 0 skipped. 9.1 MB/s (4096 bytes in 0.000s)")
+elif "getprop ro.product.model" in command:
+    print("Pixel 8")
+elif "getprop" in command:
+    print("google/shiba/shiba:15/AP4A/1:user/release-keys")
+elif "benchmark_model --graph" in command:
+    if fail == "crash":
+        die("Segmentation fault")
+    if fail == "garbage":
+        print("INFO: Failed to load model")
+        sys.exit(0)
+    if fail == "late" and sum("--graph" in each for each in open(os.environ["ADB_LOG"])) > 7:
+        die("error: device offline")
+    print(open(os.environ["ADB_OUTPUT"]).read())
+"""
+OUTPUT = """INFO: STARTING!
+INFO: Log parameter values verbosely: [0]
+INFO: Num threads: [1]
+INFO: Graph: [/data/local/tmp/fpnas_keras/0.tflite]
+INFO: Loaded model /data/local/tmp/fpnas_keras/0.tflite
+INFO: Created TensorFlow Lite XNNPACK delegate for CPU.
+INFO: Initialized session in 2.345ms.
+INFO: Running benchmark for at least 5 iterations and at least 0.5 seconds
+INFO: count=250 first=3001 curr=1999 min=1950 max=3001 avg=2003.5 std=80 median=1998
+
+INFO: Running benchmark for at least 100 iterations and at least 0.2 seconds
+INFO: count=100 first=1501 curr=1499 min=1450 max=1801 avg=1503.5 std=30 p5=1460 median=1498
+
+INFO: Inference timings in us: Init: 2345, Warmup (avg): 2003.5, Inference (avg): 1503.5
+"""
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "export.latency", *map(str, arguments)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with space")
+    (folder / "small.json").write_text(json.dumps(SPACE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(folder):
+    flags = [f"--space={folder / 'small.json'}", "--rounds=5", *FLAGS]
+    result = run(*flags, f"--output={folder / 'table.json'}")
+    assert result.returncode == 0, result.stderr
+    assert "python -m fpnas_keras.search --cost=latency" in result.stdout
+    return folder / "table.json"
+
+
+def test_a_table_of_this_machine_knows_all_networks_of_the_space(folder, table):
+    space = spaces.get(folder / "small.json", (16, 16, 1), 10)
+    content = latency.read(table)
+    assert content["complete"]
+    assert set(content["measured"]) == {"nothing", *content["entries"]}
+    assert {len(times) for times in content["measured"].values()} == {5}
+    assert content["proof"]["networks"] == 5
+    # stem; 2 x 2 first blocks; 2 x 2 second ones; 2 heads.
+    assert len(content["entries"]) == 1 + 4 + 4 + 2
+    least = CostTable(space, LatencyCost(table)).least()
+    assert 0 < least < 1000
+    # What it takes to call the interpreter counts once, with the stem.
+    times = {name: devices.typical(each) for name, each in content["measured"].items()}
+    for name, ms in content["entries"].items():
+        own = times[name] if name.startswith("stem") else max(0, times[name] - times["nothing"])
+        assert ms == pytest.approx(content["fit"]["scale"] * own)
+    assert not list(folder.glob("*.files"))
+
+
+def test_a_finished_table_is_reported_again_and_another_space_is_refused(folder, table):
+    before = table.read_bytes()
+    flags = [f"--space={folder / 'small.json'}", f"--output={table}"]
+    assert run(*flags, *FLAGS, "--rounds=5").returncode == 0
+    result = run(*flags, "--input_size=32", "--channels=1")
+    assert result.returncode == 1
+    assert "holds a table of another `input_shape`: [16, 16, 1]" in result.stderr.splitlines()[-1]
+    assert table.read_bytes() == before
+
+
+def test_a_network_is_measured_against_the_table(folder, table):
+    space = spaces.get(folder / "small.json", (16, 16, 1), 10)
+    architecture = space.architecture(np.zeros_like(space.cardinalities))
+    architecture.save(folder / "architecture.json")
+    result = run(f"--architecture={folder / 'architecture.json'}", f"--latency_table={table}")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((folder / "architecture_latency.json").read_text())
+    predicted = sum(map(LatencyCost(table), architecture.parts()))
+    assert content["predicted_milliseconds"] == pytest.approx(predicted)
+    assert 0 < content["measured_milliseconds"] < 1000
+    assert "predicted" in result.stdout
+
+
+@pytest.fixture
+def phone(tmp_path):
+    """A stand-in for adb on the PATH, and the flags of the phone behind it."""
+    adb = tmp_path / "bin" / "adb"
+    adb.parent.mkdir()
+    adb.write_text(ADB)
+    adb.chmod(adb.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "benchmark_model").write_text("binary")
+    (tmp_path / "output.txt").write_text(OUTPUT)
+    environment = {
+        "PATH": f"{adb.parent}:{os.environ['PATH']}",
+        "ADB_LOG": str(tmp_path / "adb.log"),
+        "ADB_OUTPUT": str(tmp_path / "output.txt"),
+    }
+    flags = ["--device=adb", f"--benchmark_model={tmp_path}/benchmark_model", "--core_mask=f0"]
+    return flags, environment
+
+
+def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, phone):
+    flags, environment = phone
+    output = tmp_path / "phone.json"
+    flags = [f"--space={folder / 'small.json'}", f"--output={output}", *FLAGS, *flags, "--rounds=1"]
+    result = run(*flags, **environment, FAIL="late")
+    assert result.returncode == 1
+    assert "error: device offline" in result.stderr.splitlines()[-1]
+    assert sum(map(len, latency.read(output)["measured"].values())) == 7
+    with pytest.raises(ValueError, match="is not finished"):
+        LatencyCost(output)
+    result = run(*flags, **environment)
+    assert result.returncode == 0, result.stderr
+    content = latency.read(output)
+    assert content["device"]["name"] == "Pixel 8"
+    assert set(map(tuple, content["measured"].values())) == {(1.498,)}
+    runs = [line for line in (tmp_path / "adb.log").read_text().splitlines() if "--graph" in line]
+    assert sum("networks" not in line for line in runs[:8]) == 8
+    assert "taskset f0" in runs[0] and "--use_xnnpack=true" in runs[0]
+    # 7 entries and the failure, then the other 5 and all networks twice.
+    assert (len(runs) - 8 - 5) % 2 == 0 and len(runs) > 13 + 2 * content["proof"]["networks"]
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ("none", "no devices/emulators found"),
+        ("unauthorized", "unauthorized"),
+        ("push", "failed to copy: remote No space left on device"),
+        ("crash", "Segmentation fault"),
+        ("garbage", "benchmark_model gave no time for"),
+    ],
+)
+def test_what_goes_wrong_with_a_phone_is_said_in_a_line(
+    fail, message, tmp_path, phone, monkeypatch
+):
+    _, environment = phone
+    for name, value in (environment | {"FAIL": fail}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "0.tflite").write_bytes(b"0")
+    with pytest.raises(ValueError) as error:
+        phone = devices.Adb(str(tmp_path / "benchmark_model"), serial="X1")
+        list(phone.round({"0": tmp_path / "0.tflite"}, seed=0))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_adb_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "benchmark_model").write_text("binary")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="adb is not installed"):
+        devices.Adb(str(tmp_path / "benchmark_model"))
+    with pytest.raises(ValueError, match="`benchmark_model` must be"):
+        devices.Adb(str(tmp_path / "nothing"))
+
+
+def test_times_in_the_output_of_benchmark_model():
+    assert devices.parse_benchmark(OUTPUT, "x") == 1.498
+    older = "count=50 first=32891 curr=33978 min=32641 max=34005 avg=33209.4 std=450\n"
+    older += "Inference timings in us: Init: 855, Warmup (avg): 34825.1, Inference (avg): 33209.4"
+    assert devices.parse_benchmark(older, "x") == 33.2094
+    with pytest.raises(ValueError, match="gave no time for x: nothing"):
+        devices.parse_benchmark("", "x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --space, or"),
+        (["--space=mobile_mini"], "--space needs --output"),
+        (["--architecture=a.json"], "--architecture needs --latency_table"),
+        (["--space=mobile_mini", "--output=t.json", "--device=adb"], "needs --benchmark_model"),
+        (["--space=no", "--output=t.json"], "`space` must be one of"),
+        (["--space=mobile_mini", "--output=no/t.json"], "existing folder"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message):
+    result = run(*flags)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_blocks_that_were_not_measured_follow_from_those_that_were():
+    rng = np.random.default_rng(0)
+
+    def draw():
+        block = Block(
+            int(rng.choice([16, 24, 32, 48])),
+            int(rng.choice([3, 5])),
+            float(rng.choice([1, 3, 4.5])),
+            int(rng.choice([1, 2])),
+            str(rng.choice(["relu", "hard_silu"])),
+            int(rng.choice([0, 1])),
+        )
+        return Part(block, (16, 16), int(rng.choice([16, 24, 32])))
+
+    def milliseconds(part):
+        own = count.part(part)
+        factor = 1.5 if part.layers.activation == "hard_silu" else 1.0
+        return 0.01 + 1e-7 * own.macs * factor + 1e-6 * own.params
+
+    parts = list({latency.names(part)[0]: part for part in (draw() for _ in range(600))}.values())
+    times = np.array([milliseconds(part) for part in parts])
+    model = LatencyModel(parts[100:], times[100:])
+    errors = np.abs(model(parts[:100]) / times[:100] - 1)
+    assert errors.mean() < 0.02
+    assert model.error < 0.02
+
+
+def test_architectures_of_a_table_that_lacks_their_parts(folder, table):
+    space = spaces.get("mobile_mini", (16, 16, 1), 10)
+    architecture: Architecture = space.architecture(np.zeros_like(space.cardinalities))
+    architecture.save(folder / "other.json")
+    result = run(f"--architecture={folder / 'other.json'}", f"--latency_table={table}")
+    assert result.returncode == 1
+    assert f"{table} lacks stem 16x16x1 k3 f16" in result.stderr.splitlines()[-1]
