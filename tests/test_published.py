@@ -8,7 +8,7 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from helpers import counted_macs
 
-from export.tflite import convert
+from export.conversion import convert
 from fpnas_keras import Architecture, spaces
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "architectures"
