@@ -63,25 +63,32 @@ def test_every_choice_is_exported_and_gives_the_same_logits(block):
     }
 
 
-@pytest.mark.parametrize("quantize", ["float16", "dynamic", "int8"])
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_every_choice_is_quantized(block, quantize):
-    model = make_model(block, block.activation)
+def assert_quantized(model, quantize, bound):
+    """Converts, and compares logits with a bound relative to their range; the file."""
     images = random_images(100)
     representative = conversion.representative_images(images, 50)
     content = conversion.convert(model, quantize, representative, "int8")
     comparison = tflite.compare(model, content, images)
     logits = model.predict(images.x.astype(np.float32), verbose=0)
-    bound = {"float16": 0.005, "dynamic": 0.1, "int8": 0.1}[quantize]
     assert comparison.max_difference < bound * np.ptp(logits)
     names = conversion.operators(content)
     assert not [name for name in names if "Flex" in name or "CUSTOM" in name]
-    if quantize == "int8":
-        assert conversion.float_operators(content) == {}
-        assert conversion.Runner(content).pixels == (1.0, -128)
-        assert conversion.Runner(
-            conversion.convert(model, "int8", representative, "uint8")
-        ).pixels == (1.0, 0)
+    return content
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_choice_is_int8_in_every_part(block):
+    content = assert_quantized(make_model(block, block.activation), "int8", 0.1)
+    assert conversion.float_operators(content) == {}
+    assert conversion.Runner(content).pixels == (1.0, -128)
+
+
+@pytest.mark.parametrize(("quantize", "bound"), [("float16", 0.005), ("dynamic", 0.1)])
+def test_weights_alone_are_smaller_and_do_the_same(quantize, bound):
+    model = make_model(Block(256, 5, 60, 2, "hard_silu", 2), "hard_silu")
+    content = assert_quantized(model, quantize, bound)
+    share = {"float16": 0.5, "dynamic": 0.25}[quantize]
+    assert len(content) < 1.25 * share * len(conversion.convert(model))
 
 
 def test_compare_sees_a_file_that_is_another_model():
