@@ -207,13 +207,18 @@ def parse_benchmark(text: str, name: str) -> float:
     return float(found[-1]) / 1000
 
 
-def percentiles(device: Host | Adb, files: Mapping[str, pathlib.Path], rounds: int) -> dict:
-    """Milliseconds of files: the 10th percentile of some rounds, on a fresh device."""
-    times = collections.defaultdict(list)
-    for seed in range(rounds):
+def times(
+    device: Host | Adb, files: Mapping[str, pathlib.Path], rounds: int, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Milliseconds of files in some rounds, and in more of them until some seconds are over."""
+    found = collections.defaultdict(list)
+    start = time.monotonic()
+    seed = 0
+    while seed < rounds or time.monotonic() < start + seconds:
         for name, milliseconds in device.round(files, seed):
-            times[name].append(milliseconds)
-    return {name: typical(each) for name, each in times.items()}
+            found[name].append(milliseconds)
+        seed += 1
+    return found
 
 
 def typical(times: Sequence[float]) -> float:

@@ -77,6 +77,13 @@ flags.DEFINE_integer(
     "benchmark_model repeats by itself. More are less noisy.",
     lower_bound=1,
 )
+flags.DEFINE_float(
+    "network_seconds",
+    None,
+    "Least seconds to measure whole networks for, which may take more rounds; by default 40 on "
+    "the host, which other work slows down for half a minute at a time, and 0 on a phone.",
+    lower_bound=0,
+)
 flags.DEFINE_integer(
     "max_entries",
     1500,
@@ -125,6 +132,8 @@ _SCALE_NETWORKS = 8
 _SECONDS_BETWEEN_WRITES = 30
 # What a file of one addition takes is what it takes to call the interpreter.
 _NOTHING = "nothing"
+# What networks are measured on, twice: so many processes of the interpreter in turn.
+_FRESH_DEVICES = {"host": 5, "adb": 1}
 
 
 def main() -> None:
@@ -267,6 +276,11 @@ def _rounds():
     return FLAGS.rounds or {"host": 100, "adb": 3}[FLAGS.device]
 
 
+def _network_seconds():
+    default = {"host": 40.0, "adb": 0.0}[FLAGS.device]
+    return default if FLAGS.network_seconds is None else FLAGS.network_seconds
+
+
 def _convert(items, folder):
     """Files of parts or architectures, by name; those that are there already are kept."""
     files = {
@@ -349,7 +363,7 @@ def _scale_and_prove(table, space, folder):
         )
     files = _convert({json.dumps(each.to_dict()): each for each in networks}, folder)
     files = {str(index): file for index, file in enumerate(files.values())}
-    once, again = (_typical_times(files) for _ in range(2))
+    once, again = _network_times(files)
     scaled = min(_SCALE_NETWORKS, len(networks) // 2)
     sums = np.array([predict(table["entries"], each) for each in networks])
     macs = np.array([each.macs() for each in networks])
@@ -386,11 +400,16 @@ def predict(entries: Mapping[str, float], architecture: Architecture) -> float:
     return math.fsum(entries[name] for part in architecture.parts() for name in latency.names(part))
 
 
-def _typical_times(files):
-    """Milliseconds of files, on a device that is made anew: another process."""
-    with contextlib.closing(_device()) as device:
-        times = devices.percentiles(device, files, _rounds())
-    return np.array([times[name] for name in files])
+def _network_times(files):
+    """Milliseconds of networks, measured twice, in turn on devices that are made anew."""
+    twice = ({name: [] for name in files}, {name: [] for name in files})
+    fresh = 2 * _FRESH_DEVICES[FLAGS.device]
+    for index in tqdm(range(fresh), desc="measuring networks"):
+        with contextlib.closing(_device()) as device:
+            times = devices.times(device, files, _rounds(), _network_seconds() / fresh)
+        for name, each in times.items():
+            twice[index % 2][name] += each
+    return [np.array([devices.typical(each) for each in times.values()]) for times in twice]
 
 
 def _report(output, table):
@@ -425,8 +444,9 @@ def _measure_architecture():
     except KeyError as error:
         raise ValueError(f"{FLAGS.latency_table} lacks {error.args[0]} of {path}") from None
     quantize = FLAGS.quantize
-    with contextlib.closing(_device()) as device, tempfile.TemporaryDirectory() as folder:
+    with contextlib.closing(_device()) as device:
         own = device.describe()
+    with tempfile.TemporaryDirectory() as folder:
         if FLAGS.latency_table.endswith(".json"):
             table = latency.read(FLAGS.latency_table)
             quantize = table["quantize"]
@@ -436,17 +456,16 @@ def _measure_architecture():
                 )
         file = pathlib.Path(folder) / "network.tflite"
         _write_file(architecture, quantize, file)
-        times = [devices.percentiles(device, {"": file}, _rounds())[""] for _ in range(2)]
-    measured = min(times)
+        (measured,), (again,) = _network_times({"": file})
     contents = {
         "architecture": str(path),
         "latency_table": FLAGS.latency_table,
         "device": own,
         "quantize": quantize,
         "predicted_milliseconds": predicted,
-        "measured_milliseconds": measured,
-        "measured_twice_error": abs(times[0] / times[1] - 1),
-        "error": predicted / measured - 1,
+        "measured_milliseconds": float(measured),
+        "measured_twice_error": float(abs(again / measured - 1)),
+        "error": float(predicted / measured - 1),
         "macs": architecture.macs(),
     }
     with replacing(output) as temporary:

@@ -13,6 +13,8 @@ from fpnas_keras.architecture import ACTIVATIONS, SPLITS, Part, expanded_filters
 
 # Blocks that the length scales are learned from; all of them would take minutes.
 _LEARNED_FROM = 500
+# Channels that the kernels of phones (8, 16) and of processors with wide vectors compute at once.
+_TILES = (8, 16, 32)
 _FOLDS = 5
 _CHUNK = 5_000
 
@@ -69,14 +71,19 @@ def _features(parts):
 
 
 def _features_of(part):
-    block, filters_in = part.layers, part.channels
-    expanded = expanded_filters(filters_in, block.expansion)
-    sizes = [part.size[0] * part.size[1], filters_in, expanded, block.filters, block.kernel_size]
+    block = part.layers
+    widths = np.array(
+        [part.channels, expanded_filters(part.channels, block.expansion), block.filters]
+    )
+    # Kernels compute whole tiles of channels: 33 filters may take as long as 64.
+    tiles = [np.ceil(widths / tile) * tile for tile in _TILES]
     return [
-        *np.log2(sizes),
+        *np.log2(np.concatenate([widths, *tiles])),
+        np.log2(part.size[0] * part.size[1]),
+        np.log2(block.kernel_size),
         block.strides,
         block.expansion != 1,
-        block.strides == 1 and block.filters == filters_in,
+        block.strides == 1 and block.filters == part.channels,
         *(block.activation == each for each in ACTIVATIONS),
         *(block.splits == each for each in SPLITS),
     ]

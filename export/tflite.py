@@ -228,8 +228,8 @@ def _host_milliseconds(content):
     ):
         file.write(content)
         file.flush()
-        times = devices.percentiles(host, {"": pathlib.Path(file.name)}, _LATENCY_ROUNDS)
-    return times[""]
+        times = devices.times(host, {"": pathlib.Path(file.name)}, _LATENCY_ROUNDS)
+    return devices.typical(times[""])
 
 
 def load_model(path: str) -> keras.Model:
