@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from fpnas_keras.files import replacing
+
 
 class StopOnDivergence(keras.callbacks.Callback):
     """Ends training with a `ValueError` when a metric is no longer finite.
@@ -80,8 +82,7 @@ class MetricsFile(keras.callbacks.Callback):
         self.row = row
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self.start = time.monotonic()
-        self.path.write_text("")
+        self.set_state({"text": "", "seconds": 0.0})
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         row = self.row(epoch, logs) | {"seconds": round(time.monotonic() - self.start, 2)}
@@ -90,3 +91,13 @@ class MetricsFile(keras.callbacks.Callback):
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+    def get_state(self) -> dict[str, Any]:
+        """The file so far and the seconds, for a checkpoint."""
+        return {"text": self.path.read_text(), "seconds": time.monotonic() - self.start}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `get_state` gave."""
+        with replacing(self.path) as temporary:
+            temporary.write_text(state["text"])
+        self.start = time.monotonic() - state["seconds"]

@@ -1,21 +1,17 @@
-"""What the command lines share: flags, run directories, errors in one line."""
+"""What the command lines share: flags, errors in one line, signals."""
 
-import json
 import math
-import pathlib
-import resource
+import os
 import shlex
+import signal
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
 
-import keras
 import tensorflow as tf
 from absl import app, flags, logging
 
 from fpnas_keras import data
-from fpnas_keras.files import replacing
+from fpnas_keras.files import reason
 
 flags.DEFINE_string(
     "data",
@@ -40,6 +36,14 @@ flags.DEFINE_integer(
     lower_bound=2,
 )
 FLAGS = flags.FLAGS
+# What collective operations raise when a worker has died.
+_UNREACHED = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.InternalError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.CancelledError,
+)
 
 
 def load_data(split: str, image_size: int) -> data.Images:
@@ -90,15 +94,33 @@ def data_arguments() -> str:
     return shlex.join(arguments + ["--nodownload"] * (not FLAGS.download))
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asks the process to end.
+
+    Args:
+        message: What to tell the user.
+        number: Number of the signal.
+    """
+
+    def __init__(self, message: str = "interrupted", number: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = int(number)
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`; bad input ends in one line and exit code 1.
 
-    With `--verbosity=1` the traceback is shown as well.
+    SIGTERM ends it as Ctrl-C does, with 128 and the signal's number. With `--verbosity=1`
+    the traceback is shown as well.
     """
+
+    def terminate(number, _):
+        raise Interrupted(number=number)
 
     def checked(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
+        signal.signal(signal.SIGTERM, terminate)
         try:
             _check_finite()
             main()
@@ -107,89 +129,30 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"error: {error}")
         except tf.errors.OpError as error:  # An image on the disk that cannot be decoded, say.
             logging.debug("where it happened", exc_info=True)
+            if isinstance(error, _UNREACHED) and FLAGS.is_parsed() and "TF_CONFIG" in os.environ:
+                sys.exit(
+                    "error: another worker is not reached any more. Start all workers again with "
+                    f"the same command; they go on from the last checkpoint. ({reason(error)})"
+                )
             sys.exit(f"error: {error.message.strip().splitlines()[0]}")
-        except KeyboardInterrupt:
-            sys.exit("interrupted")
+        except KeyboardInterrupt as error:
+            print(error if str(error) else "interrupted", file=sys.stderr)
+            sys.exit(128 + getattr(error, "signal", signal.SIGINT))
 
-    app.run(checked)
+    app.run(checked, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+    """As absl parses flags; a flag file may hold anything."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except UnicodeDecodeError as error:
+        sys.exit(f"error: `flagfile` must be text in UTF-8. Received: {error}")
+    except RecursionError:
+        sys.exit("error: `flagfile` is nested too deeply")
 
 
 def _check_finite():
     for name, value in FLAGS.flag_values_dict().items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`{name}` must be a finite number. Received: {name}={value}")
-
-
-class Run:
-    """A run directory: `flags.txt` first, the results, `summary.json` last.
-
-    Args:
-        directory: The directory, made when the run begins.
-        module: The module whose flags describe the run.
-
-    Raises:
-        ValueError: When the directory holds anything but a finished run with
-            these very flags.
-    """
-
-    def __init__(self, directory: str, module: str):
-        self.directory = pathlib.Path(directory)
-        own = sorted(FLAGS.get_key_flags_for_module(module), key=lambda flag: flag.name)
-        self.flags = [flag.serialize() for flag in own if flag.value is not None]
-        self.started = time.monotonic()
-        self.finished = False
-        if not self.directory.exists():
-            return
-        if not self.directory.is_dir():
-            raise ValueError(f"`output_dir` is not a directory. Received: output_dir={directory}")
-        if any(self.directory.iterdir()):
-            self._check_same_run()
-            self.finished = True
-
-    def _check_same_run(self):
-        flag_file = self.directory / "flags.txt"
-        if not flag_file.is_file():
-            raise ValueError(
-                f"`output_dir` must be new, empty or hold a run. Received: {self.directory}, which "
-                "holds other files"
-            )
-        theirs = flag_file.read_text().splitlines()
-        differing = {line.split("=")[0] for line in set(theirs) ^ set(self.flags)}
-        # One directory may be spelled in several ways.
-        differing = sorted(differing - {"--output_dir"})
-        if differing:
-            raise ValueError(
-                f"`output_dir` {self.directory} holds another run; it differs in "
-                f"{', '.join(differing)}. Choose another directory."
-            )
-        if not (self.directory / "summary.json").is_file():
-            raise ValueError(
-                f"`output_dir` {self.directory} holds an unfinished run. Remove it or choose "
-                "another directory."
-            )
-
-    def begin(self) -> None:
-        """Makes the directory and writes `flags.txt`, a flag file that repeats the run."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with replacing(self.directory / "flags.txt") as temporary:
-            temporary.write_text("\n".join(self.flags) + "\n")
-
-    def path(self, name: str) -> pathlib.Path:
-        """Path of a file of the run."""
-        return self.directory / name
-
-    def finish(self, **summary: Any) -> None:
-        """Writes `summary.json`, with the seconds and the memory that the run took."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        summary |= {
-            "wall_seconds": round(time.monotonic() - self.started, 1),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-            "peak_memory_mb": usage.ru_maxrss // 1024,
-            "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
-        }
-        with replacing(self.path("summary.json")) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n")
-
-    def summary(self) -> dict[str, Any]:
-        """What `finish` wrote."""
-        return json.loads(self.path("summary.json").read_text())

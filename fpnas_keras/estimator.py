@@ -243,5 +243,5 @@ class StreamingSum(NamedTuple):
         )
 
     def result(self) -> list[tf.Tensor]:
-        """sum_k softmax_k(s)_k * x_k."""
-        return [total / self.denominator for total in self.sums]
+        """sum_k softmax_k(s)_k * x_k; 0 where nothing was added."""
+        return [tf.math.divide_no_nan(total, self.denominator) for total in self.sums]

@@ -3,25 +3,25 @@
 python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 """
 
-import pathlib
 import shlex
-import shutil
 
 import keras
 from absl import flags, logging
 
-from fpnas_keras import cli, data, spaces
+from fpnas_keras import checkpoints, cli, data, replicas, run_directory, spaces
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.callbacks import CoarseToFine, MetricsFile, StopOnDivergence
+from fpnas_keras.checkpoints import Checkpoints
 from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost, latency, text
 from fpnas_keras.distributions import JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.files import replacing
+from fpnas_keras.run_directory import Run
 from fpnas_keras.searcher import ArchitectureSearch
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(cli)
-flags.DEFINE_string("output_dir", None, "Directory of the run, new or empty.", required=True)
+for _module in (cli, run_directory, checkpoints):
+    flags.adopt_module_key_flags(_module)
 flags.DEFINE_string(
     "space",
     "mobile_mini",
@@ -187,6 +187,13 @@ flags.DEFINE_float(
     "Learning rate of the architecture logits (Adam). Higher decides earlier, on less evidence.",
     lower_bound=0,
 )
+flags.DEFINE_enum(
+    "strategy",
+    "none",
+    replicas.STRATEGIES,
+    "Who shares the samples of a step: one replica, all GPUs of this machine (mirrored), or all "
+    "machines that TF_CONFIG names (multiworker; --output_dir on a file system that they share).",
+)
 flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
 
 flags.register_multi_flags_validator(
@@ -245,42 +252,46 @@ _COSTS = {
 
 def main() -> None:
     """Runs the search that the flags describe."""
-    run = cli.Run(FLAGS.output_dir, __name__)
-    if not run.finished:
-        _search(run)
-    _report(run)
+    # First of all: TensorFlow takes a cluster only before it has done anything else.
+    strategy = replicas.make_strategy(FLAGS.strategy)
+    chief = replicas.is_chief(strategy)
+    run = Run(FLAGS.output_dir, __name__, "fpnas_keras.search", writes=chief)
+    with run.interruptions():
+        if not run.finished:
+            _search(run, strategy)
+        if chief:
+            _report(run)
 
 
-def _search(run):
+def _search(run, strategy):
     keras.utils.set_random_seed(FLAGS.seed)
-    search, batches = _set_up()
-    run.begin()
+    checkpoints = Checkpoints(run, FLAGS.checkpoint_every)
+    search, batches = _set_up(checkpoints, strategy)
     files = {"space": FLAGS.space, "latency_table": FLAGS.latency_table}
-    for name, file in files.items():
-        if file not in (None, *spaces.names()):
-            with replacing(run.path(name + pathlib.Path(file).suffix)) as temporary:
-                shutil.copy(file, temporary)
-    search.fit(
+    run.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
+    checkpoints.fit(
+        search,
         batches,
         epochs=FLAGS.epochs,
-        shuffle=False,
-        callbacks=[
-            MetricsFile(run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)),
-            StopOnDivergence(),
-            *_coarse_to_fine(),
-        ],
+        metrics_file=MetricsFile(
+            run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)
+        ),
+        callbacks=[StopOnDivergence(), *_coarse_to_fine()],
     )
-    with replacing(run.path("search.weights.h5")) as temporary:
-        search.save_weights(temporary)
+    if run.writes:
+        with replacing(run.path("search.weights.h5")) as temporary:
+            search.save_weights(temporary)
     derivation = search.derivation(seconds=FLAGS.derive_seconds, least_share=FLAGS.least_share)
-    derivation.architecture.save(run.path("architecture.json"))
     # What the most probable architecture reaches with the shared weights.
     mode = search.evaluate(
         batches.map(lambda _, validation: validation), verbose=0, return_dict=True
     )
     mode = {f"mode_{name}": value for name, value in mode.items()}
     mode["mode_macs"] = search.derive(budget=None).macs()
-    run.finish(**_summary(search, derivation), **mode)
+    if run.writes:
+        derivation.architecture.save(run.path("architecture.json"))
+        run.finish(**_summary(search, derivation), **mode)
+        checkpoints.remove()
 
 
 def _coarse_to_fine():
@@ -293,7 +304,7 @@ def _coarse_epochs():
     return FLAGS.coarse_epochs or FLAGS.epochs // 2
 
 
-def _set_up():
+def _set_up(checkpoints, strategy):
     """The compiled search and its data, or a `ValueError` about the flags."""
     if not FLAGS.space.endswith(".py"):  # which may be for these images only
         spaces.get(FLAGS.space)  # A bad space should not wait for the data.
@@ -307,8 +318,10 @@ def _set_up():
         FLAGS.steps_per_epoch,
         images.image_shape,
         FLAGS.architecture_batch_size,
+        checkpoints.step,
     )
-    search = _make_search(space, int(batches.cardinality()))
+    steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
+    search = _make_search(space, steps_per_epoch, strategy)
     logging.info(
         "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
         space.name,
@@ -317,12 +330,12 @@ def _set_up():
         text(search.cost_table.least()),
         text(search.cost_table.largest()),
         search.cost.unit,
-        int(batches.cardinality()) * FLAGS.epochs,
+        steps_per_epoch * FLAGS.epochs,
     )
     return search, batches
 
 
-def _make_search(space, steps_per_epoch):
+def _make_search(space, steps_per_epoch, strategy):
     """The compiled search, or a `ValueError` about the flags."""
     steps = steps_per_epoch * FLAGS.epochs
     warmup_steps = _warmup_steps(steps_per_epoch)
@@ -345,6 +358,7 @@ def _make_search(space, steps_per_epoch):
         deduplicate=FLAGS.deduplicate,
         recompute=FLAGS.recompute,
         seed=FLAGS.seed,
+        strategy=strategy,
     )
     search.compile(
         optimizer=keras.optimizers.SGD(

@@ -1,5 +1,6 @@
 """The search: a Keras model whose training step updates weights and architecture."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras import estimator
+from fpnas_keras import estimator, replicas
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import CostTable, MacsCost, text
 from fpnas_keras.derivation import Derivation, most_probable
@@ -63,6 +64,9 @@ class ArchitectureSearch(keras.Model):
         recompute: Whether the backward pass computes the activations inside each
             block anew instead of keeping them: less memory, more time.
         seed: Seed of the drawn architectures.
+        strategy: Shares the samples of a step out among the replicas of a
+            `MirroredStrategy` or `MultiWorkerMirroredStrategy`; each sees the whole batch.
+            `fit` is called outside its scope.
 
     Raises:
         ValueError: When the target lies outside the costs of the space, when the
@@ -99,6 +103,7 @@ class ArchitectureSearch(keras.Model):
         deduplicate: bool = True,
         recompute: bool = False,
         seed: int = 0,
+        strategy: tf.distribute.Strategy | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -117,13 +122,16 @@ class ArchitectureSearch(keras.Model):
         self.cost_table = CostTable(space, self.cost)
         _check_target(space, self.cost, self.cost_table)
         _checked("distribution", distribution, tuple(_DISTRIBUTIONS))
-        self.distributions = [kind(space.blocks) for kind in _DISTRIBUTIONS[distribution]]
+        # Keras knows nothing of the strategy: it would share out the images, not the samples.
+        self.strategy = strategy
+        with self._scope():
+            self.distributions = [kind(space.blocks) for kind in _DISTRIBUTIONS[distribution]]
+            self.supernet = Supernet(space, recompute)
         if distribution == "joint":
             # All distributions start from the same p(A), uniform in each variable.
             self.distributions[0].assign(FactorizedLogits(space.blocks))
         start = self.distributions[0].entry_probabilities()
         self._start_cost = float(self.cost_table.expected(start))
-        self.supernet = Supernet(space, recompute)
         self.step = self._counter("step")
         self.total_samples = self._counter("total_samples")
         self.total_evaluated = self._counter("total_evaluated")
@@ -150,6 +158,9 @@ class ArchitectureSearch(keras.Model):
         self.architecture_optimizer = None
         self.built = True
 
+    def _scope(self):
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
     def _counter(self, name, value=0):
         start = keras.initializers.Constant(value)
         return self.add_weight(
@@ -175,9 +186,10 @@ class ArchitectureSearch(keras.Model):
                 the method sets, and `jit_compile`: shapes are dynamic.
         """
         super().compile(optimizer=optimizer, jit_compile=False, **kwargs)
-        self.optimizer.build(self.supernet.trainable_variables)
         self.architecture_optimizer = keras.optimizers.get(architecture_optimizer)
-        self.architecture_optimizer.build([each.logits for each in self.distributions])
+        with self._scope():
+            self.optimizer.build(self.supernet.trainable_variables)
+            self.architecture_optimizer.build([each.logits for each in self.distributions])
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
         return self.supernet(images, self.distribution.mode())
@@ -187,14 +199,42 @@ class ArchitectureSearch(keras.Model):
         train_batch, validation_batch = data
         samples = self.ask()
         # Both halves use the weights and the logits from the step's start.
-        gradients, train = self.weight_gradients(samples, train_batch)
-        validation = self.evaluate_samples(samples, validation_batch)
+        if self.strategy is None:
+            gradients, train = self.weight_gradients(samples, train_batch)
+            validation = self.evaluate_samples(samples, validation_batch)
+        else:
+            gradients, train, validation = self._shared_out(samples, train_batch, validation_batch)
         self.optimizer.apply(gradients, self.supernet.trainable_variables)
         for part, results in (("train", train), ("validation", validation)):
             loss, accuracy = tf.unstack(results, axis=1)
             self._track(samples.counts, **{f"{part}_loss": loss, f"{part}_accuracy": accuracy})
         self._track(**self.tell(samples, -validation[:, 0]))
         return {name: tracker.result() for name, tracker in self._trackers.items()}
+
+    def _shared_out(self, samples, train_batch, validation_batch):
+        """`weight_gradients` and `evaluate_samples` by all replicas; the same on each of them."""
+        costs = self.cost_table(samples.choices)
+
+        def run(samples, train_batch, validation_batch):
+            replica = tf.distribute.get_replica_context()
+            own = replicas.own_share(
+                costs, replica.replica_id_in_sync_group, replica.num_replicas_in_sync
+            )
+            share = Samples(*(tf.gather(each, own) for each in samples))
+            gradients, train = self.weight_gradients(share, train_batch)
+            validation = self.evaluate_samples(share, validation_batch)
+            results = tf.concat([train, validation], axis=1)
+            results = tf.scatter_nd(own[:, None], results, (tf.size(samples.counts), 4))
+            (results,) = replicas.sum_over_replicas([results])
+            train, validation = tf.split(results, 2, axis=1)
+            # The sum of the importance weights of this replica's samples.
+            scores = estimator.scores(-train[:, 0], samples.counts, self.likelihood_scale)
+            weight = tf.reduce_sum(tf.gather(tf.nn.softmax(scores), own))
+            gradients = [weight * tf.cast(each, tf.float32) for each in gradients]
+            return replicas.sum_over_replicas(gradients), train, validation
+
+        results = self.strategy.run(run, args=(samples, train_batch, validation_batch))
+        return tf.nest.map_structure(lambda each: replicas.local(each, self.strategy), results)
 
     def ask(self) -> Samples:
         """Draws the architectures of a step.

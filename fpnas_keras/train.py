@@ -9,14 +9,16 @@ import keras
 import tensorflow as tf
 from absl import flags, logging
 
-from fpnas_keras import cli, data
+from fpnas_keras import checkpoints, cli, data, run_directory
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.callbacks import MetricsFile, StopOnDivergence
+from fpnas_keras.checkpoints import Checkpoints
 from fpnas_keras.files import replacing
+from fpnas_keras.run_directory import Run
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(cli)
-flags.DEFINE_string("output_dir", None, "Directory of the run, new or empty.", required=True)
+for _module in (cli, run_directory, checkpoints):
+    flags.adopt_module_key_flags(_module)
 flags.DEFINE_string("architecture", None, "Architecture file (JSON) to train.", required=True)
 flags.DEFINE_integer("epochs", 20, "Epochs to train.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=2)
@@ -83,23 +85,25 @@ _RECALIBRATION_BATCHES = 100
 
 def main() -> None:
     """Runs the training that the flags describe."""
-    run = cli.Run(FLAGS.output_dir, __name__)
+    run = Run(FLAGS.output_dir, __name__, "fpnas_keras.train")
     architecture = Architecture.load(FLAGS.architecture)
-    if not run.finished:
-        _train(run, architecture)
-    elif run.summary()["architecture"] != architecture.to_dict():
-        raise ValueError(
-            f"`output_dir` {run.directory} holds a run of another architecture than "
-            f"{FLAGS.architecture} is now. Choose another directory."
-        )
-    _report(run)
+    with run.interruptions():
+        if not run.finished:
+            _train(run, architecture)
+        elif run.summary()["architecture"] != architecture.to_dict():
+            raise ValueError(
+                f"`output_dir` {run.directory} holds a run of another architecture than "
+                f"{FLAGS.architecture} is now. Choose another directory."
+            )
+        _report(run)
 
 
 def _train(run, architecture):
     keras.utils.set_random_seed(FLAGS.seed)
-    batches, held_out = _batches(architecture)
+    checkpoints = Checkpoints(run, FLAGS.checkpoint_every)
+    batches, held_out = _batches(architecture, checkpoints.step)
     model = architecture.build()
-    optimizer = _optimizer(int(batches.cardinality()))
+    optimizer = _optimizer(checkpoints.steps_per_epoch or int(batches.cardinality()))
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.CategoricalCrossentropy(
@@ -108,18 +112,20 @@ def _train(run, architecture):
         metrics=["accuracy"],
         jit_compile=False,  # XLA takes 8 times as long on CPUs.
     )
-    run.begin()
+    _build_variables(model, architecture.num_classes)
+    run.begin(architecture=FLAGS.architecture)
 
     def row(epoch, logs):
         step = int(optimizer.iterations.numpy())
         return {"step": step, "epoch": epoch + 1} | logs
 
-    model.fit(
+    checkpoints.fit(
+        model,
         batches,
         epochs=FLAGS.epochs,
-        shuffle=False,
+        metrics_file=MetricsFile(run.path("metrics.csv"), row),
+        callbacks=[StopOnDivergence()],
         validation_data=held_out,
-        callbacks=[MetricsFile(run.path("metrics.csv"), row), StopOnDivergence()],
     )
     if FLAGS.ema_momentum:
         _recalibrate(model, batches)
@@ -135,9 +141,18 @@ def _train(run, architecture):
         params=architecture.params(),
         test_accuracy=_test_accuracy(model, architecture),
     )
+    checkpoints.remove()
 
 
-def _batches(architecture):
+def _build_variables(model, num_classes):
+    """Makes the variables of optimizer and metrics, which a checkpoint holds too."""
+    model.optimizer.build(model.trainable_variables)
+    nothing = tf.zeros((1, num_classes))
+    model.compute_metrics(None, nothing, nothing)
+    model.reset_metrics()
+
+
+def _batches(architecture, first_step):
     """Batches to train on, and those of the held out images or `None`."""
     images = _load(architecture, "train")
     if FLAGS.random_crop >= architecture.input_shape[0]:
@@ -159,7 +174,7 @@ def _batches(architecture):
         len(images.y),
     )
     batches = data.train_batches(
-        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
+        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip, first_step
     )
     return _one_hot(batches, architecture), held_out
 

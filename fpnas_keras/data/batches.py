@@ -23,6 +23,7 @@ def search_batches(
     steps_per_epoch: int | None = None,
     image_shape: tuple[int, int, int] | None = None,
     architecture_batch_size: int | None = None,
+    first_step: int = 0,
 ) -> tf.data.Dataset:
     """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
 
@@ -39,6 +40,8 @@ def search_batches(
         image_shape: `(height, width, channels)`, needed for images on the disk.
         architecture_batch_size: Images of the architecture part in a batch, where that
             is another number.
+        first_step: Steps that are already made. In the midst of an epoch the first
+            iteration gives the rest of it, and the dataset does not tell its cardinality.
 
     Returns:
         A dataset of one epoch; each time that it is iterated it goes on with the
@@ -52,7 +55,7 @@ def search_batches(
     read_v = _reader(
         x, y, architecture, architecture_batch_size or batch_size, seed + 1, image_shape
     )
-    return _epochs(lambda step: (read_t(step), read_v(step)), steps)
+    return _epochs(lambda step: (read_t(step), read_v(step)), steps, first_step)
 
 
 def train_batches(
@@ -61,6 +64,7 @@ def train_batches(
     seed: int = 0,
     random_crop: int = 0,
     random_flip: bool = False,
+    first_step: int = 0,
 ) -> tf.data.Dataset:
     """Batches to train one network with: `(pixels, labels)`, one pass an epoch.
 
@@ -71,6 +75,7 @@ def train_batches(
         random_crop: Pixels that an image may move in each direction; what moves
             in is 0.
         random_flip: Whether half of the images are mirrored left to right.
+        first_step: Steps that are already made, as for `search_batches`.
 
     Returns:
         A dataset of one epoch; each time that it is iterated it goes on with the
@@ -88,7 +93,7 @@ def train_batches(
             x = tf.image.stateless_random_flip_left_right(x, key)
         return x, y
 
-    return _epochs(augmented, max(1, len(images.y) // batch_size))
+    return _epochs(augmented, max(1, len(images.y) // batch_size), first_step)
 
 
 def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
@@ -102,18 +107,22 @@ def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
     return dataset.map(read, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
 
 
-def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int) -> tf.data.Dataset:
-    """`batch(step)` for `steps` steps; a new iteration is a new epoch."""
+def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int, first_step: int) -> tf.data.Dataset:
+    """`batch(step)` to the end of an epoch of `steps` steps; a new iteration is the next epoch."""
     # Not a generator: TensorFlow 2.21 makes malloc give all large buffers back when it meets one
     # (M_TRIM_THRESHOLD), and each step of training then pays for fresh pages.
-    epochs = tf.Variable(0, dtype=tf.int64, trainable=False)
+    following = tf.Variable(first_step, dtype=tf.int64, trainable=False)
 
     def epoch_steps(_):
-        first = (epochs.assign_add(1) - 1) * steps
-        return tf.data.Dataset.range(first, first + steps)
+        first = tf.identity(following)
+        end = (first // steps + 1) * steps
+        with tf.control_dependencies([first]):
+            following.assign(end)
+        return tf.data.Dataset.range(first, end)
 
     dataset = tf.data.Dataset.range(1).flat_map(epoch_steps)
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    if first_step % steps == 0:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
     return dataset.map(batch, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
 
 

@@ -1,0 +1,284 @@
+"""Checkpoints: a run that is killed at any moment goes on exactly where it was.
+
+A checkpoint holds every variable (weights, logits, slots of the optimizers, metrics of the
+epoch), the rows of `metrics.csv` and what the run has used. Batches and drawn architectures are
+pure functions of seed and step, so that is all.
+"""
+
+import hashlib
+import io
+import json
+import re
+import signal
+import threading
+import time
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import flags, logging
+
+from fpnas_keras.callbacks import MetricsFile
+from fpnas_keras.cli import Interrupted
+from fpnas_keras.files import replacing
+from fpnas_keras.run_directory import Run
+
+flags.DEFINE_string(
+    "checkpoint_every",
+    "60s",
+    "How often a checkpoint is saved: seconds (60s) or steps (500). What is done since the last "
+    "one is lost when the process is killed, but not at Ctrl-C or SIGTERM.",
+)
+FLAGS = flags.FLAGS
+_EVERY = re.compile(r"([1-9][0-9]{0,8})(s?)")
+flags.register_validator(
+    "checkpoint_every",
+    lambda value: value is not None and _EVERY.fullmatch(value),
+    "must be a number of seconds above 0 with an s (60s) or of steps (500)",
+)
+
+_KEPT = 2
+_DIGEST = hashlib.sha256().digest_size
+_STEP = re.compile(r"step_(\d+)\.ckpt")
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves the state of a training, and goes on from the last that is whole.
+
+    A file is a SHA-256 digest and an `.npz` archive; it has its name only when it is whole. The
+    last two are kept.
+
+    Args:
+        run: The run; its checkpoints lie in the folder `checkpoints` of its directory.
+        every: As `--checkpoint_every`.
+
+    Example:
+
+    ```python
+    checkpoints = Checkpoints(run, "60s")
+    batches = data.train_batches(images, first_step=checkpoints.step)
+    checkpoints.fit(model, batches, epochs=20, metrics_file=metrics_file)
+    ```
+    """
+
+    def __init__(self, run: Run, every: str):
+        super().__init__()
+        self.run = run
+        self.directory = run.path("checkpoints")
+        number, is_seconds = _EVERY.fullmatch(every).groups()
+        self.seconds = int(number) if is_seconds else float("inf")
+        self.steps = float("inf") if is_seconds else int(number)
+        self.step = 0
+        self.steps_per_epoch = None
+        self._good = []  # steps of the checkpoints that are known to be whole
+        self._arrays = self._state = self._signal = None
+        self._find()
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def _find(self):
+        found = {}
+        if self.directory.is_dir():
+            names = {path: _STEP.fullmatch(path.name) for path in self.directory.iterdir()}
+            found = {int(match[1]): path for path, match in names.items() if match}
+        for step in sorted(found, reverse=True):
+            try:
+                self._arrays, self._state = _read(found[step])
+            except ValueError as error:
+                logging.warning("the checkpoint %s is damaged: %s", found[step], error)
+                continue
+            self.step, self.steps_per_epoch = step, self._state["steps_per_epoch"]
+            self._good = [step]
+            logging.info("going on after step %d, from %s", step, found[step])
+            return
+        if found:
+            logging.warning("no checkpoint is whole; the run begins anew")
+
+    def fit(
+        self,
+        model: keras.Model,
+        batches: tf.data.Dataset,
+        epochs: int,
+        metrics_file: MetricsFile | None,
+        callbacks: list[keras.callbacks.Callback],
+        **kwargs: Any,
+    ) -> None:
+        """`model.fit` from where the last checkpoint was.
+
+        Args:
+            model: The model, compiled; its optimizer and metrics have their variables.
+            batches: An epoch of batches that begin with `first_step=step`.
+            epochs: Epochs of the whole run.
+            metrics_file: What writes the rows, or `None`.
+            callbacks: Further callbacks; those before may end the run at the end of an epoch.
+            **kwargs: As for `fit`.
+
+        Raises:
+            Interrupted: After SIGTERM or SIGINT, when the state is saved.
+            ValueError: When a weight is no longer finite.
+        """
+        if self.steps_per_epoch is None:
+            self.steps_per_epoch = int(batches.cardinality())
+        self.epochs, self.metrics_file = epochs, metrics_file
+        # One iterator for all epochs, and no batch read beyond the last.
+        batches = batches.repeat().take(epochs * self.steps_per_epoch - self.step)
+        model.fit(
+            # Of unknown cardinality: Keras would count the steps that are skipped.
+            batches.filter(lambda *_: True),
+            epochs=epochs,
+            initial_epoch=self.step // self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            shuffle=False,
+            callbacks=[*([metrics_file] if metrics_file else []), *callbacks, self],
+            **kwargs,
+        )
+
+    def remove(self) -> None:
+        """Removes all checkpoints: the run has its result."""
+        if self.run.writes and self.directory.is_dir():
+            for path in self.directory.iterdir():
+                path.unlink()
+            self.directory.rmdir()
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        # Before any other callback looks at the model.
+        if self._arrays is not None:
+            variables = _variables(model)
+            shapes = [tuple(variable.shape) for variable in variables]
+            if shapes != [each.shape for each in self._arrays]:
+                raise ValueError(
+                    f"the checkpoint of step {self.step} in {self.directory} is of another version "
+                    "of the program or of other data. Remove it or choose another directory."
+                )
+            for variable, value in zip(variables, self._arrays):
+                variable.assign(value)
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        if self._state is not None:
+            self.run.add_usage(self._state["usage"])
+            if self.metrics_file:
+                self.metrics_file.set_state(self._state["metrics_file"])
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {
+                number: signal.signal(number, self._interrupt)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, number, frame):
+        if self._signal is not None:
+            raise Interrupted(number=number)
+        self._signal = number
+        logging.info("interrupted: saving after this step (once more to end at once)")
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._epoch, self._skipped = epoch, 0
+        if self._arrays is None:
+            return
+        # `fit` has just reset the metrics; those of a broken-off epoch go on.
+        metrics = self.model.metrics_variables
+        for variable, value in zip(metrics, self._arrays[-len(metrics) :]):
+            variable.assign(value)
+        self._arrays = None
+        self._skipped = self.step % self.steps_per_epoch
+        if self._skipped:
+            self._skip(self._skipped)
+
+    def _skip(self, count):
+        """Makes the next `count` steps of `fit` do nothing: they are already made."""
+        function, left = self.model.train_function, count
+
+        def skip(_):
+            nonlocal left
+            left -= 1
+            if not left:
+                self.model.train_function = function
+            return {}
+
+        self.model.train_function = skip
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if batch < self._skipped:
+            return
+        self.step = self._epoch * self.steps_per_epoch + batch + 1
+        if batch + 1 < self.steps_per_epoch and self._due():
+            self._save()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if self._due() or epoch + 1 == self.epochs:
+            self.model.reset_metrics()  # as the next epoch begins
+            self._save()
+
+    def _due(self):
+        return (
+            self._signal is not None
+            or self.step - self._saved_step >= self.steps
+            or time.monotonic() - self._saved_at >= self.seconds
+        )
+
+    def _save(self):
+        if self.run.writes:
+            self._write()
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        if self._signal is not None:
+            raise Interrupted(f"interrupted after step {self.step}, which is saved", self._signal)
+
+    def _write(self):
+        variables = _variables(self.model)
+        arrays = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        for variable, value in zip(variables, arrays):
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise ValueError(
+                    f"training diverged: {variable.path} is not finite at step {self.step}; try a "
+                    "lower `learning_rate`" + self._last()
+                )
+        state = {
+            "steps_per_epoch": self.steps_per_epoch,
+            "metrics_file": self.metrics_file.get_state(),
+            "usage": self.run.usage(),
+        }
+        self.directory.mkdir(exist_ok=True)
+        archive = io.BytesIO()
+        np.savez(archive, np.array(json.dumps(state)), *arrays)
+        content = archive.getvalue()
+        with replacing(self.directory / f"step_{self.step}.ckpt") as temporary:
+            temporary.write_bytes(hashlib.sha256(content).digest() + content)
+        self._good = [*self._good, self.step][-_KEPT:]
+        kept = {f"step_{step}.ckpt" for step in self._good}
+        for path in self.directory.iterdir():
+            if path.name not in kept:  # older, damaged, or of a process that was killed
+                path.unlink()
+
+    def _last(self):
+        if not self._good:
+            return ""
+        return f". The last good checkpoint is {self.directory}/step_{self._good[-1]}.ckpt"
+
+
+def _variables(model):
+    """All that a training changes; the metrics last."""
+    optimizers = [model.optimizer, getattr(model, "architecture_optimizer", None)]
+    metrics = model.metrics_variables
+    others = [*model.variables, *(v for each in optimizers if each for v in each.variables)]
+    known = {id(variable): variable for variable in others}
+    for variable in metrics:
+        known.pop(id(variable), None)
+    return [*known.values(), *metrics]
+
+
+def _read(path):
+    """The arrays and the state of a checkpoint, or a `ValueError` when it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+        raise ValueError("its content is not what was written")
+    with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as archive:
+        state, *arrays = [archive[f"arr_{index}"] for index in range(len(archive.files))]
+    return arrays, json.loads(str(state))
