@@ -269,14 +269,13 @@ def _search(run, strategy):
     search, batches = _set_up(checkpoints, strategy)
     files = {"space": FLAGS.space, "latency_table": FLAGS.latency_table}
     run.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    checkpoints.fit(
-        search,
-        batches,
-        epochs=FLAGS.epochs,
-        metrics_file=MetricsFile(
+    metrics_file = None
+    if run.writes:
+        metrics_file = MetricsFile(
             run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)
-        ),
-        callbacks=[StopOnDivergence(), *_coarse_to_fine()],
+        )
+    checkpoints.fit(
+        search, batches, FLAGS.epochs, metrics_file, [StopOnDivergence(), *_coarse_to_fine()]
     )
     if run.writes:
         with replacing(run.path("search.weights.h5")) as temporary:

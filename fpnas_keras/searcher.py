@@ -158,9 +158,6 @@ class ArchitectureSearch(keras.Model):
         self.architecture_optimizer = None
         self.built = True
 
-    def _scope(self):
-        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
-
     def _counter(self, name, value=0):
         start = keras.initializers.Constant(value)
         return self.add_weight(
@@ -185,11 +182,22 @@ class ArchitectureSearch(keras.Model):
             **kwargs: As in `keras.Model.compile`, but for loss and metrics, which
                 the method sets, and `jit_compile`: shapes are dynamic.
         """
-        super().compile(optimizer=optimizer, jit_compile=False, **kwargs)
-        self.architecture_optimizer = keras.optimizers.get(architecture_optimizer)
+        super().compile(optimizer=self._made_here(optimizer), jit_compile=False, **kwargs)
+        self.architecture_optimizer = self._made_here(architecture_optimizer)
         with self._scope():
             self.optimizer.build(self.supernet.trainable_variables)
             self.architecture_optimizer.build([each.logits for each in self.distributions])
+
+    def _made_here(self, optimizer):
+        """The optimizer, or one like it: it belongs to the strategy that it is made under."""
+        optimizer = keras.optimizers.get(optimizer)
+        if self.strategy is None:
+            return optimizer
+        with self._scope():
+            return type(optimizer).from_config(optimizer.get_config())
+
+    def _scope(self):
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
         return self.supernet(images, self.distribution.mode())

@@ -179,6 +179,11 @@ def test_a_part_of_the_training_images_is_kept_in_the_next_command(tmp_path):
     assert "400 training images" in result.stderr
 
 
+def without_seconds(directory):
+    lines = (directory / "metrics.csv").read_text().splitlines()
+    return [line.rsplit(",", 1)[0] for line in lines]
+
+
 def test_the_same_flags_give_the_same_search(searched, tmp_path):
     result = run(
         "fpnas_keras.search", f"--flagfile={searched[0]}/flags.txt", f"--output_dir={tmp_path}"
@@ -187,10 +192,6 @@ def test_the_same_flags_give_the_same_search(searched, tmp_path):
     assert (tmp_path / "architecture.json").read_text() == (
         searched[0] / "architecture.json"
     ).read_text()
-
-    def without_seconds(directory):
-        lines = (directory / "metrics.csv").read_text().splitlines()
-        return [line.rsplit(",", 1)[0] for line in lines]
 
     assert without_seconds(tmp_path) == without_seconds(searched[0])
 
@@ -249,6 +250,7 @@ def test_training_and_export_follow_the_printed_commands(trained):
         (["--samples=1"], "`samples` must be at least 2"),
         (["--data=folder:/nonesuch"], "`data` names no folder. Received: data=folder:/nonesuch"),
         (["--data=nonesuch"], "`data` must be digits"),
+        (["--strategy=multiworker"], "needs the environment variable TF_CONFIG"),
         (["--learning_rate=nan"], "`learning_rate` must be a finite number"),
         (["--input_size=9000"], "does not fit into memory"),
     ],
@@ -281,6 +283,7 @@ def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
         (["--min_samples=9", "--max_samples=8"], "--min_samples must be at most --max_samples"),
         (["--flagfile=/nonesuch"], "/nonesuch"),
         (["extra"], "unexpected argument 'extra'"),
+        (["--checkpoint_every=5m"], "must be a number of seconds above 0 with an s"),
         ([], "--output_dir"),
     ],
 )
@@ -307,17 +310,130 @@ def test_directories_that_hold_something_else_are_refused(searched, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_killed_search_is_not_taken_for_a_finished_one(tmp_path):
-    command = [sys.executable, "-m", *SEARCH, "--epochs=1000", f"--output_dir={tmp_path}/run"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+def interrupt(command, number, ready, pause=0.0):
+    """Starts a command, sends a signal when it is ready; output and exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        while process.poll() is None and not ready():
+            time.sleep(0.02)
+        time.sleep(pause)
+        process.send_signal(number)
+        return process.communicate()[0], process.returncode
+
+
+def assert_same_run(directory, expected):
+    """Weights, logits, architecture and rows are those of another run, bit for bit."""
+    for name in ("architecture.json", "search.weights.h5", "model.keras", "metrics.csv"):
+        assert (directory / name).exists() == (expected / name).exists()
+        if name == "metrics.csv":
+            assert without_seconds(directory) == without_seconds(expected)
+        elif name == "model.keras" and (expected / name).exists():
+            # An archive has the time in it.
+            ours, theirs = (keras.saving.load_model(each / name) for each in (directory, expected))
+            weights = zip(ours.get_weights(), theirs.get_weights())
+            assert all(np.array_equal(one, other) for one, other in weights)
+        elif (expected / name).exists():
+            assert (directory / name).read_bytes() == (expected / name).read_bytes()
+    assert sorted(os.listdir(directory)) == sorted(os.listdir(expected))
+
+
+def test_a_killed_search_goes_on_with_the_same_command(searched, tmp_path):
+    command = [*SEARCH, f"--output_dir={tmp_path}/run", "--checkpoint_every=1"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    output, code = interrupt(command, signal.SIGKILL, lambda: list(checkpoints.glob("*.ckpt")))
+    assert code == -signal.SIGKILL, output
+    other = run(*SEARCH, f"--output_dir={tmp_path}/run", "--seed=6", "--warmup_steps=1")
+    assert_refused(other, "holds another run; it differs in --seed, --warmup_steps")
+
+    # SIGTERM saves, and says how to go on.
+    metrics, before = tmp_path / "run" / "metrics.csv", time.time()
+    output, code = interrupt(command, signal.SIGTERM, lambda: metrics.stat().st_mtime > before)
+    assert code == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
+    go_on = next_command(output)
+    assert go_on == ["fpnas_keras.search", f"--flagfile={tmp_path}/run/flags.txt"]
+    result = run(*go_on)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", searched[0])
+
+
+def test_a_second_process_in_a_directory_is_refused(tmp_path):
+    command = [*SEARCH, "--epochs=1000", f"--output_dir={tmp_path}/run"]
+    with subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         while not (tmp_path / "run" / "flags.txt").exists():
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    result = run(*SEARCH, "--epochs=1000", f"--output_dir={tmp_path}/run")
-    assert_refused(result, "holds an unfinished run")
+        second = run(*command)
+        process.kill()
+    assert_refused(second, f"another process is at work in `output_dir` {tmp_path}/run")
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    """Files may have 100 KiB here, and a checkpoint is larger."""
+    command = shlex.join([sys.executable, "-m", *SEARCH, f"--output_dir={tmp_path}/run"])
+    result = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 100; {command} --checkpoint_every=1"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert_refused(result, "File too large")
+    names = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert names == {"flags.txt", "metrics.csv", "checkpoints"}
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    assert_refused(run(*SEARCH, "--output_dir=/proc/self/runs"), "/proc/self/runs")
+
+
+def test_paths_may_have_any_letters(searched, tmp_path):
+    directory = tmp_path / "Größe, 大きさ & co"
+    directory.mkdir()
+    shutil.copy(searched[0] / "architecture.json", directory)
+    train = ["fpnas_keras.train", f"--architecture={directory}/architecture.json", "--epochs=1"]
+    result = run(*train, "--train_images=100", f"--output_dir={directory}/trained")
+    assert result.returncode == 0, result.stderr
+    result = run(*next_command(result.stdout))
+    assert result.returncode == 0, result.stderr
+    assert (directory / "trained" / "model.tflite").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["search", "train"])
+def test_killed_at_ten_random_moments(searched, tmp_path, kind):
+    """Each time with SIGKILL, some time after the first checkpoint of the part."""
+    commands = {"search": [*SEARCH, "--epochs=6", "--coarse_epochs=3", "--steps_per_epoch=30"]}
+    commands["train"] = [*next_command(searched[1])[:-1], "--epochs=30", "--ema_momentum=0.9"]
+    command = [*commands[kind], "--checkpoint_every=2"]
+    result = run(*command, f"--output_dir={tmp_path}/whole")
+    assert result.returncode == 0, result.stderr
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 10:
+        output, code = interrupt(
+            [*command, f"--output_dir={tmp_path}/run"],
+            signal.SIGKILL,
+            (tmp_path / "run" / "flags.txt").exists,
+            rng.uniform(0, 25),
+        )
+        if code == 0:  # it ended first: another directory for the kills that are left
+            assert_same_run(tmp_path / "run", tmp_path / "whole")
+            shutil.rmtree(tmp_path / "run")
+        else:
+            assert code == -signal.SIGKILL, output
+            kills += 1
+    result = run(*command, f"--output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_bad_input_of_training_is_refused(searched, tmp_path):

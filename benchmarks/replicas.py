@@ -1,0 +1,86 @@
+"""Throughput of two workers with one core each against one worker with one core.
+
+python benchmarks/replicas.py
+
+A search of `mobile_mini` at 32 pixels, batch 64, 8 samples a step. The two settings run in turn,
+--repeats times; medians. Takes about 8 minutes on 2 cores. Rows are appended to --output.
+"""
+
+import csv
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import harness
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("repeats", 3, "Runs of each.", lower_bound=1)
+flags.DEFINE_string("output", "benchmarks/replicas.jsonl", "File of the finished rows.")
+
+STEPS, EPOCHS, SAMPLES = 15, 5, 8
+SEARCH = [
+    *("-m", "fpnas_keras.search", "--space=mobile_mini", "--input_size=32", "--batch_size=64"),
+    *(f"--epochs={EPOCHS}", f"--steps_per_epoch={STEPS}", f"--samples={SAMPLES}"),
+    # Logits that hardly move: all steps draw networks of the same sizes.
+    *("--architecture_learning_rate=1e-6", "--warmup_steps=1", "--checkpoint_every=999s"),
+]
+
+
+def samples_a_second(workers: int) -> float:
+    """Of the epochs after the first two, which trace and meet their shapes for the first time."""
+    with tempfile.TemporaryDirectory() as directory:
+        addresses = []
+        for _ in range(workers):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                addresses.append(f"localhost:{free.getsockname()[1]}")
+        processes = []
+        for index, core in zip(range(workers), sorted(os.sched_getaffinity(0))):
+            task = {"type": "worker", "index": index}
+            config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+            command = [sys.executable, *SEARCH, f"--output_dir={directory}/run"]
+            command += ["--strategy=multiworker"] if workers > 1 else []
+            process = subprocess.Popen(
+                ["taskset", "-c", str(core), *command],
+                env=os.environ | ({"TF_CONFIG": config} if workers > 1 else {}),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            processes.append(process)
+        if any([process.wait() for process in processes]):
+            raise RuntimeError(f"a worker of {workers} failed")
+        with open(f"{directory}/run/metrics.csv") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    return SAMPLES * STEPS * (EPOCHS - 2) / (seconds[-1] - seconds[1])
+
+
+def main(_: list[str]) -> None:
+    """Runs what is not yet in the output."""
+    rows = harness.finished(FLAGS.output, "name")
+    for repeat in range(FLAGS.repeats):
+        for workers in (1, 2):
+            name = f"{workers} workers, run {repeat}"
+            if name not in rows:
+                value = {"workers": workers, "samples_a_second": samples_a_second(workers)}
+                rows[name] = {"name": name, **value}
+                with pathlib.Path(FLAGS.output).open("a") as file:
+                    file.write(json.dumps(rows[name]) + "\n")
+    found = {
+        workers: [row["samples_a_second"] for row in rows.values() if row["workers"] == workers]
+        for workers in (1, 2)
+    }
+    print("| workers | samples a second | median |\n|---|---|---|")
+    for workers, values in found.items():
+        listed = " ".join(f"{value:.1f}" for value in values)
+        print(f"| {workers} | {listed} | {statistics.median(values):.1f} |")
+    print(f"\nratio {statistics.median(found[2]) / statistics.median(found[1]):.2f}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,272 @@
+"""Broken-off trainings go on bit for bit; damage is found; one process in a directory."""
+
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+from absl import flags
+from helpers import make_tiny_space
+
+import fpnas_keras as fpnas
+from fpnas_keras import checkpoints as checkpoints_module
+from fpnas_keras.callbacks import CoarseToFine, MetricsFile
+from fpnas_keras.checkpoints import Checkpoints
+from fpnas_keras.cli import Interrupted
+from fpnas_keras.run_directory import Run
+
+EPOCHS, STEPS = 4, 3
+
+
+class Broken(Exception):
+    """What stands for a kill."""
+
+
+class BreakAfter(keras.callbacks.Callback):
+    def __init__(self, steps, what=Broken):
+        super().__init__()
+        self.left, self.what = steps, what
+
+    def on_train_batch_end(self, batch, logs=None):
+        if logs:  # a step that was made
+            self.left -= 1
+            if self.left == 0:
+                if self.what is Broken:
+                    raise Broken
+                self.what(self.model)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test", f"--output_dir={tmp_path}"])
+
+    def make(name="run", **kwargs):
+        run = Run(tmp_path / name, "fpnas_keras.run_directory", "module", **kwargs)
+        run.begin()
+        return run
+
+    return make
+
+
+def close(run):
+    """As when its process ends."""
+    os.close(run._lock)
+
+
+def images():
+    rng = np.random.default_rng(0)
+    return rng.uniform(0, 255, (60, 8, 8, 1)).astype(np.float32), np.arange(60) % 3
+
+
+def search_part(run, *callbacks, every="1"):
+    """A search from where its run stopped; the variables at its end."""
+    checkpoints = Checkpoints(run, every)
+    batches = fpnas.data.search_batches(
+        *images(), batch_size=8, steps_per_epoch=STEPS, first_step=checkpoints.step
+    )
+    space = make_tiny_space()
+    search = fpnas.ArchitectureSearch(
+        space,
+        samples=3,
+        cost=fpnas.MacsCost(target=20_000),
+        distribution="coarse_to_fine",
+        warmup_steps=2,
+    )
+    optimizer = keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 12), momentum=0.9)
+    search.compile(optimizer, keras.optimizers.Adam(0.1))
+    fit(checkpoints, search, batches, run, [CoarseToFine(2), *callbacks])
+    return search
+
+
+def train_part(run, *callbacks, every="1"):
+    checkpoints = Checkpoints(run, every)
+    x, y = images()
+    pictures = fpnas.data.Images(x.astype(np.uint8), y.astype(np.int32), ("a", "b", "c"), (8, 8, 1))
+    batches = fpnas.data.train_batches(
+        pictures, 20, random_crop=1, random_flip=True, first_step=checkpoints.step
+    )
+    space = make_tiny_space()
+    model = space.architecture(np.zeros(space.cardinalities.shape, int)).build()
+    optimizer = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.5)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    optimizer.build(model.trainable_variables)
+    model.compute_metrics(None, np.zeros(1), np.zeros((1, 3)))
+    fit(checkpoints, model, batches, run, callbacks)
+    return model
+
+
+def fit(checkpoints, model, batches, run, callbacks):
+    metrics_file = MetricsFile(run.path("metrics.csv"), lambda epoch, logs: {"epoch": epoch} | logs)
+    checkpoints.fit(
+        model,
+        batches,
+        epochs=EPOCHS,
+        metrics_file=metrics_file,
+        callbacks=list(callbacks),
+        verbose=0,
+    )
+
+
+def state(model, run):
+    rows = run.path("metrics.csv").read_text().splitlines()
+    optimizers = [model.optimizer, getattr(model, "architecture_optimizer", None)]
+    variables = model.variables + [v for each in optimizers if each for v in each.variables]
+    return [np.array(v) for v in variables], [row.rsplit(",", 1)[0] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("part", "every", "breaks"),
+    # A kill loses the step that it comes in; with a checkpoint every second step another one.
+    [(search_part, "2", (6, 2, 6)), (train_part, "1", (3, 5, 2, 1))],
+)
+def test_broken_off_again_and_again_it_ends_bit_for_bit(make_run, part, every, breaks):
+    """In the midst of epochs, at their ends, at the switch to joint logits, after the last."""
+    whole = make_run("whole")
+    expected = state(part(whole), whole)
+    for index, steps in enumerate(breaks):
+        keras.utils.set_random_seed(index)  # the checkpoint brings what it was
+        run = make_run("broken")
+        with pytest.raises(Broken):
+            part(run, BreakAfter(steps), every=every)
+        close(run)
+    run = make_run("broken")
+    for _ in range(2):  # to the end, and once more after it
+        variables, rows = state(part(run, every=every), run)
+        assert rows == expected[1]
+        assert len(variables) == len(expected[0])
+        assert all(map(np.array_equal, variables, expected[0]))
+
+
+def test_a_signal_saves_and_ends(make_run):
+    run = make_run()
+    kill = BreakAfter(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Interrupted, match="interrupted after step 5, which is saved") as caught:
+            train_part(run, kill, every="999s")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert caught.value.signal == signal.SIGTERM
+    assert Checkpoints(run, "1").step == 5
+    with pytest.raises(Interrupted, match=r"saved; to go on:\n  python -m module --flagfile="):  # noqa: SIM117
+        with run.interruptions():
+            raise caught.value
+
+
+def saved(make_run, break_after=6):
+    run = make_run()
+    with pytest.raises(Broken):  # before that step is saved
+        train_part(run, BreakAfter(break_after))
+    return run, [run.path(f"checkpoints/step_{break_after - back}.ckpt") for back in (2, 1)]
+
+
+def test_only_the_last_two_are_kept_and_a_damaged_one_is_passed_over(make_run, caplog):
+    run, (older, newer) = saved(make_run)
+    assert sorted(run.path("checkpoints").iterdir()) == [older, newer]
+    content = newer.read_bytes()
+    assert Checkpoints(run, "1").step == 5
+    rng = np.random.default_rng(0)
+    damages = [content[:-1], content[: len(content) // 2], b"", content + b"0"]
+    for position in rng.choice(len(content), 50, replace=False):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.integers(8)
+        damages.append(bytes(flipped))
+    for damaged in damages:
+        newer.write_bytes(damaged)
+        assert Checkpoints(run, "1").step == 4
+    assert f"{newer} is damaged" in caplog.text
+    # The damaged one is not counted among those that are kept.
+    with pytest.raises(Broken):
+        train_part(run, BreakAfter(3))
+    assert Checkpoints(run, "1").step == 6
+    newer.write_bytes(b"")
+    run.path("checkpoints/step_6.ckpt").write_bytes(b"")
+    assert Checkpoints(run, "1").step == 0
+    assert "no checkpoint is whole" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_run):
+    run, _ = saved(make_run)
+    with pytest.raises(ValueError, match="is of another version of the program or of other data"):
+        search_part(run)
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_run):
+    def spoil(model):
+        weight = model.trainable_variables[3]
+        weight.assign(np.full(weight.shape, np.nan))
+
+    run = make_run()
+    with pytest.raises(ValueError, match=r"not finite at step 4; .*last good .*step_3\.ckpt"):
+        # It comes before `Checkpoints` in the list of callbacks.
+        train_part(run, BreakAfter(4, spoil))
+    assert Checkpoints(run, "1").step == 3
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(make_run, monkeypatch):
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    def fill(_):
+        monkeypatch.setattr(type(run.directory), "write_bytes", full)
+
+    run = make_run()
+    with pytest.raises(OSError, match="No space left"):
+        train_part(run, BreakAfter(4, fill))
+    assert sorted(path.name for path in run.path("checkpoints").iterdir()) == [
+        "step_2.ckpt",
+        "step_3.ckpt",
+    ]
+
+
+def test_remove_leaves_nothing(make_run):
+    run, _ = saved(make_run)
+    Checkpoints(run, "1").remove()
+    assert not run.path("checkpoints").exists()
+
+
+def test_one_process_at_a_time(make_run, tmp_path):
+    run = make_run()
+    with pytest.raises(ValueError, match=f"another process is at work in `output_dir` {tmp_path}"):
+        make_run()
+    make_run(writes=False)  # the other workers of a cluster
+    close(run)
+    make_run()
+
+
+def test_a_run_that_ends_while_another_starts_is_not_begun_anew(make_run, tmp_path):
+    late = Run(tmp_path / "new", "fpnas_keras.run_directory", "module")
+    first = make_run("new")
+    first.finish()
+    close(first)
+    with pytest.raises(ValueError, match="another process has just finished"):
+        late.begin()
+
+
+def test_what_a_kill_left_is_removed(make_run):
+    run = make_run()
+    run.path(".123.metrics.csv").write_text("half")
+    close(run)
+    assert not make_run().path(".123.metrics.csv").exists()
+
+
+def test_a_file_of_the_user_must_stay_what_it_was(make_run, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    run = make_run()
+    run.begin(space=str(file), latency_table=None)
+    assert run.path("space.json").read_text() == "{}"
+    file.write_text('{"more": 1}')
+    with pytest.raises(ValueError, match=r"`space` .*mine.json is not what the run in .* began"):
+        run.begin(space=str(file))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "60m", "s", "", "1e3"])
+def test_how_often_must_be_steps_or_seconds(value):
+    assert not checkpoints_module._EVERY.fullmatch(value)

@@ -1,0 +1,193 @@
+"""Samples shared out among replicas: the result is that of one process."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpnas_keras.replicas import is_chief, make_strategy, own_share
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("replicas")
+SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=4"]
+SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--samples=5", "--warmup_steps=3"]
+SEARCH += ["--distribution=coarse_to_fine", "--coarse_epochs=2", "--learning_rate=0.001"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 10**9), max_size=40), st.integers(1, 8))
+def test_each_sample_is_one_replicas_and_the_work_is_even(costs, replicas):
+    shares = [own_share(tf.constant(costs, tf.int64), r, replicas).numpy() for r in range(replicas)]
+    assert sorted(np.concatenate(shares)) == list(range(len(costs)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    sums = [sum(costs[index] for index in share) for share in shares]
+    assert max(sums) - min(sums) <= max(costs, default=0)
+
+
+# On two logical devices, which must be made before TensorFlow does anything: a process of its own.
+MIRRORED = """
+import sys
+import keras, numpy as np, tensorflow as tf
+sys.path[:0] = ["tests"]
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from helpers import make_tiny_space
+import fpnas_keras as fpnas
+
+x, y = np.random.default_rng(0).uniform(0, 255, (60, 8, 8, 1)), np.arange(60) % 3
+two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+weights, rows = [], []
+for strategy in (None, two):
+    # With 1 sample in the warm-up one of the replicas has none.
+    for optimizer in (keras.optimizers.SGD(0.01, momentum=0.9), keras.optimizers.AdamW(1e-4)):
+        keras.utils.set_random_seed(0)
+        search = fpnas.ArchitectureSearch(
+            make_tiny_space(), samples=5, cost=fpnas.MacsCost(target=20_000), warmup_steps=2,
+            warmup_samples=1, distribution="coarse_to_fine", strategy=strategy,
+        )
+        search.compile(optimizer, keras.optimizers.Adam(0.03))
+        batches = fpnas.data.search_batches(x.astype("float32"), y, 10, steps_per_epoch=3)
+        history = search.fit(
+            batches, epochs=3, callbacks=[fpnas.CoarseToFine(2)], verbose=0, shuffle=False
+        )
+        weights.append([v.numpy() for v in search.variables])
+        rows.append(np.array(list(history.history.values())))
+for one, several, one_row, several_row in zip(weights[:2], weights[2:], rows[:2], rows[2:]):
+    print(max(np.abs(a.astype(float) - b).max() for a, b in zip(one, several)))
+    print((np.abs(one_row - several_row) / np.maximum(1, np.abs(one_row))).max())
+"""
+
+
+def test_two_replicas_on_one_machine_are_one_process_to_rounding():
+    result = subprocess.run(
+        [sys.executable, "-c", MIRRORED], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    differences = [float(line) for line in result.stdout.splitlines()[-4:]]
+    assert max(differences) < 1e-3, differences
+
+
+def start(directory, *arguments):
+    """Two workers on loopback."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            ports.append(free.getsockname()[1])
+    workers = [f"localhost:{port}" for port in ports]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": {"worker": workers}, "task": task})
+        command = [*SEARCH, "--strategy=multiworker", f"--output_dir={directory}", *arguments]
+        with open(f"{directory}.{index}.log", "a") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CONFIG": config},
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    return processes
+
+
+def logs(directory):
+    return [pathlib.Path(f"{directory}.{index}.log").read_text() for index in range(2)]
+
+
+def weights_of(directory):
+    found = {}
+    with h5py.File(directory / "search.weights.h5") as file:
+        file.visititems(
+            lambda name, each: (
+                found.update({name: each[()]}) if isinstance(each, h5py.Dataset) else None
+            )
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two workers find."""
+    directory = tmp_path_factory.mktemp("two") / "run"
+    codes = [process.wait(timeout=500) for process in start(directory)]
+    assert codes == [0, 0], logs(directory)
+    return directory
+
+
+def test_two_workers_find_what_one_process_finds(two, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", *SEARCH, f"--output_dir={tmp_path}/one"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    one = tmp_path / "one"
+    assert (one / "architecture.json").read_text() == (two / "architecture.json").read_text()
+    ours, theirs = weights_of(one), weights_of(two)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], atol=2e-3, err_msg=name)
+    # The chief alone writes and reports.
+    assert re.search(r"next, train it", logs(two)[0])
+    assert "next, train it" not in logs(two)[1]
+
+
+def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(two, tmp_path):
+    directory = tmp_path / "run"
+    processes = start(directory, "--checkpoint_every=1")
+    while not (directory / "checkpoints" / "step_6.ckpt").exists():
+        assert [process.poll() for process in processes] == [None, None], logs(directory)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    assert processes[0].wait(timeout=60) != 0
+    print(f"the other worker ended after {time.monotonic() - died:.0f} s")
+    message = "another worker is not reached any more. Start all workers again"
+    assert message in logs(directory)[0]
+    assert "Traceback" not in logs(directory)[0]
+    assert not (directory / "summary.json").exists()
+
+    codes = [process.wait(timeout=500) for process in start(directory)]
+    assert codes == [0, 0], logs(directory)
+    assert "going on after step" in logs(directory)[1]
+    for name in ("architecture.json", "search.weights.h5"):
+        assert (directory / name).read_bytes() == (two / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("", "Received: none"),
+        ("{", "Received: {"),
+        ("[]", "Received: []"),
+        ('{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}', "not host:port"),
+        ('{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', "index is 1"),
+        ('{"cluster": {"ps": ["a:1"]}, "task": {"type": "ps", "index": 0}}', "type is 'ps'"),
+    ],
+)
+def test_a_bad_cluster_is_refused(monkeypatch, config, message):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(ValueError, match="needs the environment variable TF_CONFIG") as caught:
+        make_strategy("multiworker")
+    assert message in str(caught.value)
+
+
+def test_one_replica_is_no_strategy():
+    assert make_strategy("none") is None
+    assert make_strategy("mirrored") is None  # one CPU
+    assert is_chief(None)
