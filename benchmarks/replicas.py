@@ -53,7 +53,8 @@ def samples_a_second(workers: int) -> float:
                 stderr=subprocess.DEVNULL,
             )
             processes.append(process)
-        if any([process.wait() for process in processes]):
+        codes = [process.wait() for process in processes]
+        if any(codes):
             raise RuntimeError(f"a worker of {workers} failed")
         with open(f"{directory}/run/metrics.csv") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]

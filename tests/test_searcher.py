@@ -5,6 +5,7 @@ import tensorflow as tf
 from helpers import all_choices, make_tiny_space
 
 import fpnas_keras as fpnas
+from fpnas_keras.callbacks import StopOnDivergence
 from fpnas_keras.distributions import JointLogits
 from fpnas_keras.searcher import _loss_and_accuracy
 from fpnas_keras.supernet import Supernet
@@ -426,3 +427,23 @@ def test_without_control_variate_one_sample_is_allowed():
     search = make_search(samples=1, control_variate=False)
     search.fit(batches(steps=2), verbose=0, shuffle=False)
     assert np.any(search.distribution.logits.numpy() != 0)
+
+
+def test_labels_out_of_range_are_an_error():
+    x, y = tiny_images()
+    search = make_search()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="label value"):
+        search.fit(fpnas.data.search_batches(x, y + 1, 10, steps_per_epoch=1), verbose=0)
+
+
+def test_nan_in_a_batch_ends_within_the_epoch():
+    x, y = tiny_images()
+    x[5] = np.nan
+    search = make_search()
+    with pytest.raises(ValueError, match=r"diverged: train_loss is nan in epoch 1"):
+        search.fit(
+            fpnas.data.search_batches(x, y, 10, steps_per_epoch=6),
+            epochs=3,
+            verbose=0,
+            callbacks=[StopOnDivergence()],
+        )
