@@ -39,8 +39,7 @@ class BreakAfter(keras.callbacks.Callback):
 
 @pytest.fixture
 def make_run(tmp_path):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test", f"--output_dir={tmp_path}"])
+    flags.FLAGS.mark_as_parsed()  # not parsed: other tests import flags that are required
 
     def make(name="run", **kwargs):
         run = Run(tmp_path / name, "fpnas_keras.run_directory", "module", **kwargs)
