@@ -1,14 +1,17 @@
 """Keras callbacks of the command lines."""
 
 import csv
+import datetime
 import math
 import os
 import pathlib
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import keras
+from absl import logging
 
 from fpnas_keras.files import replacing
 
@@ -63,6 +66,30 @@ class CoarseToFine(keras.callbacks.Callback):
         refined = self.model.distribution is self.model.distributions[-1]
         if epoch >= self.epoch and not refined:
             self.model.refine()
+
+
+class EpochLine(keras.callbacks.Callback):
+    """Logs a line an epoch that a person can read, with the time that is left.
+
+    Args:
+        line: From the index of the epoch and its logs to what the line says.
+    """
+
+    def __init__(self, line: Callable[[int, dict], str]):
+        super().__init__()
+        self.line = line
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.start = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self.seconds.append(time.monotonic() - self.start)
+        epochs = self.params["epochs"]
+        # Of the last few: the first traces, and later ones draw fewer samples.
+        left = statistics.median(self.seconds[-5:]) * (epochs - epoch - 1)
+        left = datetime.timedelta(seconds=round(left))
+        logging.info("epoch %d/%d: %s; %s left", epoch + 1, epochs, self.line(epoch, logs), left)
 
 
 class MetricsFile(keras.callbacks.Callback):

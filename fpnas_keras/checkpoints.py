@@ -65,7 +65,7 @@ class Checkpoints(keras.callbacks.Callback):
     def __init__(self, run: Run, every: str):
         super().__init__()
         self.run = run
-        self.directory = run.path("checkpoints")
+        self.directory = run.checkpoints
         number, is_seconds = _EVERY.fullmatch(every).groups()
         self.seconds = int(number) if is_seconds else float("inf")
         self.steps = float("inf") if is_seconds else int(number)
@@ -73,6 +73,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.steps_per_epoch = None
         self._good = []  # steps of the checkpoints that are known to be whole
         self._arrays = self._state = self._signal = None
+        self._interruptions = 0
         self._find()
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
@@ -133,13 +134,6 @@ class Checkpoints(keras.callbacks.Callback):
             **kwargs,
         )
 
-    def remove(self) -> None:
-        """Removes all checkpoints: the run has its result."""
-        if self.run.writes and self.directory.is_dir():
-            for path in self.directory.iterdir():
-                path.unlink()
-            self.directory.rmdir()
-
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         # Before any other callback looks at the model.
@@ -169,12 +163,17 @@ class Checkpoints(keras.callbacks.Callback):
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+        self._end_if_interrupted()
 
     def _interrupt(self, number, frame):
-        if self._signal is not None:
+        if self._interruptions:
             raise Interrupted(number=number)
-        self._signal = number
-        logging.info("interrupted: saving after this step (once more to end at once)")
+        self._interruptions += 1
+        if self.run.writes:
+            self._signal = number
+            logging.info("interrupted: saving after this step (once more to end at once)")
+        else:  # It needs the others to finish its step, and so do they.
+            logging.info("interrupted: the chief saves and ends (once more to end at once)")
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch, self._skipped = epoch, 0
@@ -225,6 +224,9 @@ class Checkpoints(keras.callbacks.Callback):
         if self.run.writes:
             self._write()
         self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._end_if_interrupted()
+
+    def _end_if_interrupted(self):
         if self._signal is not None:
             raise Interrupted(f"interrupted after step {self.step}, which is saved", self._signal)
 
@@ -273,10 +275,8 @@ def _variables(model):
 
 def _read(path):
     """The arrays and the state of a checkpoint, or a `ValueError` when it is damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(error.strerror) from None
+    # An `OSError` is not damage: it ends the run, and nothing is lost.
+    content = path.read_bytes()
     if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
         raise ValueError("its content is not what was written")
     with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as archive:

@@ -1,7 +1,6 @@
 """What the command lines share: flags, errors in one line, signals."""
 
 import math
-import os
 import shlex
 import signal
 import sys
@@ -129,11 +128,15 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"error: {error}")
         except tf.errors.OpError as error:  # An image on the disk that cannot be decoded, say.
             logging.debug("where it happened", exc_info=True)
-            if isinstance(error, _UNREACHED) and FLAGS.is_parsed() and "TF_CONFIG" in os.environ:
-                sys.exit(
+            several = "strategy" in FLAGS and FLAGS.strategy == "multiworker"
+            if several and isinstance(error, _UNREACHED):
+                print(
                     "error: another worker is not reached any more. Start all workers again with "
-                    f"the same command; they go on from the last checkpoint. ({reason(error)})"
+                    f"the same command; they go on from the last checkpoint. ({reason(error)})",
+                    file=sys.stderr,
                 )
+                # Kubernetes' TFJob restarts what ends with this code.
+                sys.exit(128 + signal.SIGUSR1)
             sys.exit(f"error: {error.message.strip().splitlines()[0]}")
         except KeyboardInterrupt as error:
             print(error if str(error) else "interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ gradients.
 
 import json
 import os
+import signal
 
 import tensorflow as tf
 
@@ -19,27 +20,53 @@ def make_strategy(name: str) -> tf.distribute.Strategy | None:
 
     For "multiworker" TensorFlow reads the environment variable `TF_CONFIG`, and waits until all
     workers are there. It must come before anything else that TensorFlow does.
-
-    Raises:
-        ValueError: When `TF_CONFIG` does not describe the workers.
     """
     if name == "mirrored":
         strategy = tf.distribute.MirroredStrategy()
         return strategy if strategy.num_replicas_in_sync > 1 else None
     if name == "multiworker":
-        _check_tf_config()
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        # It waits in C++, where no handler of Python's is called.
+        handlers = {
+            number: signal.signal(number, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            return tf.distribute.MultiWorkerMirroredStrategy()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return None
 
 
-def is_chief(strategy: tf.distribute.Strategy | None) -> bool:
-    """Whether this process is the one that writes."""
-    resolver = strategy.cluster_resolver if strategy else None
-    if resolver is None or not resolver.task_type:
+def is_chief(name: str) -> bool:
+    """Whether this process, under the strategy of a flag, is the one that writes.
+
+    Raises:
+        ValueError: When `TF_CONFIG` does not describe the workers.
+    """
+    if name != "multiworker":
         return True
-    if "chief" in resolver.cluster_spec().jobs:
-        return resolver.task_type == "chief"
-    return resolver.task_id == 0
+    _check_tf_config()
+    config = json.loads(os.environ["TF_CONFIG"])
+    if "chief" in config["cluster"]:
+        return config["task"]["type"] == "chief"
+    return config["task"]["index"] == 0
+
+
+def check_same_step(strategy: tf.distribute.Strategy | None, step: int) -> None:
+    """Raises `ValueError` when the workers begin with different steps."""
+    if strategy is None:
+        return
+
+    def gather():
+        return tf.distribute.get_replica_context().all_gather(tf.constant([step]), 0)
+
+    steps = set(local(tf.function(lambda: strategy.run(gather))(), strategy).numpy().tolist())
+    if len(steps) > 1:
+        raise ValueError(
+            "`output_dir` must be on a file system that all workers share. Received: checkpoints "
+            f"of the steps {', '.join(map(str, sorted(steps)))}"
+        )
 
 
 def own_share(costs: tf.Tensor, replica: tf.Tensor | int, replicas: int) -> tf.Tensor:

@@ -89,6 +89,8 @@ class Run:
         if any(not _TEMPORARY.fullmatch(path.name) for path in self.directory.iterdir()):
             self._check_same_run()
             self.finished = self.path("summary.json").is_file()
+            if self.finished:
+                self._remove_checkpoints()  # in case that a kill came in between
 
     def _check_same_run(self):
         flag_file = self.path("flags.txt")
@@ -160,6 +162,11 @@ class Run:
             f"python -m {self.command_name} --flagfile={shlex.quote(str(self.path('flags.txt')))}"
         )
 
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """The folder of the checkpoints, there while the run lasts."""
+        return self.path("checkpoints")
+
     def path(self, name: str) -> pathlib.Path:
         """Path of a file of the run."""
         return self.directory / name
@@ -179,13 +186,19 @@ class Run:
         self._earlier = usage
 
     def finish(self, **summary: Any) -> None:
-        """Writes `summary.json`, with the seconds and the memory that the run took."""
+        """Writes `summary.json`, with what the run took, and removes the checkpoints."""
         if not self.writes:
             return
         summary |= self.usage()
         summary["versions"] = {"keras": keras.__version__, "tensorflow": tf.__version__}
         with replacing(self.path("summary.json")) as temporary:
             temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        self.finished = True
+        self._remove_checkpoints()
+
+    def _remove_checkpoints(self):
+        if self.writes and self.checkpoints.is_dir():
+            shutil.rmtree(self.checkpoints)
 
     def summary(self) -> dict[str, Any]:
         """What `finish` wrote."""

@@ -10,12 +10,12 @@ from absl import flags, logging
 
 from fpnas_keras import checkpoints, cli, data, replicas, run_directory, spaces
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import CoarseToFine, MetricsFile, StopOnDivergence
+from fpnas_keras.callbacks import CoarseToFine, EpochLine, MetricsFile, StopOnDivergence
 from fpnas_keras.checkpoints import Checkpoints
 from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost, latency, text
 from fpnas_keras.distributions import JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController
-from fpnas_keras.files import replacing
+from fpnas_keras.files import reason, replacing
 from fpnas_keras.run_directory import Run
 from fpnas_keras.searcher import ArchitectureSearch
 
@@ -252,45 +252,50 @@ _COSTS = {
 
 def main() -> None:
     """Runs the search that the flags describe."""
-    # First of all: TensorFlow takes a cluster only before it has done anything else.
-    strategy = replicas.make_strategy(FLAGS.strategy)
-    chief = replicas.is_chief(strategy)
+    chief = replicas.is_chief(FLAGS.strategy)
     run = Run(FLAGS.output_dir, __name__, "fpnas_keras.search", writes=chief)
     with run.interruptions():
         if not run.finished:
-            _search(run, strategy)
+            _search(run)
         if chief:
             _report(run)
 
 
-def _search(run, strategy):
+def _search(run):
+    # First of all: TensorFlow takes a cluster only before it has done anything else.
+    strategy = replicas.make_strategy(FLAGS.strategy)
     keras.utils.set_random_seed(FLAGS.seed)
     checkpoints = Checkpoints(run, FLAGS.checkpoint_every)
+    replicas.check_same_step(strategy, checkpoints.step)
     search, batches = _set_up(checkpoints, strategy)
     files = {"space": FLAGS.space, "latency_table": FLAGS.latency_table}
     run.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    metrics_file = None
+    metrics_file, callbacks = None, [StopOnDivergence(), *_coarse_to_fine()]
     if run.writes:
         metrics_file = MetricsFile(
             run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)
         )
-    checkpoints.fit(
-        search, batches, FLAGS.epochs, metrics_file, [StopOnDivergence(), *_coarse_to_fine()]
-    )
+        callbacks.append(EpochLine(lambda epoch, logs: _line(search, _row(search, epoch, logs))))
+    checkpoints.fit(search, batches, FLAGS.epochs, metrics_file, callbacks)
     if run.writes:
         with replacing(run.path("search.weights.h5")) as temporary:
-            search.save_weights(temporary)
+            try:
+                search.save_weights(temporary)
+            except RuntimeError as error:  # what h5py raises when the disk is full
+                raise OSError(f"cannot write search.weights.h5: {reason(error)}") from None
     derivation = search.derivation(seconds=FLAGS.derive_seconds, least_share=FLAGS.least_share)
     # What the most probable architecture reaches with the shared weights.
     mode = search.evaluate(
-        batches.map(lambda _, validation: validation), verbose=0, return_dict=True
+        batches.map(lambda _, validation: validation),
+        steps=checkpoints.steps_per_epoch,
+        verbose=0,
+        return_dict=True,
     )
     mode = {f"mode_{name}": value for name, value in mode.items()}
     mode["mode_macs"] = search.derive(budget=None).macs()
     if run.writes:
         derivation.architecture.save(run.path("architecture.json"))
         run.finish(**_summary(search, derivation), **mode)
-        checkpoints.remove()
 
 
 def _coarse_to_fine():
@@ -399,6 +404,18 @@ def _row(search, epoch, logs):
         "total_samples": int(search.total_samples.numpy()),
     }
     return first | {name: value for name, value in logs.items() if name != "samples"}
+
+
+def _line(search, row):
+    """A row for people."""
+    cost = f"{text(row['expected_cost'])} {search.cost.unit}"
+    if search.cost.target is not None:
+        cost += f" of {text(search.cost.target)}"
+    return (
+        f"{row['phase']}, {row['samples']:.1f} samples a step, entropy {row['entropy']:.1f} nats, "
+        f"expected cost {cost}, loss {row['train_loss']:.3f} (weights part), "
+        f"{row['validation_loss']:.3f} (architecture part)"
+    )
 
 
 def _summary(search, derivation):

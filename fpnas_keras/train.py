@@ -141,7 +141,6 @@ def _train(run, architecture):
         params=architecture.params(),
         test_accuracy=_test_accuracy(model, architecture),
     )
-    checkpoints.remove()
 
 
 def _build_variables(model, num_classes):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from fpnas_keras.callbacks import MetricsFile, StopOnDivergence
+from fpnas_keras.callbacks import EpochLine, MetricsFile, StopOnDivergence
 
 
 def fit(callbacks, learning_rate=0.1):
@@ -31,3 +31,15 @@ def test_a_diverging_training_ends_with_a_message():
     fit([StopOnDivergence()])
     with pytest.raises(ValueError, match=r"diverged: loss is .* in epoch .*`learning_rate`"):
         fit([StopOnDivergence()], learning_rate=1e30)
+
+
+def test_an_epoch_is_one_line_with_the_time_left(caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        fit([EpochLine(lambda epoch, logs: f"{len(logs)} value, {epoch}")])
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(";")[0] for line in lines] == [
+        "epoch 1/3: 1 value, 0",
+        "epoch 2/3: 1 value, 1",
+        "epoch 3/3: 1 value, 2",
+    ]
+    assert lines[-1].endswith("; 0:00:00 left")

@@ -224,10 +224,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(make_run, monkeypatch):
     ]
 
 
-def test_remove_leaves_nothing(make_run):
+def test_a_finished_run_has_no_checkpoints(make_run):
     run, _ = saved(make_run)
-    Checkpoints(run, "1").remove()
-    assert not run.path("checkpoints").exists()
+    run.finish()
+    assert not run.checkpoints.exists()
+    run.checkpoints.mkdir()  # as when a kill comes in between
+    close(run)
+    assert Run(run.directory, "fpnas_keras.run_directory", "module").finished
+    assert not run.checkpoints.exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(make_run):
+    run, (_, newer) = saved(make_run)
+    newer.unlink()
+    newer.mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        Checkpoints(run, "1")
 
 
 def test_one_process_at_a_time(make_run, tmp_path):

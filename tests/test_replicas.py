@@ -155,7 +155,7 @@ def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(two, tmp_path):
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGKILL)
     died = time.monotonic()
-    assert processes[0].wait(timeout=60) != 0
+    assert processes[0].wait(timeout=60) == 128 + signal.SIGUSR1, logs(directory)
     print(f"the other worker ended after {time.monotonic() - died:.0f} s")
     message = "another worker is not reached any more. Start all workers again"
     assert message in logs(directory)[0]
@@ -183,11 +183,27 @@ def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(two, tmp_path):
 def test_a_bad_cluster_is_refused(monkeypatch, config, message):
     monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(ValueError, match="needs the environment variable TF_CONFIG") as caught:
-        make_strategy("multiworker")
+        is_chief("multiworker")
     assert message in str(caught.value)
 
 
 def test_one_replica_is_no_strategy():
     assert make_strategy("none") is None
     assert make_strategy("mirrored") is None  # one CPU
-    assert is_chief(None)
+    assert is_chief("none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "index", "cluster", "chief"),
+    [
+        ("worker", 0, ["worker"], True),
+        ("worker", 1, ["worker"], False),
+        ("chief", 0, ["chief", "worker"], True),
+        ("worker", 0, ["chief", "worker"], False),
+    ],
+)
+def test_one_of_all_workers_writes(monkeypatch, kind, index, cluster, chief):
+    config = {"cluster": {each: ["a:1", "b:1"] for each in cluster}}
+    config["task"] = {"type": kind, "index": index}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    assert is_chief("multiworker") == chief
