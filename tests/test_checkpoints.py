@@ -38,7 +38,8 @@ class BreakAfter(keras.callbacks.Callback):
 
 
 @pytest.fixture
-def make_run(tmp_path):
+def make_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(flags.FLAGS["output_dir"], "value", str(tmp_path))
     flags.FLAGS.mark_as_parsed()  # not parsed: other tests import flags that are required
 
     def make(name="run", **kwargs):
