@@ -24,7 +24,6 @@ flags.DEFINE_string(
     "output_dir",
     None,
     "Directory of the run: new, empty, or that of the same run, which goes on where it stopped.",
-    required=True,
 )
 FLAGS = flags.FLAGS
 

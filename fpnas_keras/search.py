@@ -22,6 +22,7 @@ from fpnas_keras.searcher import ArchitectureSearch
 FLAGS = flags.FLAGS
 for _module in (cli, run_directory, checkpoints):
     flags.adopt_module_key_flags(_module)
+flags.mark_flag_as_required("output_dir")
 flags.DEFINE_string(
     "space",
     "mobile_mini",

@@ -19,6 +19,7 @@ from fpnas_keras.run_directory import Run
 FLAGS = flags.FLAGS
 for _module in (cli, run_directory, checkpoints):
     flags.adopt_module_key_flags(_module)
+flags.mark_flag_as_required("output_dir")
 flags.DEFINE_string("architecture", None, "Architecture file (JSON) to train.", required=True)
 flags.DEFINE_integer("epochs", 20, "Epochs to train.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a batch.", lower_bound=2)
