@@ -52,6 +52,8 @@ class AdaptiveSamples:
     def __call__(self, entropy: tf.Tensor) -> tf.Tensor:
         """The number of samples, int32, for an entropy in nats."""
         count = tf.math.ceil(self.scale * entropy)
+        # A search that has diverged draws on until the end of its epoch, where it is stopped.
+        count = tf.where(tf.math.is_nan(count), float(self.minimum), count)
         return tf.cast(tf.clip_by_value(count, self.minimum, self.maximum), tf.int32)
 
 
