@@ -52,7 +52,10 @@ class Host:
             print(json.dumps(str(files[name])), file=self._process.stdin, flush=True)
             answer = self._process.stdout.readline()
             if not answer:
-                raise ValueError(f"the file for {name} cannot be run: the interpreter died")
+                raise ValueError(
+                    f"the file for {name} cannot be run: LiteRT died of it. (In int8 XNNPACK "
+                    "refuses layers that give 0 for all representative images.)"
+                )
             yield name, float(answer)
 
     def close(self) -> None:

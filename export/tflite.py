@@ -18,7 +18,8 @@ from tqdm import tqdm
 from export import conversion, devices
 from fpnas_keras import cli, data
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.files import read_json, reason, replacing
+from fpnas_keras.files import read_json, replacing
+from fpnas_keras.network import load_model
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
@@ -130,6 +131,8 @@ def main() -> None:
     output, labels, report = _output_paths()
     images = _test_images(model, labels)
     content = _convert(model)
+    # First, and in a process of its own: what XNNPACK refuses may take its process down.
+    milliseconds = _host_milliseconds(content)
     comparison = compare(model, content, images)
     _check(comparison)
     contents = {
@@ -139,7 +142,7 @@ def main() -> None:
         "operators": conversion.operators(content),
         "float_operators": conversion.float_operators(content),
         "delegated_partitions": conversion.delegated_partitions(content),
-        "host_milliseconds": _host_milliseconds(content),
+        "host_milliseconds": milliseconds,
         "data": FLAGS.data,
         "seed": FLAGS.seed,
         "test_images": len(images.y),
@@ -155,7 +158,7 @@ def main() -> None:
         f"\n{output}: {len(content):,} bytes; test accuracy {comparison.tflite_accuracy:.2%} "
         f"(Keras {comparison.keras_accuracy:.2%}), same class for {comparison.agreement:.2%}, "
         f"largest difference of a logit {comparison.max_difference:.1e}; "
-        f"{contents['host_milliseconds']:.3g} ms an image on one thread of this machine\n"
+        f"{milliseconds:.3g} ms an image on one thread of this machine\n"
         f"labels: {labels}\nreport: {report}\n"
         "next, time it on this machine:\n"
         f"  litert-benchmark --num_threads=1 --model={shlex.quote(str(output))}"
@@ -173,9 +176,8 @@ def _convert(model):
         return conversion.convert(model, "int8", representative, FLAGS.input_type)
     from export import qat  # which imports a second Keras
 
-    batches = data.train_batches(
-        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip
-    )
+    augmentation = data.Augmentation(FLAGS.random_crop, FLAGS.random_flip)
+    batches = data.train_batches(images, FLAGS.batch_size, FLAGS.seed, augmentation)
     tuned = qat.fine_tune(
         model,
         _architecture(model),
@@ -228,30 +230,8 @@ def _host_milliseconds(content):
     ):
         file.write(content)
         file.flush()
-        times = devices.times(host, {"": pathlib.Path(file.name)}, _LATENCY_ROUNDS)
-    return devices.typical(times[""])
-
-
-def load_model(path: str) -> keras.Model:
-    """Loads a `.keras` file in safe mode: no code in it is run.
-
-    Raises:
-        ValueError: When it is no Keras file, or not one from images to logits.
-    """
-    if not pathlib.Path(path).is_file() or not path.endswith(".keras"):
-        raise ValueError(f"`model` must be an existing .keras file. Received: model={path}")
-    try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras raises what its many readers raise.
-        raise ValueError(f"cannot load the Keras model {path}: {reason(error)}") from None
-    shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
-    ranks = [len(shape) if isinstance(shape, tuple) else None for shape in shapes]
-    if ranks != [4, 2] or None in shapes[0][1:]:
-        raise ValueError(
-            f"the model {path} must go from (batch, height, width, channels) to (batch, classes). "
-            f"Received: {shapes[0]} to {shapes[1]}"
-        )
-    return model
+        times = devices.times(host, {FLAGS.model: pathlib.Path(file.name)}, _LATENCY_ROUNDS)
+    return devices.typical(times[FLAGS.model])
 
 
 def _output_paths():

@@ -1,3 +1,5 @@
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 from helpers import make_tiny_space
 
-from export import conversion, tflite
+from export import conversion, devices, tflite
 from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
 
@@ -113,6 +115,19 @@ def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"differs from Keras by .* nothing is written"):
         tflite.main()
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_a_file_that_xnnpack_refuses_is_an_error_in_one_line(tmp_path):
+    model = make_model(Block(8, splits=1))
+    dead = next(each for each in model.trainable_variables if each.path.endswith("reduce/bias"))
+    dead.assign(tf.fill(dead.shape, -1000.0))  # 0 after the ReLU, whatever comes in
+    file = tmp_path / "dead.tflite"
+    file.write_bytes(conversion.convert(model, "int8", random_images().x.astype(np.float32)))
+    with (
+        contextlib.closing(devices.Host()) as host,
+        pytest.raises(ValueError, match=r"dead cannot be run: .*XNNPACK refuses"),
+    ):
+        devices.times(host, {"dead": file}, 1)
 
 
 def test_models_that_are_no_classifiers_are_refused(tmp_path):
