@@ -128,8 +128,9 @@ def test_augmentation_moves_and_mirrors_and_is_reproducible():
     x[:, 3, 2] = 200  # one bright pixel
     images = data.Images(x, np.zeros(64, np.int32), ("a", "b"), (8, 8, 1))
 
-    def positions(**kwargs):
-        x, _ = next(data.train_batches(images, 64, **kwargs).as_numpy_iterator())
+    def positions(seed=0, **changes):
+        batches = data.train_batches(images, 64, seed, data.Augmentation(**changes))
+        x, _ = next(batches.as_numpy_iterator())
         assert x.shape == (64, 8, 8, 1)
         return np.argwhere(x[..., 0])[:, 1:]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from fpnas_keras.data.augmentation import Augmentation
 from fpnas_keras.data.reading import Images, decode, split
 
 _AUTOTUNE = tf.data.AUTOTUNE
@@ -62,8 +63,7 @@ def train_batches(
     images: Images,
     batch_size: int = 128,
     seed: int = 0,
-    random_crop: int = 0,
-    random_flip: bool = False,
+    augmentation: Augmentation | None = None,
     first_step: int = 0,
 ) -> tf.data.Dataset:
     """Batches to train one network with: `(pixels, labels)`, one pass an epoch.
@@ -72,26 +72,24 @@ def train_batches(
         images: The images.
         batch_size: Images in a batch.
         seed: Seed of the order and of the augmentation.
-        random_crop: Pixels that an image may move in each direction; what moves
-            in is 0.
-        random_flip: Whether half of the images are mirrored left to right.
+        augmentation: What is changed in the images, at random.
         first_step: Steps that are already made, as for `search_batches`.
 
     Returns:
         A dataset of one epoch; each time that it is iterated it goes on with the
-        next epoch.
+        next epoch. Labels are the index of the class, or, where the augmentation mixes
+        images, the share of each class, float32 of shape `(batch, classes)`.
     """
     x, y = tf.constant(images.x), tf.constant(images.y)
     read = _reader(x, y, np.arange(len(images.y)), batch_size, seed, images.image_shape)
 
     def augmented(step):
         x, y = read(step)
-        key = tf.stack([tf.constant(seed, tf.int64), step])
-        if random_crop:
-            x = _random_crop(x, random_crop, key)
-        if random_flip:
-            x = tf.image.stateless_random_flip_left_right(x, key)
-        return x, y
+        if augmentation is None:
+            return x, y
+        if augmentation.mixes:
+            y = tf.one_hot(y, len(images.class_names))
+        return augmentation(x, y, tf.stack([tf.constant(seed, tf.int64), step]))
 
     return _epochs(augmented, max(1, len(images.y) // batch_size), first_step)
 
@@ -167,11 +165,3 @@ def _read_record(place):
         return example.features.feature[key].bytes_list.value[0]
 
     return tf.ensure_shape(tf.numpy_function(read, [place], tf.string), ())
-
-
-def _random_crop(x, pixels, key):
-    batch, height, width = x.shape[0], x.shape[1], x.shape[2]
-    x = tf.pad(x, [[0, 0], [pixels, pixels], [pixels, pixels], [0, 0]])
-    first = tf.random.stateless_uniform((batch, 2), key, 0, 2 * pixels + 1, tf.int32)
-    x = tf.gather(x, first[:, :1] + tf.range(height), axis=1, batch_dims=1)
-    return tf.gather(x, first[:, 1:] + tf.range(width), axis=2, batch_dims=1)

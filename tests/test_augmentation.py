@@ -1,0 +1,72 @@
+"""What training changes in its images."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from fpnas_keras import data
+
+CLASSES = 4
+ALL = {"random_crop": 1, "random_flip": True, "rand_augment": 0.5, "mix_up": 0.4, "cut_mix": 0.6}
+
+
+def batches(channels=3, first_step=0, seed=0, **changes):
+    """Two epochs of two batches; an image of class c has the value 60 * c everywhere."""
+    y = np.arange(16, dtype=np.int32) % CLASSES
+    x = np.broadcast_to(60 * y[:, None, None, None], (16, 8, 8, channels)).astype(np.uint8)
+    images = data.Images(x, y, tuple("abcd"), (8, 8, channels))
+    augmentation = data.Augmentation(**changes)
+    dataset = data.train_batches(images, 8, seed, augmentation, first_step)
+    return list(dataset.repeat().take(4 - first_step).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("changes", [{"rand_augment": 0.5}, {"mix_up": 0.4}, {"cut_mix": 0.6}, ALL])
+def test_a_batch_follows_from_seed_and_step(channels, changes):
+    every = batches(channels, **changes)
+    again = batches(channels, first_step=1, **changes)
+    for (x, y), (x_again, y_again) in zip(every[1:], again, strict=True):
+        np.testing.assert_array_equal(x, x_again)
+        np.testing.assert_array_equal(y, y_again)
+    others = batches(channels, seed=1, **changes)
+    assert not any(np.array_equal(x, other) for (x, _), (other, _) in zip(every, others))
+
+
+def test_distorted_images_are_pixels_of_the_same_shape():
+    plain = np.concatenate([x for x, _ in batches()])
+    for channels in (1, 3):
+        x = np.concatenate([x for x, _ in batches(channels, rand_augment=0.5)])
+        assert x.shape == plain.shape[:-1] + (channels,)
+        assert x.dtype == np.float32
+        assert x.min() >= 0 and x.max() <= 255
+        assert not np.array_equal(x, plain[..., :channels])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mix_up": 0.4}, {"cut_mix": 0.6}, {"mix_up": 0.4, "cut_mix": 0.6}]
+)
+def test_labels_are_mixed_as_the_images_are(changes):
+    mixed = 0
+    for x, y in batches(**changes):
+        np.testing.assert_allclose(y.sum(axis=1), 1, rtol=1e-6)
+        # The mean pixel says how much of which class is in an image. CutMix counts whole pixels.
+        expected = y @ (60 * np.arange(CLASSES))
+        atol = 40 if "cut_mix" in changes else 1e-3
+        np.testing.assert_allclose(x.mean(axis=(1, 2, 3)), expected, atol=atol)
+        mixed += int((y.max(axis=1) < 0.999).sum())
+    assert mixed > 3
+
+
+def test_either_mix_is_taken():
+    kinds = set()
+    for x, _ in batches(mix_up=0.4, cut_mix=0.6):
+        # MixUp leaves every image of one colour; CutMix gives some of them two.
+        kinds.add("mix up" if np.ptp(x, axis=(1, 2, 3)).max() < 1e-3 else "cut mix")
+    assert kinds == {"mix up", "cut mix"}
+
+
+def test_without_changes_labels_stay_indices():
+    x, y = batches()[0]
+    assert y.dtype == np.int32
+    np.testing.assert_array_equal(x[:, 0, 0, 0], 60 * y)
+    assert tf.convert_to_tensor(x).dtype == tf.float32
