@@ -2,15 +2,18 @@
 
 import csv
 import datetime
+import json
 import math
 import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 from absl import logging
 
 from fpnas_keras.files import replacing
@@ -93,12 +96,12 @@ class EpochLine(keras.callbacks.Callback):
 
 
 class MetricsFile(keras.callbacks.Callback):
-    """Writes a CSV file with a row an epoch; complete after every epoch.
+    """Writes a file with a row an epoch, complete after every epoch.
 
     `keras.callbacks.CSVLogger` sorts its columns and knows neither steps nor time.
 
     Args:
-        path: The file, made anew.
+        path: The file, made anew: CSV, or, ending in .jsonl, a JSON object a line.
         row: From the index of the epoch and its logs to the row. A column
             `seconds`, since training began, is added.
     """
@@ -114,6 +117,9 @@ class MetricsFile(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         row = self.row(epoch, logs) | {"seconds": round(time.monotonic() - self.start, 2)}
         with self.path.open("a", newline="") as file:
+            if self.path.suffix == ".jsonl":
+                file.write(json.dumps(row) + "\n")
+                return
             writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
@@ -128,3 +134,49 @@ class MetricsFile(keras.callbacks.Callback):
         with replacing(self.path) as temporary:
             temporary.write_text(state["text"])
         self.start = time.monotonic() - state["seconds"]
+
+
+class TensorBoardFile(keras.callbacks.Callback):
+    """Writes rows for TensorBoard: scalars, histograms of probabilities, hyper-parameters.
+
+    `keras.callbacks.TensorBoard` counts epochs, not steps, and knows no logits.
+
+    Args:
+        directory: Folder of the event files.
+        row: From the index of the epoch and its logs to the scalars, `step` among them.
+        hyperparameters: Their values by name.
+        probabilities: Gives for each block the probabilities of all that can be chosen there.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        row: Callable[[int, dict], dict[str, Any]],
+        hyperparameters: dict[str, bool | int | float | str],
+        probabilities: Callable[[], Iterable[np.ndarray]] = tuple,
+    ):
+        super().__init__()
+        self.directory = os.fspath(directory)
+        self.row = row
+        self.hyperparameters = hyperparameters
+        self.probabilities = probabilities
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        from tensorboard.plugins.hparams import api  # which takes a second to import
+
+        self.writer = tf.summary.create_file_writer(self.directory)
+        with self.writer.as_default():
+            api.hparams(self.hyperparameters)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        row = self.row(epoch, logs)
+        with self.writer.as_default(step=row.pop("step")):
+            for name, value in row.items():
+                if not isinstance(value, str):
+                    tf.summary.scalar(name, value)
+            for block, values in enumerate(self.probabilities()):
+                tf.summary.histogram(f"probabilities/block_{block}", values)
+        self.writer.flush()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self.writer.close()

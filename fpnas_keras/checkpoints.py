@@ -1,7 +1,7 @@
 """Checkpoints: a run that is killed at any moment goes on exactly where it was.
 
 A checkpoint holds every variable (weights, logits, slots of the optimizers, metrics of the
-epoch), the rows of `metrics.csv` and what the run has used. Batches and drawn architectures are
+epoch), the rows of the epochs and what the run has used. Batches and drawn architectures are
 pure functions of seed and step, so that is all.
 """
 
@@ -12,6 +12,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -58,7 +59,7 @@ class Checkpoints(keras.callbacks.Callback):
     ```python
     checkpoints = Checkpoints(run, "60s")
     batches = data.train_batches(images, first_step=checkpoints.step)
-    checkpoints.fit(model, batches, epochs=20, metrics_file=metrics_file)
+    checkpoints.fit(model, batches, epochs=20, files=[metrics_file])
     ```
     """
 
@@ -100,8 +101,8 @@ class Checkpoints(keras.callbacks.Callback):
         model: keras.Model,
         batches: tf.data.Dataset,
         epochs: int,
-        metrics_file: MetricsFile | None,
-        callbacks: list[keras.callbacks.Callback],
+        files: Sequence[MetricsFile] = (),
+        callbacks: Sequence[keras.callbacks.Callback] = (),
         **kwargs: Any,
     ) -> None:
         """`model.fit` from where the last checkpoint was.
@@ -110,7 +111,7 @@ class Checkpoints(keras.callbacks.Callback):
             model: The model, compiled; its optimizer and metrics have their variables.
             batches: An epoch of batches that begin with `first_step=step`.
             epochs: Epochs of the whole run.
-            metrics_file: What writes the rows, or `None`.
+            files: What writes the rows of the epochs.
             callbacks: Further callbacks; those before may end the run at the end of an epoch.
             **kwargs: As for `fit`.
 
@@ -120,7 +121,7 @@ class Checkpoints(keras.callbacks.Callback):
         """
         if self.steps_per_epoch is None:
             self.steps_per_epoch = int(batches.cardinality())
-        self.epochs, self.metrics_file = epochs, metrics_file
+        self.epochs, self.files = epochs, files
         # One iterator for all epochs, and no batch read beyond the last.
         batches = batches.repeat().take(epochs * self.steps_per_epoch - self.step)
         model.fit(
@@ -130,7 +131,7 @@ class Checkpoints(keras.callbacks.Callback):
             initial_epoch=self.step // self.steps_per_epoch,
             steps_per_epoch=self.steps_per_epoch,
             shuffle=False,
-            callbacks=[*([metrics_file] if metrics_file else []), *callbacks, self],
+            callbacks=[*files, *callbacks, self],
             **kwargs,
         )
 
@@ -151,8 +152,8 @@ class Checkpoints(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         if self._state is not None:
             self.run.add_usage(self._state["usage"])
-            if self.metrics_file:
-                self.metrics_file.set_state(self._state["metrics_file"])
+            for file in self.files:
+                file.set_state(self._state["files"][file.path.name])
         if threading.current_thread() is threading.main_thread():
             self._handlers = {
                 number: signal.signal(number, self._interrupt)
@@ -241,7 +242,7 @@ class Checkpoints(keras.callbacks.Callback):
                 )
         state = {
             "steps_per_epoch": self.steps_per_epoch,
-            "metrics_file": self.metrics_file.get_state(),
+            "files": {file.path.name: file.get_state() for file in self.files},
             "usage": self.run.usage(),
         }
         self.directory.mkdir(exist_ok=True)
@@ -268,7 +269,9 @@ def _variables(model):
     metrics = model.metrics_variables
     others = [*model.variables, *(v for each in optimizers if each for v in each.variables)]
     known = {id(variable): variable for variable in others}
-    for variable in metrics:
+    # A teacher stays what it is.
+    fixed = model.teacher.variables if isinstance(model, keras.distillation.Distiller) else []
+    for variable in [*metrics, *fixed]:
         known.pop(id(variable), None)
     return [*known.values(), *metrics]
 

@@ -1,8 +1,11 @@
-"""Architecture -> plain functional Keras model."""
+"""Architecture -> plain functional Keras model, and what is done with such models."""
 
+import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from fpnas_keras.architecture import (
     Architecture,
@@ -12,6 +15,7 @@ from fpnas_keras.architecture import (
     attention_filters,
     expanded_filters,
 )
+from fpnas_keras.files import reason
 from fpnas_keras.layers import BN_EPSILON, conv_initializer, rescaling
 
 
@@ -27,6 +31,52 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
         `(batch,) + input_shape`, to logits, shape `(batch, num_classes)`.
     """
     return NetworkBuilder(bn_momentum=bn_momentum).network(architecture)
+
+
+def recalibrate(model: keras.Model, batches: Iterable[tf.Tensor]) -> None:
+    """Sets the moving statistics of all batch normalizations to their mean over batches.
+
+    After its weights were taken from elsewhere (shared weights, averaged ones), a network's
+    statistics belong to others.
+
+    Args:
+        model: The network.
+        batches: Images, pixels 0..255, `(batch,) + input_shape` each.
+    """
+    norms = [each for each in model.layers if isinstance(each, keras.layers.BatchNormalization)]
+    momenta = [norm.momentum for norm in norms]
+    for index, images in enumerate(batches):
+        for norm in norms:
+            norm.momentum = index / (index + 1)
+        model(images, training=True)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+
+
+def load_model(path: str, flag: str = "model") -> keras.Model:
+    """Loads a classifier from a `.keras` file in safe mode: no code in it is run.
+
+    Args:
+        path: The file.
+        flag: Name of the flag that named it, for messages.
+
+    Raises:
+        ValueError: When it is no Keras file, or not one from images to classes.
+    """
+    if not pathlib.Path(path).is_file() or not path.endswith(".keras"):
+        raise ValueError(f"`{flag}` must be an existing .keras file. Received: {flag}={path}")
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # Keras raises what its many readers raise.
+        raise ValueError(f"cannot load the Keras model {path}: {reason(error)}") from None
+    shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
+    ranks = [len(shape) if isinstance(shape, tuple) else None for shape in shapes]
+    if ranks != [4, 2] or None in shapes[0][1:]:
+        raise ValueError(
+            f"the model {path} must go from (batch, height, width, channels) to (batch, classes). "
+            f"Received: {shapes[0]} to {shapes[1]}"
+        )
+    return model
 
 
 class NetworkBuilder:

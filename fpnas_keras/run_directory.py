@@ -56,6 +56,7 @@ class Run:
         self.writes = writes
         own = sorted(FLAGS.get_key_flags_for_module(module), key=lambda flag: flag.name)
         self.flags = [flag.serialize() for flag in own if flag.value is not None]
+        self.flag_values = {flag.name: flag.value for flag in own if flag.value is not None}
         self.started = time.monotonic()
         self.finished = False
         self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}

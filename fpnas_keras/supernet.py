@@ -102,6 +102,22 @@ class Supernet(keras.layers.Layer):
             x = self.head_dense(x)
         return self.classes(x)
 
+    def give_weights(self, model: keras.Model) -> None:
+        """Gives the network of an architecture of the space its slice of the shared weights.
+
+        Its batch norms' moving statistics stay what they are: `network.recalibrate`.
+
+        Args:
+            model: What `Architecture.build` made.
+        """
+        shared = {variable.path: variable.numpy() for variable in self.trainable_variables}
+        for variable in model.trainable_variables:
+            value = shared[variable.path]
+            if value.ndim == 4:  # the middle of the kernel, the leading channels
+                first = (value.shape[0] - variable.shape[0]) // 2
+                value = value[first:, first:]
+            variable.assign(value[tuple(slice(n) for n in variable.shape)])
+
 
 class SupernetBlock(keras.layers.Layer):
     """An MBConv block whose variables are tensors.

@@ -1,19 +1,21 @@
-"""Trains one architecture from scratch: flags in, `model.keras` out.
+"""Trains one architecture: flags in, `model.keras` out.
 
 python -m fpnas_keras.train --architecture=FILE --output_dir=DIR
 """
 
+import pathlib
 import shlex
 
 import keras
 import tensorflow as tf
 from absl import flags, logging
 
-from fpnas_keras import checkpoints, cli, data, run_directory
+from fpnas_keras import checkpoints, cli, data, distillation, run_directory, searched
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import MetricsFile, StopOnDivergence
+from fpnas_keras.callbacks import EpochLine, MetricsFile, StopOnDivergence, TensorBoardFile
 from fpnas_keras.checkpoints import Checkpoints
 from fpnas_keras.files import replacing
+from fpnas_keras.network import recalibrate
 from fpnas_keras.run_directory import Run
 
 FLAGS = flags.FLAGS
@@ -58,6 +60,76 @@ flags.DEFINE_boolean(
     "Mirror half of the images left to right. For photos; not for digits or text.",
 )
 flags.DEFINE_float(
+    "rand_augment",
+    0.0,
+    "Strength of RandAugment's two random distortions of each batch, 0 (off) to 1; 0.3 is usual. "
+    "Against overfitting of large networks in long trainings.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_float(
+    "mix_up",
+    0.0,
+    "alpha of MixUp, which adds images to each other, 0 (off) to 1; 0.2 is usual. Against "
+    "overfitting, in trainings of 50 epochs and more.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_float(
+    "cut_mix",
+    0.0,
+    "alpha of CutMix, which replaces a part of each image by one of another, 0 (off) to 1. With "
+    "--mix_up too each batch takes one of the two.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_string(
+    "teacher",
+    None,
+    "Network whose logits are learned beside the labels (distillation): a .keras file, an "
+    "architecture (.json) with --teacher_weights, or the name of a network of keras.applications.",
+)
+flags.DEFINE_string(
+    "teacher_weights",
+    None,
+    "Weights (.weights.h5) of the --teacher that has none of its own; a network of "
+    "keras.applications has those of ImageNet without it.",
+)
+flags.DEFINE_float(
+    "temperature",
+    3.0,
+    "What the logits of both are divided by when they are compared. Higher shows more of what the "
+    "teacher thinks of the other classes.",
+    lower_bound=0.1,
+    upper_bound=100,
+)
+flags.DEFINE_float(
+    "distillation_weight",
+    0.5,
+    "Share of the teacher in the loss, 0 to 1; the labels have the rest.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_enum(
+    "init",
+    "random",
+    ["random", "supernet"],
+    "Weights to start from: random ones, or the shared weights of the search that found the "
+    "architecture. Shared weights help in short trainings.",
+)
+flags.DEFINE_string(
+    "search_dir",
+    None,
+    "Directory of the search for --init=supernet; by default the folder of --architecture.",
+)
+flags.DEFINE_enum(
+    "mixed_precision",
+    "none",
+    ["none", "bfloat16", "float16"],
+    "Numbers that the layers compute in; the weights, and model.keras, are float32. bfloat16 and "
+    "float16 are faster on GPUs.",
+)
+flags.DEFINE_float(
     "ema_momentum",
     0.0,
     "Momentum of an exponential moving average of the weights that replaces them at the end; "
@@ -74,7 +146,23 @@ flags.DEFINE_float(
     lower_bound=0,
     upper_bound=0.9,
 )
+flags.DEFINE_boolean(
+    "tensorboard",
+    True,
+    "Whether scalars and the flags are written for TensorBoard, to the folder `tensorboard`.",
+)
 flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
+
+flags.register_multi_flags_validator(
+    ["teacher", "teacher_weights"],
+    lambda values: values["teacher"] is not None or values["teacher_weights"] is None,
+    "--teacher_weights needs --teacher",
+)
+flags.register_multi_flags_validator(
+    ["init", "search_dir"],
+    lambda values: values["init"] == "supernet" or values["search_dir"] is None,
+    "--search_dir needs --init=supernet",
+)
 
 _DEFAULTS = {
     "sgd": {"learning_rate": 0.1, "weight_decay": 0.001},
@@ -102,37 +190,50 @@ def main() -> None:
 def _train(run, architecture):
     keras.utils.set_random_seed(FLAGS.seed)
     checkpoints = Checkpoints(run, FLAGS.checkpoint_every)
-    batches, held_out = _batches(architecture, checkpoints.step)
-    model = architecture.build()
-    optimizer = _optimizer(checkpoints.steps_per_epoch or int(batches.cardinality()))
+    images, held_out = _images(architecture)
+    batches = _batches(images, checkpoints.step)
+    student = _student(architecture, images, is_new=checkpoints.step == 0)
+    model = student
+    if FLAGS.teacher:
+        model = distillation.make_distiller(
+            _teacher(architecture), student, FLAGS.temperature, FLAGS.distillation_weight
+        )
     model.compile(
-        optimizer=optimizer,
-        loss=keras.losses.CategoricalCrossentropy(
-            from_logits=True, label_smoothing=FLAGS.label_smoothing
-        ),
+        optimizer=_optimizer(checkpoints.steps_per_epoch or int(batches.cardinality())),
+        loss=_loss(),
         metrics=["accuracy"],
         jit_compile=False,  # XLA takes 8 times as long on CPUs.
     )
     _build_variables(model, architecture.num_classes)
-    run.begin(architecture=FLAGS.architecture)
-
-    def row(epoch, logs):
-        step = int(optimizer.iterations.numpy())
-        return {"step": step, "epoch": epoch + 1} | logs
-
+    run.begin(
+        architecture=FLAGS.architecture,
+        teacher=FLAGS.teacher if FLAGS.teacher and pathlib.Path(FLAGS.teacher).is_file() else None,
+        teacher_weights=FLAGS.teacher_weights,
+    )
+    files, callbacks = _records(run, checkpoints)
     checkpoints.fit(
         model,
         batches,
-        epochs=FLAGS.epochs,
-        metrics_file=MetricsFile(run.path("metrics.csv"), row),
-        callbacks=[StopOnDivergence()],
-        validation_data=held_out,
+        FLAGS.epochs,
+        files,
+        callbacks,
+        validation_data=held_out
+        and _one_hot(data.test_batches(held_out), architecture.num_classes),
     )
+    _finish(run, architecture, student, batches)
+
+
+def _finish(run, architecture, student, batches):
+    """Saves the trained network, in float32 whatever it was trained in, and tests it."""
+    model = architecture.build()
+    model.set_weights(student.get_weights())
     if FLAGS.ema_momentum:
-        _recalibrate(model, batches)
+        recalibrate(model, (x for x, _ in batches.repeat().take(_RECALIBRATION_BATCHES)))
     # Before anything that may fail: the training is worth more than its figures.
     with replacing(run.path("model.keras")) as temporary:
         model.save(temporary)
+    model.compile(loss=_loss(), metrics=["accuracy"], jit_compile=False)
+    test = _one_hot(data.test_batches(_load(architecture, "test")), architecture.num_classes)
     run.finish(
         architecture=architecture.to_dict(),
         data=FLAGS.data,
@@ -140,7 +241,28 @@ def _train(run, architecture):
         epochs=FLAGS.epochs,
         macs=architecture.macs(),
         params=architecture.params(),
-        test_accuracy=_test_accuracy(model, architecture),
+        test_accuracy=model.evaluate(test)[1],
+    )
+
+
+def _records(run, checkpoints):
+    """What the run writes down every epoch: its file, and further callbacks."""
+
+    def row(epoch, logs):
+        return {"step": checkpoints.step, "epoch": epoch + 1} | logs
+
+    def line(epoch, logs):
+        return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
+
+    callbacks = [StopOnDivergence(), EpochLine(line)]
+    if FLAGS.tensorboard:
+        callbacks.append(TensorBoardFile(run.path("tensorboard"), row, run.flag_values))
+    return [MetricsFile(run.path("metrics.csv"), row)], callbacks
+
+
+def _loss():
+    return keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=FLAGS.label_smoothing
     )
 
 
@@ -152,19 +274,36 @@ def _build_variables(model, num_classes):
     model.reset_metrics()
 
 
-def _batches(architecture, first_step):
-    """Batches to train on, and those of the held out images or `None`."""
+def _student(architecture, images, is_new):
+    """The network with the weights to start from."""
+    policy = "float32" if FLAGS.mixed_precision == "none" else f"mixed_{FLAGS.mixed_precision}"
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = architecture.build()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    if FLAGS.init == "supernet" and is_new:
+        directory = FLAGS.search_dir or pathlib.Path(FLAGS.architecture).parent
+        search = searched.load(directory)
+        search.space.choices(architecture)  # a `ValueError` where it is of another space
+        search.supernet.give_weights(model)
+        plain = data.train_batches(images, FLAGS.batch_size, FLAGS.seed)
+        recalibrate(model, (x for x, _ in plain.take(_RECALIBRATION_BATCHES)))
+    return model
+
+
+def _teacher(architecture):
+    shape, num_classes = architecture.input_shape, architecture.num_classes
+    return distillation.load_teacher(FLAGS.teacher, FLAGS.teacher_weights, shape, num_classes)
+
+
+def _images(architecture):
+    """The images to train on, and those held out or `None`."""
     images = _load(architecture, "train")
-    if FLAGS.random_crop >= architecture.input_shape[0]:
-        raise ValueError(
-            f"`random_crop` must be below the image size, {architecture.input_shape[0]}. "
-            f"Received: random_crop={FLAGS.random_crop}"
-        )
     held_out = None
     if FLAGS.validation_split:
         kept, rest = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
-        validation = images._replace(x=images.x[rest], y=images.y[rest])
-        held_out = _one_hot(data.test_batches(validation), architecture)
+        held_out = images._replace(x=images.x[rest], y=images.y[rest])
         images = images._replace(x=images.x[kept], y=images.y[kept])
     logging.info(
         "%s: %s MACs, %s parameters; %d training images",
@@ -173,15 +312,21 @@ def _batches(architecture, first_step):
         f"{architecture.params():,}",
         len(images.y),
     )
-    batches = data.train_batches(
-        images, FLAGS.batch_size, FLAGS.seed, FLAGS.random_crop, FLAGS.random_flip, first_step
+    return images, held_out
+
+
+def _batches(images, first_step):
+    size = images.image_shape[0]
+    if FLAGS.random_crop >= size:
+        raise ValueError(
+            f"`random_crop` must be below the image size, {size}. "
+            f"Received: random_crop={FLAGS.random_crop}"
+        )
+    augmentation = data.Augmentation(
+        FLAGS.random_crop, FLAGS.random_flip, FLAGS.rand_augment, FLAGS.mix_up, FLAGS.cut_mix
     )
-    return _one_hot(batches, architecture), held_out
-
-
-def _test_accuracy(model, architecture):
-    test = data.test_batches(_load(architecture, "test"))
-    return model.evaluate(_one_hot(test, architecture))[1]
+    batches = data.train_batches(images, FLAGS.batch_size, FLAGS.seed, augmentation, first_step)
+    return batches if augmentation.mixes else _one_hot(batches, len(images.class_names))
 
 
 def _load(architecture, split):
@@ -189,9 +334,9 @@ def _load(architecture, split):
     return cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, split)
 
 
-def _one_hot(batches, architecture):
+def _one_hot(batches, num_classes):
     """Keras smooths labels only where they are one-hot."""
-    return batches.map(lambda x, y: (x, tf.one_hot(y, architecture.num_classes)))
+    return batches.map(lambda x, y: (x, tf.one_hot(y, num_classes)))
 
 
 def _optimizer(steps_per_epoch):
@@ -223,12 +368,6 @@ def _optimizer(steps_per_epoch):
         optimizer = keras.optimizers.AdamW(schedule, **common)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
-
-
-def _recalibrate(model, batches):
-    """Estimates the moving statistics anew: they belong to the weights before averaging."""
-    for images, _ in batches.repeat().take(_RECALIBRATION_BATCHES):
-        model(images, training=True)
 
 
 def _report(run):

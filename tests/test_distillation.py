@@ -1,0 +1,112 @@
+"""Teachers: from files and from keras.applications, always pixels to logits."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import make_tiny_space
+
+from fpnas_keras import distillation
+
+SHAPE, CLASSES = (8, 8, 1), 3
+IMAGES = np.random.default_rng(0).uniform(0, 255, (5, *SHAPE)).astype(np.float32)
+
+
+def network(space=None):
+    space = space or make_tiny_space()
+    return space.architecture(np.zeros(space.cardinalities.shape, int))
+
+
+def load(name, weights=None, shape=SHAPE, classes=CLASSES):
+    weights = None if weights is None else str(weights)
+    return distillation.load_teacher(str(name), weights, shape, classes)
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.5), (4.0, 0.3), (2.0, 1.0)])
+def test_the_loss_is_the_formula(temperature, weight):
+    space = make_tiny_space()
+    teacher = space.architecture(space.cardinalities - 1).build()
+    student = network().build()
+    for weights in (teacher.trainable_weights, student.trainable_weights):
+        weights[-1].assign(2 * keras.random.normal((CLASSES,), seed=len(weights)))
+    model = distillation.make_distiller(teacher, student, temperature, weight)
+    model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    y = np.eye(CLASSES)[[0, 1, 2, 1, 0]].astype(np.float32)
+    logits = student(IMAGES, training=True)
+    received = model.compute_loss(IMAGES, y, logits)
+    p, q = (
+        keras.ops.softmax(each / temperature) for each in (teacher(IMAGES, training=False), logits)
+    )
+    divergence = np.mean(np.sum(p * np.log(p / q), axis=-1))
+    labels = -np.mean(np.sum(y * keras.ops.log_softmax(logits), axis=-1))
+    expected = (1 - weight) * labels + weight * temperature**2 * divergence
+    assert float(received) == pytest.approx(float(expected), rel=1e-4)
+    assert model.trainable_variables == student.trainable_variables
+
+
+def test_a_keras_file(tmp_path):
+    model = network().build()
+    model.save(tmp_path / "teacher.keras")
+    teacher = load(tmp_path / "teacher.keras")
+    np.testing.assert_array_equal(teacher(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("kind", ["activation", "layer"])
+def test_a_softmax_is_taken_back(tmp_path, kind):
+    inputs = keras.Input(SHAPE)
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+    dense = keras.layers.Dense(CLASSES, activation="softmax" if kind == "activation" else None)
+    y = dense(x) if kind == "activation" else keras.layers.Softmax()(dense(x))
+    model = keras.Model(inputs, y)
+    model.save(tmp_path / "teacher.keras")
+    logits = load(tmp_path / "teacher.keras")(IMAGES)
+    np.testing.assert_allclose(keras.ops.softmax(logits), model(IMAGES), rtol=1e-5)
+    assert keras.ops.min(logits) < 0
+
+
+def test_an_architecture_with_weights(tmp_path):
+    model = network().build()
+    model.save_weights(tmp_path / "teacher.weights.h5")
+    network().save(tmp_path / "teacher.json")
+    teacher = load(tmp_path / "teacher.json", tmp_path / "teacher.weights.h5")
+    np.testing.assert_array_equal(teacher(IMAGES), model(IMAGES))
+
+
+def test_a_network_of_keras_applications_gets_what_it_was_made_for(tmp_path):
+    original = keras.applications.MobileNetV2(
+        weights=None, classes=CLASSES, classifier_activation=None
+    )
+    for weight in original.trainable_weights:  # the network's own start gives next to nothing
+        weight.assign_add(0.1 * keras.random.normal(weight.shape, seed=1))
+    original.save_weights(tmp_path / "teacher.weights.h5")
+    teacher = load("MobileNetV2", tmp_path / "teacher.weights.h5")
+    rgb = keras.ops.image.resize(np.repeat(IMAGES, 3, axis=-1), (224, 224))
+    expected = original(rgb / 127.5 - 1, training=False)
+    assert np.abs(expected).max() > 1e-3
+    # As `keras.distillation.Distiller` calls it.
+    np.testing.assert_allclose(teacher(IMAGES, training=False), expected, rtol=1e-4)
+    assert {"MobileNetV3Small", "EfficientNetB0", "ResNet50"} <= set(
+        distillation.application_names()
+    )
+
+
+def test_bad_teachers_are_refused(tmp_path):
+    network().build().save(tmp_path / "teacher.keras")
+    network().save(tmp_path / "teacher.json")
+    inputs = keras.Input(SHAPE)
+    flat = keras.layers.Flatten()(inputs)
+    sigmoid = keras.Model(inputs, keras.layers.Dense(CLASSES, activation="sigmoid")(flat))
+    sigmoid.save(tmp_path / "sigmoid.keras")
+    (tmp_path / "bad.weights.h5").write_bytes(b"no weights")
+    for message, *arguments in (
+        ("`teacher` must be an existing .keras", "missing.keras"),
+        ("must be for images of", tmp_path / "teacher.keras", None, (8, 8, 3)),
+        ("and 4 classes. Received: .* 3 classes", tmp_path / "teacher.keras", None, SHAPE, 4),
+        ("a .keras file has its weights", tmp_path / "teacher.keras", "x.weights.h5"),
+        ("needs `teacher_weights`", tmp_path / "teacher.json"),
+        ("`teacher_weights` must be an existing", tmp_path / "teacher.json", "x.weights.h5"),
+        ("has no weights of", tmp_path / "teacher.json", tmp_path / "bad.weights.h5"),
+        ("must end in logits or in a softmax.*sigmoid", tmp_path / "sigmoid.keras"),
+        ("one of keras.applications .*MobileNetV2", "MobileNetV9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(*arguments)
