@@ -1,6 +1,8 @@
 """What the command lines share: flags, errors in one line, signals."""
 
 import math
+import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -83,6 +85,19 @@ def load_data_for(
             f"data={FLAGS.data} with images of {received[0]} and {received[1]} classes"
         )
     return images
+
+
+def take_data_flags(flag_file: pathlib.Path) -> None:
+    """Takes the flags that name the data from the flag file of a run, where none are given."""
+    names = ("data", "data_dir", "download", "train_images")
+    if any(FLAGS[name].present for name in names):
+        return
+    own = re.compile(rf"--(no)?({'|'.join(names)})(=.*)?")
+    for line in flag_file.read_text(encoding="utf-8").splitlines():
+        found = own.fullmatch(line)
+        if found:
+            negated, name, value = found.groups()
+            FLAGS[name].parse(value[1:] if value else not negated)
 
 
 def data_arguments() -> str:

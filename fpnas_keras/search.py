@@ -8,11 +8,27 @@ import shlex
 import keras
 from absl import flags, logging
 
-from fpnas_keras import checkpoints, cli, data, replicas, run_directory, spaces
+from fpnas_keras import (
+    checkpoints,
+    cli,
+    data,
+    ranking,
+    replicas,
+    report,
+    run_directory,
+    searched,
+    spaces,
+)
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import CoarseToFine, EpochLine, MetricsFile, StopOnDivergence
+from fpnas_keras.callbacks import (
+    CoarseToFine,
+    EpochLine,
+    MetricsFile,
+    StopOnDivergence,
+    TensorBoardFile,
+)
 from fpnas_keras.checkpoints import Checkpoints
-from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost, latency, text
+from fpnas_keras.cost import latency, make_cost, text
 from fpnas_keras.distributions import JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.files import reason, replacing
@@ -195,6 +211,19 @@ flags.DEFINE_enum(
     "Who shares the samples of a step: one replica, all GPUs of this machine (mirrored), or all "
     "machines that TF_CONFIG names (multiworker; --output_dir on a file system that they share).",
 )
+flags.DEFINE_integer(
+    "ranked_samples",
+    16,
+    "Architectures drawn from the result and evaluated with the shared weights, for the Pareto "
+    "front of report.html; about a second each for small networks. 0 is off.",
+    lower_bound=0,
+)
+flags.DEFINE_boolean(
+    "tensorboard",
+    True,
+    "Whether scalars, histograms of the probabilities and the flags are written for TensorBoard, "
+    "to the folder `tensorboard`.",
+)
 flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
 
 flags.register_multi_flags_validator(
@@ -243,13 +272,6 @@ flags.register_multi_flags_validator(
     "--coarse_epochs needs --distribution=coarse_to_fine and must be below --epochs",
 )
 
-_COSTS = {
-    "none": MacsCost,
-    "macs": MacsCost,
-    "params": ParamsCost,
-    "latency": lambda target: LatencyCost(FLAGS.latency_table, target),
-}
-
 
 def main() -> None:
     """Runs the search that the flags describe."""
@@ -259,6 +281,8 @@ def main() -> None:
         if not run.finished:
             _search(run)
         if chief:
+            if not run.path("report.html").exists():
+                _visualize(run)
             _report(run)
 
 
@@ -271,13 +295,11 @@ def _search(run):
     search, batches = _set_up(checkpoints, strategy)
     files = {"space": FLAGS.space, "latency_table": FLAGS.latency_table}
     run.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    metrics_file, callbacks = None, [StopOnDivergence(), *_coarse_to_fine()]
+    files, callbacks = [], [StopOnDivergence(), *_coarse_to_fine()]
     if run.writes:
-        metrics_file = MetricsFile(
-            run.path("metrics.csv"), lambda epoch, logs: _row(search, epoch, logs)
-        )
-        callbacks.append(EpochLine(lambda epoch, logs: _line(search, _row(search, epoch, logs))))
-    checkpoints.fit(search, batches, FLAGS.epochs, metrics_file, callbacks)
+        files, more = _records(run, search)
+        callbacks += more
+    checkpoints.fit(search, batches, FLAGS.epochs, files, callbacks)
     if run.writes:
         with replacing(run.path("search.weights.h5")) as temporary:
             try:
@@ -297,6 +319,45 @@ def _search(run):
     if run.writes:
         derivation.architecture.save(run.path("architecture.json"))
         run.finish(**_summary(search, derivation), **mode)
+
+
+def _records(run, search):
+    """What the run writes down every epoch: its files, and further callbacks."""
+
+    def row(epoch, logs):
+        return _row(search, epoch, logs)
+
+    def probabilities(epoch, logs):
+        blocks = search.distribution.probabilities()
+        return {"step": int(search.step.numpy()), "epoch": epoch + 1, "blocks": blocks}
+
+    files = [
+        MetricsFile(run.path("metrics.csv"), row),
+        MetricsFile(run.path("probabilities.jsonl"), probabilities),
+    ]
+    callbacks = [EpochLine(lambda epoch, logs: _line(search, row(epoch, logs)))]
+    if FLAGS.tensorboard:
+        callbacks.append(
+            TensorBoardFile(
+                run.path("tensorboard"),
+                row,
+                run.flag_values,
+                lambda: search.distribution.entry_probabilities().numpy(),
+            )
+        )
+    return files, callbacks
+
+
+def _visualize(run):
+    """Ranks some architectures and makes the report."""
+    if FLAGS.ranked_samples:
+        search = searched.load(run.directory)
+        architectures = {"derived": Architecture.load(run.path("architecture.json"))}
+        architectures |= ranking.draw(search, FLAGS.ranked_samples, FLAGS.seed)
+        images = cli.load_data("train", FLAGS.input_size)
+        ranked = ranking.rank(search, architectures, images, FLAGS.seed)
+        ranking.save(run.path("ranking.json"), ranked, search.cost.unit)
+    report.write(run.directory)
 
 
 def _coarse_to_fine():
@@ -352,7 +413,7 @@ def _make_search(space, steps_per_epoch, strategy):
     search = ArchitectureSearch(
         space,
         samples=FLAGS.samples or adaptive,
-        cost=_COSTS[FLAGS.cost](FLAGS.target),
+        cost=make_cost(FLAGS.cost, FLAGS.target, FLAGS.latency_table),
         distribution=FLAGS.distribution,
         cost_coefficient=controller if FLAGS.cost_coefficient is None else FLAGS.cost_coefficient,
         cost_penalty=FLAGS.cost_penalty,
@@ -427,6 +488,7 @@ def _summary(search, derivation):
         "num_classes": search.space.num_classes,
         "num_architectures": search.space.num_architectures,
         "num_logits": search.distribution.count_params(),
+        "distribution": FLAGS.distribution,
         "data": FLAGS.data,
         "seed": FLAGS.seed,
         "steps": int(search.step.numpy()),
@@ -469,7 +531,7 @@ def _report(run):
         f"\n{summary['macs']:,} MACs, {summary['params']:,} parameters{target}; "
         f"{summary['total_samples']:,} samples in {summary['steps']:,} steps, "
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_mb']:,} MB\n"
-        f"results: {run.directory}\n"
+        f"results: {run.directory}\nreport: {run.path('report.html')}\n"
         "next, train it:\n"
         f"  python -m fpnas_keras.train --architecture={file} {cli.data_arguments()} "
         f"--output_dir={shlex.quote(str(run.directory) + '_trained')}"

@@ -68,6 +68,24 @@ class LatencyCost(MacsCost):
         return math.fsum(self._entries[name] for name in self._names(part))
 
 
+def make_cost(
+    kind: str, target: float | None = None, table: str | os.PathLike | None = None
+) -> MacsCost:
+    """A cost by its name.
+
+    Args:
+        kind: "none" (MACs, without a target), "macs", "params" or "latency".
+        target: What an architecture may cost.
+        table: Latency table, for "latency".
+
+    Raises:
+        ValueError: As the costs themselves.
+    """
+    if kind == "latency":
+        return LatencyCost(table, target)
+    return {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}[kind](target)
+
+
 def text(value: float) -> str:
     """A cost as it is shown, without its unit."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -12,7 +12,7 @@ from fpnas_keras.spaces.mobilenet_v3 import mobilenet_v3
 from fpnas_keras.spaces.nas_bench_macro import nas_bench_macro
 from fpnas_keras.spaces.space import SAME, VARIABLES, SearchBlock, Space, stage
 
-__all__ = ["SAME", "VARIABLES", "SearchBlock", "Space", "get", "names", "stage"]
+__all__ = ["SAME", "SUFFIXES", "VARIABLES", "SearchBlock", "Space", "get", "names", "stage"]
 
 _SPACES: dict[str, Callable[..., Space]] = {
     each.__name__: each

@@ -1,0 +1,156 @@
+"""Architectures ranked by what they reach with the shared weights of a search."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.data import Images, split, test_batches
+from fpnas_keras.files import replacing
+from fpnas_keras.network import recalibrate
+from fpnas_keras.searcher import ArchitectureSearch
+
+FORMAT = 1
+_BATCH_SIZE = 250
+
+
+class Ranked(NamedTuple):
+    """An architecture and what it reaches with the shared weights.
+
+    Attributes:
+        name: What it is called.
+        architecture: The architecture.
+        accuracy: Share of the images whose class it gives.
+        loss: Mean cross-entropy.
+        cost: Cost, in the unit of the search's cost.
+        log_prob: log p under the search's distribution, in nats.
+        images: Number of images that it was evaluated on.
+        pareto: Whether no other is as accurate and cheaper, or more accurate and as cheap.
+    """
+
+    name: str
+    architecture: Architecture
+    accuracy: float
+    loss: float
+    cost: float
+    log_prob: float
+    images: int
+    pareto: bool = False
+
+
+def draw(search: ArchitectureSearch, count: int, seed: int) -> dict[str, Architecture]:
+    """Architectures drawn from the distribution of a search, each once: at most `count`."""
+    drawn = search.distribution.sample(count, seed, step=0).numpy()
+    unique = dict.fromkeys(search.space.architecture(choices) for choices in drawn)
+    return {f"sample {index}": each for index, each in enumerate(unique)}
+
+
+def rank(
+    search: ArchitectureSearch,
+    architectures: Mapping[str, Architecture],
+    images: Images,
+    seed: int = 0,
+    evaluation_images: int = 5000,
+    recalibration_images: int = 2000,
+) -> list[Ranked]:
+    """Evaluates architectures with shared weights, the most accurate first, then the cheaper.
+
+    Each is built, takes its slice of the shared weights, gets the statistics of its batch norms
+    on images of the weights part, and is evaluated on images of the architecture part: the test
+    set is not touched.
+
+    Args:
+        search: The search.
+        architectures: Architectures of its space, by name; of equal ones the first counts.
+        images: The training images of the search.
+        seed: Seed of the search, which split them.
+        evaluation_images: Most images to evaluate on.
+        recalibration_images: Most images for the statistics.
+
+    Raises:
+        ValueError: When an architecture is not in the space.
+    """
+    names = {each: name for name, each in reversed(architectures.items())}
+    choices = {name: search.space.choices(each) for each, name in names.items()}
+    weights_part, architecture_part = split(images.y, 0.5, seed)
+    rng = np.random.default_rng(seed)
+    recalibration = _batches(images, rng.permutation(weights_part)[:recalibration_images])
+    evaluation = _batches(images, rng.permutation(architecture_part)[:evaluation_images])
+    ranked = []
+    for architecture, name in tqdm(names.items(), desc="ranking", unit=" networks"):
+        model = architecture.build()
+        search.supernet.give_weights(model)
+        recalibrate(model, (x for x, _ in recalibration))
+        loss, accuracy = _evaluate(model, evaluation)
+        chosen = tf.constant(choices[name][None])
+        ranked.append(
+            Ranked(
+                name,
+                architecture,
+                accuracy,
+                loss,
+                cost=float(search.cost_table(chosen)[0]),
+                log_prob=float(search.distribution.log_prob(chosen)[0]),
+                images=sum(len(y) for _, y in evaluation),
+            )
+        )
+    ranked.sort(key=lambda each: (-each.accuracy, each.cost))
+    return [each._replace(pareto=_is_pareto(each, ranked)) for each in ranked]
+
+
+def save(path: str | os.PathLike, ranked: Sequence[Ranked], unit: str) -> None:
+    """Writes a ranking as JSON.
+
+    Args:
+        path: The file.
+        ranked: What `rank` gives.
+        unit: Unit of the costs.
+    """
+    rows = [
+        each._asdict()
+        | {
+            "rank": number,
+            "macs": each.architecture.macs(),
+            "params": each.architecture.params(),
+            "architecture": each.architecture.to_dict(),
+        }
+        for number, each in enumerate(ranked, 1)
+    ]
+    contents = {
+        "format": FORMAT,
+        "images": ranked[0].images,
+        "cost_unit": unit,
+        "architectures": rows,
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def _batches(images, indices):
+    part = images._replace(x=images.x[np.sort(indices)], y=images.y[np.sort(indices)])
+    return list(test_batches(part, _BATCH_SIZE))
+
+
+def _evaluate(model, batches):
+    """Mean loss and accuracy; run eagerly, since a graph for each network takes longer to make."""
+    losses, right = [], []
+    for x, y in batches:
+        logits = model(x, training=False)
+        losses.append(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+        right.append(tf.argmax(logits, axis=-1, output_type=y.dtype) == y)
+    mean_loss = tf.reduce_mean(tf.concat(losses, axis=0))
+    accuracy = tf.reduce_mean(tf.cast(tf.concat(right, axis=0), tf.float64))
+    return float(mean_loss), float(accuracy)
+
+
+def _is_pareto(one, ranked):
+    return not any(
+        (other.accuracy > one.accuracy and other.cost <= one.cost)
+        or (other.accuracy >= one.accuracy and other.cost < one.cost)
+        for other in ranked
+    )

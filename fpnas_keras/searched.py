@@ -1,0 +1,57 @@
+"""What a finished search left in its run directory, to go on with."""
+
+import dataclasses
+import os
+import pathlib
+
+from fpnas_keras import spaces
+from fpnas_keras.cost import make_cost
+from fpnas_keras.files import read_json, reason
+from fpnas_keras.searcher import ArchitectureSearch
+
+_KEYS = ("space", "input_shape", "num_classes", "distribution", "cost", "target")
+
+
+def load(directory: str | os.PathLike) -> ArchitectureSearch:
+    """The search of a run directory, with its shared weights and logits; not compiled.
+
+    Args:
+        directory: The directory of a finished `fpnas_keras.search`.
+
+    Raises:
+        ValueError: When the directory holds no finished search.
+
+    Example:
+
+    ```python
+    search = fpnas.searched.load("runs/quickstart")
+    search.derive(budget=3e5)
+    ```
+    """
+    directory = pathlib.Path(directory)
+    summary = read_json(directory / "summary.json", "the summary of a finished search", _checked)
+    space_files = [directory / f"space{suffix}" for suffix in spaces.SUFFIXES]
+    space = next((file for file in space_files if file.is_file()), summary["space"])
+    tables = sorted(directory.glob("latency_table.*"))
+    space = spaces.get(space, tuple(summary["input_shape"]), summary["num_classes"])
+    search = ArchitectureSearch(
+        dataclasses.replace(space, name=summary["space"]),  # its file was another's copy
+        cost=make_cost(summary["cost"], summary["target"], tables[0] if tables else None),
+        distribution=summary["distribution"],
+        warmup_steps=0,
+    )
+    weights = directory / "search.weights.h5"
+    try:
+        search.load_weights(weights)
+    except Exception as error:  # Keras raises what its many readers raise.
+        raise ValueError(
+            f"{weights} must hold the weights of the search: {reason(error)}"
+        ) from None
+    return search
+
+
+def _checked(summary):
+    missing = [key for key in _KEYS if key not in summary]
+    if missing:
+        raise ValueError(f"lacks the keys {', '.join(missing)}")
+    return summary

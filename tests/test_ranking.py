@@ -1,0 +1,153 @@
+"""Finished searches: loaded again, their architectures ranked by shared weights."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import make_tiny_space, random_choices, write_latency_table
+
+import fpnas_keras as fpnas
+from fpnas_keras import data, ranking, searched
+from fpnas_keras.network import recalibrate
+
+SPACE = """
+import sys
+sys.path.insert(0, {tests!r})
+from helpers import make_tiny_space
+space = make_tiny_space
+"""
+
+
+def images(count=80):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 255, (count, 8, 8, 1)).astype(np.uint8)
+    return data.Images(x, np.arange(count, dtype=np.int32) % 3, ("a", "b", "c"), (8, 8, 1))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, request):
+    """A search, and the run directory that it could have left."""
+    keras.utils.set_random_seed(0)
+    directory = tmp_path_factory.mktemp("run")
+    space = make_tiny_space()
+    table = write_latency_table(directory / "latency_table.json", space, lambda part: 0.5)
+    search = fpnas.ArchitectureSearch(
+        space,
+        samples=2,
+        cost=fpnas.LatencyCost(table, 3.5),
+        distribution="coarse_to_fine",
+        warmup_steps=1,
+    )
+    search.compile("sgd", keras.optimizers.Adam(0.2))
+    batches = data.search_batches(images().x, images().y, 8, steps_per_epoch=3)
+    search.fit(batches, epochs=2, verbose=0, callbacks=[fpnas.CoarseToFine(1)])
+    search.save_weights(directory / "search.weights.h5")
+    tests = str(request.path.parent)
+    (directory / "space.py").write_text(SPACE.format(tests=tests))
+    summary = {"space": "tiny", "input_shape": [8, 8, 1], "num_classes": 3, "cost": "latency"}
+    summary |= {"target": 3.5, "distribution": "coarse_to_fine"}
+    (directory / "summary.json").write_text(json.dumps(summary))
+    return search, directory
+
+
+def test_a_finished_search_is_loaded_whole(finished):
+    search, directory = finished
+    loaded = searched.load(directory)
+    assert loaded.space == search.space
+    assert loaded.derive() == search.derive()
+    assert loaded.distribution.probabilities() == search.distribution.probabilities()
+    choices = search.distribution.mode()
+    x = images().x[:8].astype(np.float32)
+    np.testing.assert_array_equal(loaded.supernet(x, choices), search.supernet(x, choices))
+    assert loaded.cost.target == search.cost.target
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "search.weights.h5", "distribution"])
+def test_what_is_no_finished_search_is_refused(finished, tmp_path, missing):
+    _, directory = finished
+    other = shutil.copytree(directory, tmp_path / "run")
+    if missing == "distribution":
+        summary = json.loads((other / "summary.json").read_text())
+        del summary["distribution"]
+        (other / "summary.json").write_text(json.dumps(summary))
+    else:
+        (other / missing).unlink()
+    with pytest.raises(ValueError, match=missing):
+        searched.load(other)
+
+
+def test_recalibrated_networks_give_what_the_supernet_gives_on_that_batch():
+    space = make_tiny_space()
+    supernet = fpnas.ArchitectureSearch(space).supernet
+    x = images().x.astype(np.float32)
+    for seed in range(3):
+        choices = random_choices(space, np.random.default_rng(seed))
+        model = space.architecture(choices).build()
+        supernet.give_weights(model)
+        recalibrate(model, [x])
+        expected = supernet(x, tf.constant(choices))
+        np.testing.assert_allclose(model(x, training=False), expected, atol=1e-5)
+
+
+def test_statistics_are_the_mean_over_the_batches():
+    model = keras.Sequential([keras.Input((4, 4, 2)), keras.layers.BatchNormalization(name="bn")])
+    norm = model.get_layer("bn")
+    norm.moving_mean.assign([7.0, 7.0])
+    batches = np.random.default_rng(0).normal(3, 2, (5, 6, 4, 4, 2)).astype(np.float32)
+    recalibrate(model, batches)
+    mean = batches.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(norm.moving_mean, mean.mean(axis=0), rtol=1e-5)
+    variance = batches.var(axis=(1, 2, 3)).mean(axis=0)
+    np.testing.assert_allclose(norm.moving_variance, variance, rtol=1e-5)
+    assert norm.momentum == 0.99
+
+
+def test_the_ranking_is_in_order_and_knows_the_pareto_front(finished, tmp_path):
+    search, _ = finished
+    architectures = {"derived": search.derive()} | ranking.draw(search, 12, seed=1)
+    architectures["again"] = search.derive()
+    ranked = ranking.rank(search, architectures, images(), seed=0)
+    assert [each.name for each in ranked].count("again") == 0
+    assert len(ranked) == len(set(architectures.values())) > 4
+    accuracies = [each.accuracy for each in ranked]
+    assert accuracies == sorted(accuracies, reverse=True)
+    front = [each for each in ranked if each.pareto]
+    for each in ranked:
+        better = [f for f in front if f.accuracy >= each.accuracy and f.cost <= each.cost]
+        assert better
+    assert len({(each.accuracy, each.cost) for each in front}) == len({each.cost for each in front})
+    for each in ranked:
+        choices = search.space.choices(each.architecture)
+        assert each.log_prob == pytest.approx(float(search.distribution.log_prob(choices)))
+        assert each.cost == pytest.approx(float(search.cost_table(choices[None])[0]))
+    ranking.save(tmp_path / "ranking.json", ranked, search.cost.unit)
+    saved = json.loads((tmp_path / "ranking.json").read_text())
+    assert saved["cost_unit"] == "ms"
+    assert [row["rank"] for row in saved["architectures"]] == list(range(1, len(ranked) + 1))
+    for row, each in zip(saved["architectures"], ranked):
+        assert fpnas.Architecture.from_dict(row["architecture"]) == each.architecture
+
+
+def test_losses_are_those_of_the_whole_part(finished):
+    search, _ = finished
+    (one,) = ranking.rank(search, {"derived": search.derive()}, images(), seed=0)
+    weights, architecture = data.split(images().y, 0.5, 0)
+    model = one.architecture.build()
+    search.supernet.give_weights(model)
+    recalibrate(model, [images().x[weights].astype(np.float32)])
+    logits = model(images().x[architecture].astype(np.float32), training=False)
+    y = images().y[architecture]
+    loss = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+    assert one.loss == pytest.approx(float(np.mean(loss)), rel=1e-5)
+    assert one.accuracy == pytest.approx(float(np.mean(np.argmax(logits, -1) == y)))
+
+
+def test_an_architecture_of_another_space_is_refused(finished):
+    search, _ = finished
+    other = fpnas.spaces.get("mobile_mini", (8, 8, 1), 3)
+    architecture = other.architecture(np.zeros(other.cardinalities.shape, int))
+    with pytest.raises(ValueError, match=r"`stem` must be"):
+        ranking.rank(search, {"other": architecture}, images())
