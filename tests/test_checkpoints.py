@@ -14,6 +14,7 @@ from fpnas_keras import checkpoints as checkpoints_module
 from fpnas_keras.callbacks import CoarseToFine, MetricsFile
 from fpnas_keras.checkpoints import Checkpoints
 from fpnas_keras.cli import Interrupted
+from fpnas_keras.distillation import make_distiller
 from fpnas_keras.run_directory import Run
 
 EPOCHS, STEPS = 4, 3
@@ -66,7 +67,7 @@ def search_part(run, *callbacks, every="1"):
     batches = fpnas.data.search_batches(
         *images(), batch_size=8, steps_per_epoch=STEPS, first_step=checkpoints.step
     )
-    space = make_tiny_space()
+    space = make_tiny_space(blocks=1)
     search = fpnas.ArchitectureSearch(
         space,
         samples=3,
@@ -84,16 +85,23 @@ def train_part(run, *callbacks, every="1"):
     checkpoints = Checkpoints(run, every)
     x, y = images()
     pictures = fpnas.data.Images(x.astype(np.uint8), y.astype(np.int32), ("a", "b", "c"), (8, 8, 1))
+    augmentation = fpnas.data.Augmentation(1, random_flip=True, mix_up=0.2)
     batches = fpnas.data.train_batches(
-        pictures, 20, random_crop=1, random_flip=True, first_step=checkpoints.step
+        pictures, 20, augmentation=augmentation, first_step=checkpoints.step
     )
-    space = make_tiny_space()
-    model = space.architecture(np.zeros(space.cardinalities.shape, int)).build()
+    space = make_tiny_space(blocks=1)
+    smallest = np.zeros(space.cardinalities.shape, int)
+    student, teacher = (
+        space.architecture(choices).build() for choices in (smallest, space.cardinalities - 1)
+    )
+    rng = np.random.default_rng(0)  # the same in each part of the run, as a file would be
+    teacher.set_weights([rng.uniform(0.1, 0.2, each.shape) for each in teacher.get_weights()])
+    model = make_distiller(teacher, student, 2.0, 0.5)
     optimizer = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.5)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     optimizer.build(model.trainable_variables)
-    model.compute_metrics(None, np.zeros(1), np.zeros((1, 3)))
+    model.compute_metrics(None, np.zeros((1, 3)), np.zeros((1, 3)))
     fit(checkpoints, model, batches, run, callbacks)
     return model
 
@@ -104,7 +112,7 @@ def fit(checkpoints, model, batches, run, callbacks):
         model,
         batches,
         epochs=EPOCHS,
-        metrics_file=metrics_file,
+        files=[metrics_file],
         callbacks=list(callbacks),
         verbose=0,
     )

@@ -1,9 +1,11 @@
-"""The commands as a user types them, as processes, on the digits that come with scikit-learn."""
+"""The commands as a user types them, on the digits that come with scikit-learn.
+
+What `run_process` starts is `python -m`; `run` forks a process that has imported TensorFlow.
+"""
 
 import csv
 import json
 import os
-import pathlib
 import shlex
 import shutil
 import signal
@@ -15,26 +17,25 @@ import keras
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
-from helpers import write_latency_table
+from helpers import ROOT, SMALL_SPACE, environment, run, run_process, write_latency_table
 
 from fpnas_keras import Architecture, LatencyCost, data, spaces
 from fpnas_keras.cost import count
 
-ROOT = pathlib.Path(__file__).parents[1]
 # One worker runs this file, so that the finished run is made once.
 pytestmark = pytest.mark.xdist_group("command_lines")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=2"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--seed=5", "--sample_scale=0.1"]
-SEARCH += ["--warmup_steps=2", "--distribution=coarse_to_fine", "--coarse_epochs=2"]
+SEARCH += [
+    "--ranked_samples=3",
+    "--warmup_steps=2",
+    "--distribution=coarse_to_fine",
+    "--coarse_epochs=2",
+]
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def run(module, *arguments):
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def next_command(stdout):
@@ -53,17 +54,34 @@ def assert_refused(result, message):
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
+def small(tmp_path_factory):
+    file = tmp_path_factory.mktemp("with space") / "small.json"
+    file.write_text(json.dumps(SMALL_SPACE))
+    return file
+
+
+@pytest.fixture(scope="module")
+def search(small):
+    """The command of a search of a small space."""
+    flags = ["--target=60e3", "--train_images=720", "--sample_scale=0.5"]
+    return [*SEARCH, f"--space={small}", *flags]
+
+
+@pytest.fixture(scope="module")
+def searched(search, tmp_path_factory):
     directory = tmp_path_factory.mktemp("with space") / "searched"
-    result = run(*SEARCH, f"--output_dir={directory}")
+    result = run_process(*search, f"--output_dir={directory}")
     assert result.returncode == 0, result.stderr
     return directory, result.stdout
 
 
 @pytest.fixture(scope="module")
 def trained(searched):
-    result = run(*next_command(searched[1]), "--epochs=2", "--ema_momentum=0.5")
+    flags = ["--epochs=2", "--batch_size=64", "--ema_momentum=0.5"]
+    result = run_process(*next_command(searched[1]), *flags)
     assert result.returncode == 0, result.stderr
+    # A part of the training images is kept in the next command.
+    assert "720 training images" in result.stderr
     return searched[0].with_name("searched_trained"), result.stdout
 
 
@@ -73,15 +91,21 @@ def test_search_leaves_a_run_directory(searched):
         "architecture.json",
         "flags.txt",
         "metrics.csv",
+        "probabilities.jsonl",
+        "ranking.json",
+        "report",
+        "report.html",
         "search.weights.h5",
+        "space.json",
         "summary.json",
+        "tensorboard",
     ]
     architecture = Architecture.load(directory / "architecture.json")
-    space = spaces.get("mobile_mini", (16, 16, 1), 10)
+    space = spaces.get(directory / "space.json", (16, 16, 1), 10)
     space.choices(architecture)  # raises unless it is in the space
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["macs"] == architecture.macs()
-    assert (summary["space"], summary["seed"], summary["steps"]) == ("mobile_mini", 5, 6)
+    assert (summary["space"], summary["seed"], summary["steps"]) == ("small", 5, 6)
     assert summary["num_architectures"] == space.num_architectures
     assert f"{architecture.macs():,} MACs" in stdout
     with (directory / "metrics.csv").open() as file:
@@ -120,6 +144,7 @@ def test_parsec_by_flags(tmp_path):
     assert summary["num_logits"] == sum(len(block.entries) for block in space.blocks)
     assert summary["total_samples"] == summary["total_evaluated"] == 2 * 2 + 2 * 40
     assert (summary["derivation_least"], summary["macs"] <= 500e3) == (0, True)
+    assert not (tmp_path / "run" / "space.json").exists()  # it has a name
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows] == ["warm_up", "joint"]
@@ -128,7 +153,7 @@ def test_parsec_by_flags(tmp_path):
 
 def test_a_space_of_ones_own_from_search_to_tflite(tmp_path):
     flags = [each for each in SEARCH if "target" not in each and "cost" not in each]
-    flags += [f"--space={ROOT}/configs/spaces/example.json", "--recompute"]
+    flags += [f"--space={ROOT}/configs/spaces/example.json"]
     result = run(*flags, f"--output_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
     architecture = Architecture.load(tmp_path / "run" / "architecture.json")
@@ -141,13 +166,13 @@ def test_a_space_of_ones_own_from_search_to_tflite(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_search_for_milliseconds(tmp_path):
-    space = spaces.get("mobile_mini", (16, 16, 1), 10)
+def test_a_search_for_milliseconds(small, search, tmp_path):
+    space = spaces.get(small, (16, 16, 1), 10)
     table = write_latency_table(
-        tmp_path / "table.json", space, lambda part: 1e-3 + 1e-6 * count.part(part).macs
+        tmp_path / "table.json", space, lambda part: 1e-3 + 1e-5 * count.part(part).macs
     )
-    flags = [each for each in SEARCH if "target" not in each and "cost" not in each]
-    flags += ["--cost=latency", f"--latency_table={table}"]
+    flags = [each for each in search if "target" not in each and "cost" not in each]
+    flags += ["--cost=latency", f"--latency_table={table}", "--recompute"]
     result = run(*flags, "--target=0.5", f"--output_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -170,15 +195,6 @@ def test_a_search_for_milliseconds(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "table.json"]
 
 
-def test_a_part_of_the_training_images_is_kept_in_the_next_command(tmp_path):
-    result = run(*SEARCH, "--train_images=400", f"--output_dir={tmp_path}/run")
-    assert result.returncode == 0, result.stderr
-    assert "--train_images=400" in next_command(result.stdout)
-    result = run(*next_command(result.stdout), "--epochs=1")
-    assert result.returncode == 0, result.stderr
-    assert "400 training images" in result.stderr
-
-
 def without_seconds(directory):
     lines = (directory / "metrics.csv").read_text().splitlines()
     return [line.rsplit(",", 1)[0] for line in lines]
@@ -194,6 +210,66 @@ def test_the_same_flags_give_the_same_search(searched, tmp_path):
     ).read_text()
 
     assert without_seconds(tmp_path) == without_seconds(searched[0])
+
+
+def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
+    directory = shutil.copytree(searched[0], tmp_path / "run")
+    probabilities = [json.loads(row) for row in (directory / "probabilities.jsonl").open()]
+    assert [row["step"] for row in probabilities] == [2, 4, 6]
+    first = probabilities[0]["blocks"][0]["filters"]
+    assert first == {
+        "8": pytest.approx(1 / 3),
+        "12": pytest.approx(1 / 3),
+        "16": pytest.approx(1 / 3),
+    }
+    assert sum(probabilities[-1]["blocks"][1]["skip"].values()) == pytest.approx(1)
+    before = (directory / "report.html").read_text()
+    result = run("fpnas_keras.evaluate", f"--search_dir={directory}", "--samples=6", "--seed=1")
+    assert result.returncode == 0, result.stderr
+    ranking = json.loads((directory / "ranking.json").read_text())
+    names = [each["name"] for each in ranking["architectures"]]
+    assert "derived" in names
+    assert ranking["images"] == 360  # half of the --train_images of the search
+    front = [each for each in ranking["architectures"] if each["pareto"]]
+    files = {path.stem.replace("_", " "): path for path in (directory / "pareto").iterdir()}
+    assert files.keys() == {each["name"] for each in front}
+    for each in front:
+        assert Architecture.load(files[each["name"]]).to_dict() == each["architecture"]
+    assert (directory / "report.html").read_text() != before
+    # The command that it prints trains one within the target.
+    command = next_command(result.stdout)
+    architecture = Architecture.load(command[1].removeprefix("--architecture="))
+    assert architecture.macs() <= 60e3
+    for arguments, message in (
+        ([f"--search_dir={tmp_path}"], "summary.json"),
+        ([f"--search_dir={directory}", "--architectures=nonesuch.json"], "nonesuch.json"),
+        ([f"--search_dir={directory}", "--data=folder:nonesuch"], "folder:nonesuch"),
+    ):
+        assert_refused(run("fpnas_keras.evaluate", *arguments), message)
+
+
+def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path):
+    train = ["fpnas_keras.train", f"--architecture={searched[0]}/architecture.json", "--epochs=1"]
+    train += ["--train_images=300", "--init=supernet", f"--output_dir={tmp_path}/run"]
+    train += ["--mixed_precision=bfloat16", "--mix_up=0.2", "--rand_augment=0.3"]
+    result = run(*train, f"--teacher={trained[0]}/model.keras")
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["distillation_loss"]) > 0 and float(row["student_loss"]) > 0
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+    for arguments, message in (
+        (["--teacher=nonesuch.keras"], "`teacher` must be an existing .keras file"),
+        (["--teacher_weights=x.weights.h5"], "--teacher_weights needs --teacher"),
+        (["--init=supernet", f"--search_dir={tmp_path}"], "summary.json"),
+        (["--mix_up=2"], "mix_up"),
+    ):
+        bad = [*train[:2], f"--output_dir={tmp_path}/bad", *arguments]
+        result = run(*bad)
+        assert result.returncode == 1 and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "bad").exists()
 
 
 def test_a_finished_search_prints_its_result_again(searched):
@@ -216,7 +292,7 @@ def test_training_and_export_follow_the_printed_commands(trained):
     assert summary["macs"] == Architecture.from_dict(summary["architecture"]).macs()
     assert len((directory / "metrics.csv").read_text().splitlines()) == 3
 
-    result = run(*next_command(stdout))
+    result = run_process(*next_command(stdout))
     assert result.returncode == 0, result.stderr
     assert (directory / "labels.txt").read_text().split() == list("0123456789")
     report = json.loads((directory / "model_report.json").read_text())
@@ -296,13 +372,21 @@ def test_flags_that_absl_refuses_give_no_traceback(tmp_path, arguments, message)
     assert not (tmp_path / "run").exists()
 
 
+def test_forked_processes_end_as_new_ones_do():
+    """What `run` gives below is what `run_process` gives."""
+    for arguments in (["--space=nonesuch", "--output_dir=x"], ["--epochs=0"]):
+        new, forked = (each("fpnas_keras.search", *arguments) for each in (run_process, run))
+        assert (forked.returncode, forked.stdout) == (new.returncode, new.stdout)
+        assert forked.stderr.splitlines()[-1] == new.stderr.splitlines()[-1]
+
+
 def test_directories_that_hold_something_else_are_refused(searched, tmp_path):
     directory, _ = searched
-    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    before = contents(directory)
     flags = f"--flagfile={directory}/flags.txt"
-    result = run("fpnas_keras.search", flags, "--seed=6", "--target=600e3")
+    result = run("fpnas_keras.search", flags, "--seed=6", "--target=61e3")
     assert_refused(result, "holds another run; it differs in --seed, --target")
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert contents(directory) == before
 
     (tmp_path / "thesis.txt").write_text("mine")
     assert_refused(run(*SEARCH, f"--output_dir={tmp_path}"), "which holds other files")
@@ -328,6 +412,10 @@ def interrupt(command, number, ready, pause=0.0):
 
 def assert_same_run(directory, expected):
     """Weights, logits, architecture and rows are those of another run, bit for bit."""
+    ranked = (directory / "ranking.json").is_file() and (expected / "ranking.json").is_file()
+    assert not ranked or json.loads((directory / "ranking.json").read_text()) == json.loads(
+        (expected / "ranking.json").read_text()
+    )
     for name in ("architecture.json", "search.weights.h5", "model.keras", "metrics.csv"):
         assert (directory / name).exists() == (expected / name).exists()
         if name == "metrics.csv":
@@ -342,12 +430,12 @@ def assert_same_run(directory, expected):
     assert sorted(os.listdir(directory)) == sorted(os.listdir(expected))
 
 
-def test_a_killed_search_goes_on_with_the_same_command(searched, tmp_path):
-    command = [*SEARCH, f"--output_dir={tmp_path}/run", "--checkpoint_every=1"]
+def test_a_killed_search_goes_on_with_the_same_command(search, searched, tmp_path):
+    command = [*search, f"--output_dir={tmp_path}/run", "--checkpoint_every=1"]
     checkpoints = tmp_path / "run" / "checkpoints"
     output, code = interrupt(command, signal.SIGKILL, lambda: list(checkpoints.glob("*.ckpt")))
     assert code == -signal.SIGKILL, output
-    other = run(*SEARCH, f"--output_dir={tmp_path}/run", "--seed=6", "--warmup_steps=1")
+    other = run(*search, f"--output_dir={tmp_path}/run", "--seed=6", "--warmup_steps=1")
     assert_refused(other, "holds another run; it differs in --seed, --warmup_steps")
 
     # SIGTERM saves, and says how to go on.
@@ -362,8 +450,8 @@ def test_a_killed_search_goes_on_with_the_same_command(searched, tmp_path):
     assert_same_run(tmp_path / "run", searched[0])
 
 
-def test_a_second_process_in_a_directory_is_refused(tmp_path):
-    command = [*SEARCH, "--epochs=1000", f"--output_dir={tmp_path}/run"]
+def test_a_second_process_in_a_directory_is_refused(search, tmp_path):
+    command = [*search, "--epochs=1000", f"--output_dir={tmp_path}/run"]
     with subprocess.Popen(
         [sys.executable, "-m", *command],
         env=environment(),
@@ -378,18 +466,19 @@ def test_a_second_process_in_a_directory_is_refused(tmp_path):
     assert_refused(second, f"another process is at work in `output_dir` {tmp_path}/run")
 
 
-def test_a_full_disk_ends_in_one_line(tmp_path):
-    """Files may have 100 KiB here, and a checkpoint is larger."""
-    command = shlex.join([sys.executable, "-m", *SEARCH, f"--output_dir={tmp_path}/run"])
+def test_a_full_disk_ends_in_one_line(search, tmp_path):
+    """Files may have 30 KiB here, and a checkpoint is larger."""
+    command = shlex.join([sys.executable, "-m", *search, f"--output_dir={tmp_path}/run"])
     result = subprocess.run(
-        ["bash", "-c", f"trap '' XFSZ; ulimit -f 100; {command} --checkpoint_every=1"],
+        ["bash", "-c", f"trap '' XFSZ; ulimit -f 30; {command} --checkpoint_every=1"],
         capture_output=True,
         text=True,
         env=environment(),
     )
     assert_refused(result, "File too large")
-    names = {path.name for path in (tmp_path / "run").rglob("*")}
-    assert names == {"flags.txt", "metrics.csv", "checkpoints"}
+    names = {path.name for path in (tmp_path / "run").rglob("*") if ".tfevents." not in path.name}
+    rows = {"metrics.csv", "probabilities.jsonl"}
+    assert names == {"flags.txt", "space.json", "checkpoints", "tensorboard"} | rows
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
@@ -413,7 +502,7 @@ def test_paths_may_have_any_letters(searched, tmp_path):
 def test_killed_at_ten_random_moments(searched, tmp_path, kind):
     """Each time with SIGKILL, some time after the first checkpoint of the part."""
     commands = {"search": [*SEARCH, "--epochs=6", "--coarse_epochs=3", "--steps_per_epoch=30"]}
-    commands["train"] = [*next_command(searched[1])[:-1], "--epochs=30", "--ema_momentum=0.9"]
+    commands["train"] = [*next_command(searched[1])[:-1], "--epochs=60", "--ema_momentum=0.9"]
     command = [*commands[kind], "--checkpoint_every=2"]
     result = run(*command, f"--output_dir={tmp_path}/whole")
     assert result.returncode == 0, result.stderr

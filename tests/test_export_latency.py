@@ -1,12 +1,11 @@
+import functools
 import json
 import os
-import pathlib
 import stat
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from helpers import run, run_process
 
 from export import devices
 from export.latency_model import LatencyModel
@@ -14,8 +13,8 @@ from fpnas_keras import Architecture, LatencyCost, spaces
 from fpnas_keras.architecture import Block, Part
 from fpnas_keras.cost import CostTable, count, latency
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("latency")
+measure = functools.partial(run, "export.latency")
 SPACE = {
     "format": 1,
     "stem": {"filters": 8, "kernel_size": 3, "strides": 2},
@@ -78,12 +77,6 @@ INFO: Inference timings in us: Init: 2345, Warmup (avg): 2003.5, Inference (avg)
 """
 
 
-def run(*arguments, **environment):
-    command = [sys.executable, "-m", "export.latency", *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, capture_output=True, text=True, env=env)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("with space")
@@ -94,7 +87,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(folder):
     flags = [f"--space={folder / 'small.json'}", "--rounds=5", *FLAGS]
-    result = run(*flags, f"--output={folder / 'table.json'}")
+    result = run_process("export.latency", *flags, f"--output={folder / 'table.json'}")
     assert result.returncode == 0, result.stderr
     assert "python -m fpnas_keras.search --cost=latency" in result.stdout
     return folder / "table.json"
@@ -122,8 +115,8 @@ def test_a_table_of_this_machine_knows_all_networks_of_the_space(folder, table):
 def test_a_finished_table_is_reported_again_and_another_space_is_refused(folder, table):
     before = table.read_bytes()
     flags = [f"--space={folder / 'small.json'}", f"--output={table}"]
-    assert run(*flags, *FLAGS, "--rounds=5").returncode == 0
-    result = run(*flags, "--input_size=32", "--channels=1")
+    assert measure(*flags, *FLAGS, "--rounds=5").returncode == 0
+    result = measure(*flags, "--input_size=32", "--channels=1")
     assert result.returncode == 1
     assert "holds a table of another `input_shape`: [16, 16, 1]" in result.stderr.splitlines()[-1]
     assert table.read_bytes() == before
@@ -134,7 +127,7 @@ def test_a_network_is_measured_against_the_table(folder, table):
     architecture = space.architecture(np.zeros_like(space.cardinalities))
     architecture.save(folder / "architecture.json")
     flags = [f"--architecture={folder / 'architecture.json'}", f"--latency_table={table}"]
-    result = run(*flags, "--network_seconds=0")
+    result = measure(*flags, "--network_seconds=0")
     assert result.returncode == 0, result.stderr
     content = json.loads((folder / "architecture_latency.json").read_text())
     predicted = sum(map(LatencyCost(table), architecture.parts()))
@@ -165,13 +158,13 @@ def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, 
     flags, environment = phone
     output = tmp_path / "phone.json"
     flags = [f"--space={folder / 'small.json'}", f"--output={output}", *FLAGS, *flags, "--rounds=1"]
-    result = run(*flags, **environment, FAIL="late")
+    result = measure(*flags, **environment, FAIL="late")
     assert result.returncode == 1
     assert "error: device offline" in result.stderr.splitlines()[-1]
     assert sum(map(len, latency.read(output)["measured"].values())) == 7
     with pytest.raises(ValueError, match="is not finished"):
         LatencyCost(output)
-    result = run(*flags, **environment)
+    result = measure(*flags, **environment)
     assert result.returncode == 0, result.stderr
     content = latency.read(output)
     assert content["device"]["name"] == "Pixel 8"
@@ -236,7 +229,7 @@ def test_times_in_the_output_of_benchmark_model():
     ],
 )
 def test_bad_flags_are_refused(flags, message):
-    result = run(*flags)
+    result = measure(*flags)
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -273,6 +266,6 @@ def test_architectures_of_a_table_that_lacks_their_parts(folder, table):
     space = spaces.get("mobile_mini", (16, 16, 1), 10)
     architecture: Architecture = space.architecture(np.zeros_like(space.cardinalities))
     architecture.save(folder / "other.json")
-    result = run(f"--architecture={folder / 'other.json'}", f"--latency_table={table}")
+    result = measure(f"--architecture={folder / 'other.json'}", f"--latency_table={table}")
     assert result.returncode == 1
     assert f"{table} lacks stem 16x16x1 k3 f16" in result.stderr.splitlines()[-1]

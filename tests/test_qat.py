@@ -21,31 +21,42 @@ EVERYTHING = Architecture(
     ),
     Head(24, "hard_silu", 16),
 )
+# Enough to prune: two blocks with an expansion.
+SMALL = Architecture(
+    (16, 16, 3),
+    5,
+    Stem(8, 3, 2, "relu"),
+    (Block(12, 5, 3, 2, "hard_silu", 1), Block(12, 3, 3, 1, "relu6")),
+    Head(24, "relu"),
+)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return calibrated(EVERYTHING.build())
-
-
-def test_the_twin_is_the_same_function(model):
+def test_the_twin_is_the_same_function():
+    model = calibrated(EVERYTHING.build())
     twin = qat.twin(model, EVERYTHING)
     x = 255 * tf.random.stateless_uniform((8, 16, 16, 3), (3, 4))
     np.testing.assert_allclose(twin(x, training=False), model(x, training=False), atol=1e-4)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_fine_tuned_networks_are_int8_in_every_part_and_do_what_they_did(model, sparsity):
+@pytest.mark.parametrize(
+    ("architecture", "sparsity", "partitions"),
+    # The softmax over four splits stays with the interpreter.
+    [(EVERYTHING, 0.0, 2), (SMALL, 0.5, 1)],
+    ids=["everything", "pruned"],
+)
+def test_fine_tuned_networks_are_int8_in_every_part_and_do_what_they_did(
+    architecture, sparsity, partitions
+):
+    model = calibrated(architecture.build())
     images = random_images(200)
     # The classes of the model itself: nothing is to be learned but to be rounded.
     logits = model.predict(images.x.astype(np.float32), verbose=0)
     images = images._replace(y=logits.argmax(-1).astype(np.int32))
     batches = data.train_batches(images, 20)
-    tuned = qat.fine_tune(model, EVERYTHING, batches, 1, 1e-3, sparsity)
+    tuned = qat.fine_tune(model, architecture, batches, 1, 1e-3, sparsity)
     content = conversion.convert(tuned, "int8", input_type="uint8")
     assert conversion.float_operators(content) == {}
-    # The softmax over four splits stays with the interpreter.
-    assert conversion.delegated_partitions(content) == 2
+    assert conversion.delegated_partitions(content) == partitions
     run = conversion.Runner(content)
     assert run.pixels == (1.0, 0)
     received = np.stack([run(image) for image in images.x.astype(np.float32)])

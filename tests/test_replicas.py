@@ -1,7 +1,6 @@
 """Samples shared out among replicas: the result is that of one process."""
 
 import json
-import os
 import pathlib
 import re
 import signal
@@ -14,15 +13,15 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import ROOT, SMALL_SPACE, environment, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpnas_keras.replicas import is_chief, make_strategy, own_share
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("replicas")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=4"]
-SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--samples=5", "--warmup_steps=3"]
+SEARCH += ["--batch_size=16", "--cost=macs", "--target=60e3", "--samples=5", "--warmup_steps=3"]
 SEARCH += ["--distribution=coarse_to_fine", "--coarse_epochs=2", "--learning_rate=0.001"]
 
 
@@ -54,8 +53,8 @@ for strategy in (None, two):
     for optimizer in (keras.optimizers.SGD(0.01, momentum=0.9), keras.optimizers.AdamW(1e-4)):
         keras.utils.set_random_seed(0)
         search = fpnas.ArchitectureSearch(
-            make_tiny_space(), samples=5, cost=fpnas.MacsCost(target=20_000), warmup_steps=2,
-            warmup_samples=1, distribution="coarse_to_fine", strategy=strategy,
+            make_tiny_space(blocks=1), samples=5, cost=fpnas.MacsCost(target=20_000),
+            warmup_steps=2, warmup_samples=1, distribution="coarse_to_fine", strategy=strategy,
         )
         search.compile(optimizer, keras.optimizers.Adam(0.03))
         batches = fpnas.data.search_batches(x.astype("float32"), y, 10, steps_per_epoch=3)
@@ -79,7 +78,15 @@ def test_two_replicas_on_one_machine_are_one_process_to_rounding():
     assert max(differences) < 1e-3, differences
 
 
-def start(directory, *arguments):
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    """The command of a search of a small space."""
+    file = tmp_path_factory.mktemp("space") / "small.json"
+    file.write_text(json.dumps(SMALL_SPACE))
+    return [*SEARCH, f"--space={file}"]
+
+
+def start(search, directory, *arguments):
     """Two workers on loopback."""
     ports = []
     for _ in range(2):
@@ -91,12 +98,12 @@ def start(directory, *arguments):
     for index in range(2):
         task = {"type": "worker", "index": index}
         config = json.dumps({"cluster": {"worker": workers}, "task": task})
-        command = [*SEARCH, "--strategy=multiworker", f"--output_dir={directory}", *arguments]
+        command = [*search, "--strategy=multiworker", f"--output_dir={directory}", *arguments]
         with open(f"{directory}.{index}.log", "a") as log:
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", *command],
-                    env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CONFIG": config},
+                    env=environment(TF_CONFIG=config),
                     stdout=log,
                     stderr=log,
                 )
@@ -120,21 +127,16 @@ def weights_of(directory):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(search, tmp_path_factory):
     """What two workers find."""
     directory = tmp_path_factory.mktemp("two") / "run"
-    codes = [process.wait(timeout=500) for process in start(directory)]
+    codes = [process.wait(timeout=500) for process in start(search, directory)]
     assert codes == [0, 0], logs(directory)
     return directory
 
 
-def test_two_workers_find_what_one_process_finds(two, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", *SEARCH, f"--output_dir={tmp_path}/one"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+def test_two_workers_find_what_one_process_finds(search, two, tmp_path):
+    result = run(*search, f"--output_dir={tmp_path}/one")
     assert result.returncode == 0, result.stderr
     one = tmp_path / "one"
     assert (one / "architecture.json").read_text() == (two / "architecture.json").read_text()
@@ -147,9 +149,9 @@ def test_two_workers_find_what_one_process_finds(two, tmp_path):
     assert "next, train it" not in logs(two)[1]
 
 
-def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(two, tmp_path):
+def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(search, two, tmp_path):
     directory = tmp_path / "run"
-    processes = start(directory, "--checkpoint_every=1")
+    processes = start(search, directory, "--checkpoint_every=1")
     while not (directory / "checkpoints" / "step_6.ckpt").exists():
         assert [process.poll() for process in processes] == [None, None], logs(directory)
         time.sleep(0.02)
@@ -162,7 +164,7 @@ def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(two, tmp_path):
     assert "Traceback" not in logs(directory)[0]
     assert not (directory / "summary.json").exists()
 
-    codes = [process.wait(timeout=500) for process in start(directory)]
+    codes = [process.wait(timeout=500) for process in start(search, directory)]
     assert codes == [0, 0], logs(directory)
     assert "going on after step" in logs(directory)[1]
     for name in ("architecture.json", "search.weights.h5"):

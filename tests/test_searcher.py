@@ -25,15 +25,26 @@ def batches(steps=4, **kwargs):
     return fpnas.data.search_batches(*tiny_images(), batch_size=10, steps_per_epoch=steps, **kwargs)
 
 
-def make_search(optimizer=None, architecture_optimizer=None, warmup_steps=0, **kwargs):
-    search = fpnas.ArchitectureSearch(make_tiny_space(), warmup_steps=warmup_steps, **kwargs)
+def make_search(optimizer=None, architecture_optimizer=None, blocks=1, **kwargs):
+    """Of one block, which is traced soonest, where the space does not matter."""
+    space = make_tiny_space(blocks=blocks)
+    search = fpnas.ArchitectureSearch(space, **{"warmup_steps": 0} | kwargs)
     search.compile(optimizer or "sgd", architecture_optimizer or "adam")
     return search
 
 
-@pytest.mark.parametrize("penalty", ["expected", "hinge", "log"])
-@pytest.mark.parametrize("deduplicate", [True, False])
-def test_one_step_is_the_formula(penalty, deduplicate):
+@pytest.mark.parametrize(
+    ("penalty", "deduplicate", "blocks"),
+    [
+        ("expected", True, 4),
+        ("hinge", True, 2),
+        ("log", True, 2),
+        ("expected", False, 2),
+        ("hinge", False, 2),
+        ("log", False, 2),
+    ],
+)
+def test_one_step_is_the_formula(penalty, deduplicate, blocks):
     """Against sums over the draws written out, with plain automatic differentiation."""
     target, scale, beta, count = 20_000.0, 3.0, 0.5, 5
     search = make_search(
@@ -46,6 +57,7 @@ def test_one_step_is_the_formula(penalty, deduplicate):
         likelihood_scale=scale,
         deduplicate=deduplicate,
         seed=11,
+        blocks=blocks,
     )
     # One network is most probable, so that it comes more than once.
     logits = search.distribution.logits
@@ -122,7 +134,7 @@ def test_nothing_is_retraced_while_the_number_of_samples_changes(monkeypatch):
     monkeypatch.setattr(Supernet, "logits", lambda *args: calls.append(1) or logits(*args))
     search = make_search(
         architecture_optimizer=keras.optimizers.Adam(0.3),
-        samples=fpnas.AdaptiveSamples(scale=1.0),
+        samples=fpnas.AdaptiveSamples(scale=4.0),
     )
     data = batches(steps=5)
     history = search.fit(data, epochs=1, verbose=0, shuffle=False).history
@@ -144,6 +156,7 @@ def test_the_controller_settles_at_the_target(target):
         samples=fpnas.AdaptiveSamples(scale=2.0),
         cost=fpnas.MacsCost(target=target),
         cost_coefficient=fpnas.CostController(anneal_steps=100),
+        blocks=4,
     )
     before = expected_cost(search)
     assert 1.2 * 16_000 < before < 45_000 / 1.2
@@ -162,18 +175,18 @@ def test_the_controller_settles_at_the_target(target):
 
 def test_one_sided_control_does_not_ask_for_cost():
     search = make_search(
-        cost=fpnas.MacsCost(target=45_000),
+        cost=fpnas.MacsCost(target=30_000),
         cost_coefficient=fpnas.CostController(two_sided=False, anneal_steps=0),
     )
     history = search.fit(batches(), verbose=0, shuffle=False).history
     assert history["cost_coefficient"] == [0.0]
-    two_sided = make_search(cost=fpnas.MacsCost(target=45_000))
+    two_sided = make_search(cost=fpnas.MacsCost(target=30_000))
     history = two_sided.fit(batches(), verbose=0, shuffle=False).history
     assert history["cost_coefficient"][0] < 0
 
 
 def test_derive_meets_budgets():
-    search = make_search(cost=fpnas.MacsCost(target=30_000))
+    search = make_search(cost=fpnas.MacsCost(target=30_000), blocks=4)
     logits = search.distribution.logits
     logits.assign(tf.random.stateless_normal(logits.shape, (3, 2)))
     choices = all_choices(search.space)
@@ -193,7 +206,7 @@ def test_derive_meets_budgets():
     least = macs.min()
     with pytest.raises(ValueError, match=f"`budget` must be at least {least:,}, the least cost"):
         search.derive(budget=least - 1)
-    assert make_search().derive() == make_search().derive(budget=None)
+    assert make_search(blocks=4).derive() == make_search(blocks=4).derive(budget=None)
 
 
 @pytest.mark.parametrize("arguments", [("mode",), (float("nan"),), (0,), (3e4, 60.0, 1.5)])
@@ -203,7 +216,7 @@ def test_budgets_that_are_none_are_refused(arguments):
 
 
 def test_an_unproven_derivation_says_so():
-    search = make_search(cost=fpnas.MacsCost(target=30_000))
+    search = make_search(cost=fpnas.MacsCost(target=30_000), blocks=4)
     logits = search.distribution.logits
     logits.assign(tf.random.stateless_normal(logits.shape, (3, 2)))
     assert search.derivation("target", seconds=0).gap > 0
@@ -217,7 +230,9 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
     logits = Supernet.logits
     monkeypatch.setattr(Supernet, "logits", lambda *args: calls.append(1) or logits(*args))
     search = make_search(
-        architecture_optimizer=keras.optimizers.Adam(0.1), distribution="coarse_to_fine"
+        architecture_optimizer=keras.optimizers.Adam(0.1),
+        distribution="coarse_to_fine",
+        blocks=2,
     )
     choices = tf.constant(all_choices(search.space))
 
@@ -261,6 +276,7 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
 def test_parsec_is_a_setting():
     """Joint, fixed K, b = 0: each gradient is PARSEC's, -sum r_k d log p, cost-free."""
     search = make_search(
+        blocks=4,
         architecture_optimizer=keras.optimizers.SGD(1.0),
         distribution="joint",
         samples=4,
@@ -369,7 +385,8 @@ def test_coarse_to_fine_needs_joint_logits_and_may_go_on():
 
 def test_all_distributions_start_from_one_distribution():
     choices = tf.constant(all_choices(make_tiny_space()))
-    factorized, joint = (make_search(distribution=each) for each in ("factorized", "joint"))
+    kinds = ("factorized", "joint")
+    factorized, joint = (make_search(distribution=each, blocks=4) for each in kinds)
     np.testing.assert_allclose(
         factorized.distribution.log_prob(choices), joint.distribution.log_prob(choices), atol=1e-5
     )
