@@ -1,0 +1,32 @@
+"""The notebook, run as a user runs it."""
+
+import pathlib
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("notebook")
+
+
+def test_quickstart_runs_from_search_to_tflite(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    printed = "".join(
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    )
+    trained, converted = map(
+        float, re.findall(r"([\d.]+)%(?: of 360 images$|$)", printed, re.M)[-2:]
+    )
+    assert trained > 90
+    assert converted > trained - 2
+    assert printed.endswith("float operators: {}\n")
+    assert (tmp_path / "digits_int8.tflite").stat().st_size > 10_000
