@@ -34,7 +34,6 @@ flags.DEFINE_integer("steps", 1000, "Steps of a search.")
 
 TARGET, BATCH, EPOCHS, SEEDS = 1_500_000, 64, 20, 3
 METHODS = ("ours", "DMaskingNAS", "PARSEC")
-DATA = ("--data=tfds:fashion_mnist", "--nodownload", "--train_images=10000")
 
 
 def make(method: str, space: fpnas.spaces.Space, seed: int) -> fpnas.ArchitectureSearch:
@@ -96,12 +95,13 @@ def jobs() -> list[dict[str, list[str]]]:
     for seed in range(SEEDS):
         for method in METHODS:
             searches[f"search {method} {seed}"] = [
-                *(__file__, *DATA, data_dir, f"--work_dir={FLAGS.work_dir}"),
+                *(__file__, *harness.FASHION_MNIST, data_dir, f"--work_dir={FLAGS.work_dir}"),
                 *(f"--method={method}", f"--seed={seed}", f"--steps={FLAGS.steps}"),
             ]
             architecture = directory(f"search {method} {seed}").with_suffix(".json")
             trainings[f"train {method} {seed}"] = [
-                *("-m", "fpnas_keras.train", *DATA, data_dir, f"--architecture={architecture}"),
+                *("-m", "fpnas_keras.train", *harness.FASHION_MNIST, data_dir),
+                f"--architecture={architecture}",
                 *(f"--epochs={EPOCHS}", f"--output_dir={directory(f'train {method} {seed}')}"),
             ]
     for seed in range(1, SEEDS):  # the noise of one training

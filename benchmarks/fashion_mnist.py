@@ -9,13 +9,7 @@ their networks is trained with 5 seeds. Takes about 2.5 hours on 2 cores; one jo
 core. Rows are appended to --output as jobs finish; a run that was cut goes on from there.
 """
 
-import json
-import os
-import pathlib
-import shutil
 import statistics
-import subprocess
-import sys
 
 import harness
 from absl import app, flags
@@ -25,8 +19,6 @@ flags.DEFINE_string("data_dir", None, "Where tensorflow_datasets keeps its data.
 flags.DEFINE_string("work_dir", "runs/benchmark_fashion_mnist", "Folder of the run directories.")
 flags.DEFINE_string("output", "benchmarks/fashion_mnist.jsonl", "File of the finished rows.")
 
-ROOT = pathlib.Path(__file__).parents[1]
-DATA = ("--data=tfds:fashion_mnist", "--nodownload", "--train_images=10000")
 TARGET = 1_500_000
 SEARCH = (
     "--space=mobile_mini",
@@ -52,17 +44,17 @@ SEEDS = 3
 RELIABLE, RELIABLE_SEEDS = "factorized", 5
 
 
-def phases() -> list[dict[str, list[str]]]:
+def phases(runs: harness.Runs) -> list[dict[str, list[str]]]:
     """Commands by name; those of a phase need nothing but earlier phases."""
 
     def search(method, seed):
-        arguments = [*SEARCH, *METHODS[method], f"--seed={seed}"]
-        return {f"search {method} {seed}": ["fpnas_keras.search", *DATA, *arguments]}
+        arguments = [*harness.FASHION_MNIST, *SEARCH, *METHODS[method], f"--seed={seed}"]
+        return {f"search {method} {seed}": ["fpnas_keras.search", *arguments]}
 
     def train(name, searched, seed):
-        architecture = directory(f"search {RELIABLE} {searched}") / "architecture.json"
+        architecture = runs.directory(f"search {RELIABLE} {searched}") / "architecture.json"
         arguments = [f"--architecture={architecture}", "--epochs=20", f"--seed={seed}"]
-        return {name: ["fpnas_keras.train", *DATA, *arguments]}
+        return {name: ["fpnas_keras.train", *harness.FASHION_MNIST, *arguments]}
 
     reliable, trained, others = {}, {}, {}
     for seed in range(RELIABLE_SEEDS):
@@ -74,26 +66,6 @@ def phases() -> list[dict[str, list[str]]]:
         for seed in range(SEEDS):
             others |= search(method, seed)
     return [reliable, trained, others]
-
-
-def directory(name: str) -> pathlib.Path:
-    """Run directory of a job."""
-    return pathlib.Path(FLAGS.work_dir).absolute() / name.replace(" ", "_")
-
-
-def run(name: str, command: list[str], core: int) -> dict:
-    """Runs one job on one core; its summary."""
-    output_dir = directory(name)
-    command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
-    command.append(f"--data_dir={pathlib.Path(FLAGS.data_dir).absolute()}")
-    log = output_dir.with_suffix(".log")
-    shutil.rmtree(output_dir, ignore_errors=True)  # what a run that was cut has left
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-        os.sched_setaffinity(process.pid, {core})
-        if process.wait():
-            raise RuntimeError(f"{' '.join(command)} failed; see {log}")
-    return json.loads((output_dir / "summary.json").read_text())
 
 
 def report(rows: dict[str, dict]) -> None:
@@ -120,8 +92,8 @@ def report(rows: dict[str, dict]) -> None:
 
 def main(_: list[str]) -> None:
     """Runs what is not yet in the output, one job a core."""
-    pathlib.Path(FLAGS.work_dir).mkdir(parents=True, exist_ok=True)
-    report(harness.on_cores(phases(), run, FLAGS.output))
+    runs = harness.Runs(FLAGS.work_dir, FLAGS.data_dir)
+    report(harness.on_cores(phases(runs), runs, FLAGS.output))
 
 
 if __name__ == "__main__":

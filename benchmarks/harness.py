@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import queue
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from fpnas_keras.estimator import Samples
 
 Batch = tuple[tf.Tensor, tf.Tensor]
 
+ROOT = pathlib.Path(__file__).parents[1]
+# The short protocol's images, as the command lines take them.
+FASHION_MNIST = ("--data=tfds:fashion_mnist", "--nodownload", "--train_images=10000")
 # Image size and batch size that each space is measured with.
 SIZES = {"mobile_mini": (32, 64), "fbnetv2_f": (128, 32)}
 
@@ -172,3 +176,35 @@ def on_cores(
         for phase in phases:
             list(pool.map(work, [item for item in phase.items() if item[0] not in rows]))
     return rows
+
+
+class Runs:
+    """Runs the project's command lines for `on_cores`, each in a run directory of its own.
+
+    Args:
+        work_dir: Folder of the run directories, made here.
+        data_dir: Where tensorflow_datasets keeps its data.
+    """
+
+    def __init__(self, work_dir: str, data_dir: str):
+        self.work_dir = pathlib.Path(work_dir).absolute()
+        self.data_dir = pathlib.Path(data_dir).absolute()
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+
+    def directory(self, name: str) -> pathlib.Path:
+        """Run directory of a job."""
+        return self.work_dir / name.replace(" ", "_")
+
+    def __call__(self, name: str, command: list[str], core: int) -> dict:
+        """Runs a module with flags on one core; its summary, or a `RuntimeError`."""
+        output_dir = self.directory(name)
+        command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
+        command.append(f"--data_dir={self.data_dir}")
+        log = output_dir.with_suffix(".log")
+        shutil.rmtree(output_dir, ignore_errors=True)  # what a run that was cut has left
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+            os.sched_setaffinity(process.pid, {core})
+            if process.wait():
+                raise RuntimeError(f"{' '.join(command)} failed; see {log}")
+        return json.loads((output_dir / "summary.json").read_text())
