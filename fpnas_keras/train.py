@@ -115,7 +115,7 @@ flags.DEFINE_enum(
     "random",
     ["random", "supernet"],
     "Weights to start from: random ones, or the shared weights of the search that found the "
-    "architecture. Shared weights help in short trainings.",
+    "architecture, for short trainings.",
 )
 flags.DEFINE_string(
     "search_dir",

@@ -13,6 +13,7 @@ import fpnas_keras as fpnas
 from fpnas_keras import data, ranking, searched
 from fpnas_keras.network import recalibrate
 
+pytestmark = pytest.mark.xdist_group("ranking")  # one search for all
 SPACE = """
 import sys
 sys.path.insert(0, {tests!r})
