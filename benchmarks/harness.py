@@ -200,7 +200,7 @@ class Runs:
         output_dir = self.directory(name)
         command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
         command.append(f"--data_dir={self.data_dir}")
-        log = output_dir.with_suffix(".log")
+        log = output_dir.with_name(f"{output_dir.name}.log")
         shutil.rmtree(output_dir, ignore_errors=True)  # what a run that was cut has left
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)

@@ -88,16 +88,17 @@ def load_data_for(
 
 
 def take_data_flags(flag_file: pathlib.Path) -> None:
-    """Takes the flags that name the data from the flag file of a run, where none are given."""
-    names = ("data", "data_dir", "download", "train_images")
-    if any(FLAGS[name].present for name in names):
+    """Takes the flags that name the data from the flag file of a run, but for those given."""
+    if FLAGS["data"].present:
         return
+    names = ("data", "data_dir", "download", "train_images")
     own = re.compile(rf"--(no)?({'|'.join(names)})(=.*)?")
     for line in flag_file.read_text(encoding="utf-8").splitlines():
         found = own.fullmatch(line)
         if found:
             negated, name, value = found.groups()
-            FLAGS[name].parse(value[1:] if value else not negated)
+            if not FLAGS[name].present:
+                FLAGS[name].parse(value[1:] if value else not negated)
 
 
 def data_arguments() -> str:

@@ -102,6 +102,10 @@ def _application(name, weights, input_shape, num_classes):
             "`teacher` must be a .keras file, an architecture (.json) or one of keras.applications "
             f"({', '.join(application_names())}). Received: teacher={name}"
         )
+    if input_shape[-1] not in (1, 3):
+        raise ValueError(
+            f"the teacher {name} is for images of 1 or 3 channels. Received: {input_shape[-1]}"
+        )
     build = getattr(keras.applications, name)
     try:
         network = build(
@@ -135,7 +139,14 @@ class _Preprocessing(keras.layers.Layer):
 
 def _to_logits(model, name):
     """The model without its softmax, in float32."""
-    last = model.layers[-1]
+    last = model
+    while isinstance(last, keras.Model):
+        last = last.outputs[0]._keras_history.operation
+    if not isinstance(last, keras.layers.Layer):
+        raise ValueError(
+            f"the teacher {name} must end in a layer that gives logits, or in a softmax layer. "
+            f"Received: it ends in the operation {type(last).__name__}"
+        )
     function = keras.activations.get(getattr(last, "activation", None))
     if isinstance(last, keras.layers.Softmax) or function is keras.activations.softmax:
         logits = keras.ops.log(keras.ops.maximum(model.output, keras.config.epsilon()))

@@ -81,6 +81,8 @@ def _report(directory, ranked, cost):
     """Prints the ranking; saves the Pareto front to train from."""
     front = directory / "pareto"
     front.mkdir(exist_ok=True)
+    for file in front.glob("*.json"):  # of an earlier ranking
+        file.unlink()
     print(f"\n{'rank':>4} {'accuracy':>8} {'loss':>6} {cost.unit:>12} {'log p':>7} Pareto name")
     for number, each in enumerate(ranked, 1):
         mark = "*" if each.pareto else ""
@@ -89,21 +91,21 @@ def _report(directory, ranked, cost):
             f"{each.log_prob:7.1f} {mark:6} {each.name}"
         )
         if each.pareto:
-            each.architecture.save(_front_file(front, each))
+            each.architecture.save(_front_file(front, number, each))
     # The first one within the target; there is always the derived network. It is on the front.
     target = math.inf if cost.target is None else cost.target
-    best = next((each for each in ranked if each.cost <= target), ranked[0])
+    best = next((i for i, each in enumerate(ranked, 1) if each.cost <= target), 1)
     print(
         f"\nranking: {directory / 'ranking.json'}\nPareto front: {front}\n"
         f"report: {report.write(directory)}\n"
         "next, train one of them:\n  python -m fpnas_keras.train "
-        f"--architecture={shlex.quote(str(_front_file(front, best)))} "
+        f"--architecture={shlex.quote(str(_front_file(front, best, ranked[best - 1])))} "
         f"{cli.data_arguments()} --output_dir=DIRECTORY"
     )
 
 
-def _front_file(front, ranked):
-    return front / f"{pathlib.Path(ranked.name).stem.replace(' ', '_')}.json"
+def _front_file(front, number, ranked):
+    return front / f"{number:02}_{pathlib.Path(ranked.name).stem.replace(' ', '_')}.json"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
 
 
 def recalibrate(model: keras.Model, batches: Iterable[tf.Tensor]) -> None:
-    """Sets the moving statistics of all batch normalizations to their mean over batches.
+    """Sets the moving statistics of all batch normalizations to their mean over the images.
 
     After its weights were taken from elsewhere (shared weights, averaged ones), a network's
     statistics belong to others.
@@ -45,10 +45,12 @@ def recalibrate(model: keras.Model, batches: Iterable[tf.Tensor]) -> None:
     """
     norms = [each for each in model.layers if isinstance(each, keras.layers.BatchNormalization)]
     momenta = [norm.momentum for norm in norms]
-    for index, images in enumerate(batches):
-        for norm in norms:
-            norm.momentum = index / (index + 1)
+    seen = 0
+    for images in batches:
+        for norm in norms:  # the last batch may be smaller, and counts less
+            norm.momentum = seen / (seen + len(images))
         model(images, training=True)
+        seen += len(images)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 

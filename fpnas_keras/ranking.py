@@ -76,7 +76,7 @@ def rank(
         ValueError: When an architecture is not in the space.
     """
     names = {each: name for name, each in reversed(architectures.items())}
-    choices = {name: search.space.choices(each) for each, name in names.items()}
+    choices = {name: _choices(search.space, name, each) for each, name in names.items()}
     weights_part, architecture_part = split(images.y, 0.5, seed)
     rng = np.random.default_rng(seed)
     recalibration = _batches(images, rng.permutation(weights_part)[:recalibration_images])
@@ -129,6 +129,13 @@ def save(path: str | os.PathLike, ranked: Sequence[Ranked], unit: str) -> None:
     }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def _choices(space, name, architecture):
+    try:
+        return space.choices(architecture)
+    except ValueError as error:
+        raise ValueError(f"{name} is not of the search: {error}") from None
 
 
 def _batches(images, indices):

@@ -55,6 +55,7 @@ class Run:
         self.command_name = command_name
         self.writes = writes
         own = sorted(FLAGS.get_key_flags_for_module(module), key=lambda flag: flag.name)
+        self._own_flags = own
         self.flags = [flag.serialize() for flag in own if flag.value is not None]
         self.flag_values = {flag.name: flag.value for flag in own if flag.value is not None}
         self.started = time.monotonic()
@@ -87,8 +88,8 @@ class Run:
                     error.strerror,
                 )
         if any(not _TEMPORARY.fullmatch(path.name) for path in self.directory.iterdir()):
-            self._check_same_run()
             self.finished = self.path("summary.json").is_file()
+            self._check_same_run()
             if self.finished:
                 self._remove_checkpoints()  # in case that a kill came in between
 
@@ -100,7 +101,15 @@ class Run:
                 "holds other files"
             )
         theirs = flag_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        differing = {line.split("=")[0] for line in set(theirs) ^ set(self.flags)} - _MAY_DIFFER
+        differing = set(theirs) ^ set(self.flags)
+        if self.finished:  # maybe by an earlier version, which did not have all flags
+            given = {line.split("=")[0].removeprefix("--") for line in theirs}
+            differing -= {
+                flag.serialize()
+                for flag in self._own_flags
+                if flag.value == flag.default and not {flag.name, f"no{flag.name}"} & given
+            }
+        differing = {line.split("=")[0] for line in differing} - _MAY_DIFFER
         if differing:
             raise ValueError(
                 f"`output_dir` {self.directory} holds another run; it differs in "

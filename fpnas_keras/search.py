@@ -282,7 +282,10 @@ def main() -> None:
             _search(run)
         if chief:
             if not run.path("report.html").exists():
-                _visualize(run)
+                try:
+                    _visualize(run)
+                except (ValueError, OSError) as error:  # The result is there all the same.
+                    logging.warning("no report: %s", error)
             _report(run)
 
 
@@ -342,10 +345,15 @@ def _records(run, search):
                 run.path("tensorboard"),
                 row,
                 run.flag_values,
-                lambda: search.distribution.entry_probabilities().numpy(),
+                lambda: _entry_probabilities(search.distribution),
             )
         )
     return files, callbacks
+
+
+def _entry_probabilities(distribution):
+    rows = zip(distribution.entry_probabilities().numpy(), distribution.entries.exists)
+    return [row[exists] for row, exists in rows]
 
 
 def _visualize(run):
@@ -527,11 +535,13 @@ def _report(run):
     if summary["derivation_gap"]:
         target += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
     file = shlex.quote(str(run.path("architecture.json")))
+    page = run.path("report.html")
+    page = f"report: {page}\n" if page.exists() else ""
     print(
         f"\n{summary['macs']:,} MACs, {summary['params']:,} parameters{target}; "
         f"{summary['total_samples']:,} samples in {summary['steps']:,} steps, "
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_mb']:,} MB\n"
-        f"results: {run.directory}\nreport: {run.path('report.html')}\n"
+        f"results: {run.directory}\n{page}"
         "next, train it:\n"
         f"  python -m fpnas_keras.train --architecture={file} {cli.data_arguments()} "
         f"--output_dir={shlex.quote(str(run.directory) + '_trained')}"

@@ -5,11 +5,19 @@ import os
 import pathlib
 
 from fpnas_keras import spaces
-from fpnas_keras.cost import make_cost
-from fpnas_keras.files import read_json, reason
+from fpnas_keras.cost import COSTS, make_cost
+from fpnas_keras.files import read_json, reason, short
 from fpnas_keras.searcher import ArchitectureSearch
 
-_KEYS = ("space", "input_shape", "num_classes", "distribution", "cost", "target")
+_KINDS = {
+    "space": str,
+    "input_shape": list,
+    "num_classes": int,
+    "distribution": str,
+    "cost": str,
+    "target": (int, float, type(None)),
+    "seed": int,
+}
 
 
 def load(directory: str | os.PathLike) -> ArchitectureSearch:
@@ -24,7 +32,9 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
     Example:
 
     ```python
-    search = fpnas.searched.load("runs/quickstart")
+    from fpnas_keras import searched
+
+    search = searched.load("runs/quickstart")
     search.derive(budget=3e5)
     ```
     """
@@ -33,6 +43,8 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
     space_files = [directory / f"space{suffix}" for suffix in spaces.SUFFIXES]
     space = next((file for file in space_files if file.is_file()), summary["space"])
     tables = sorted(directory.glob("latency_table.*"))
+    if summary["cost"] == "latency" and not tables:
+        raise ValueError(f"{directory} lacks the search's latency table (latency_table.json)")
     space = spaces.get(space, tuple(summary["input_shape"]), summary["num_classes"])
     search = ArchitectureSearch(
         dataclasses.replace(space, name=summary["space"]),  # its file was another's copy
@@ -51,7 +63,13 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
 
 
 def _checked(summary):
-    missing = [key for key in _KEYS if key not in summary]
-    if missing:
-        raise ValueError(f"lacks the keys {', '.join(missing)}")
+    if not isinstance(summary, dict):
+        raise ValueError(f"must be an object with keys. Received: {short(summary)}")
+    for key, kind in _KINDS.items():
+        if key not in summary:
+            raise ValueError(f"lacks the key `{key}`")
+        if not isinstance(summary[key], kind):
+            raise ValueError(f"`{key}` is of another type. Received: {key}={short(summary[key])}")
+    if summary["cost"] not in COSTS:
+        raise ValueError(f"`cost` must be one of {', '.join(COSTS)}. Received: {summary['cost']}")
     return summary

@@ -115,12 +115,13 @@ flags.DEFINE_enum(
     "random",
     ["random", "supernet"],
     "Weights to start from: random ones, or the shared weights of the search that found the "
-    "architecture, for short trainings.",
+    "architecture, for short trainings. Those have seen all training images, what "
+    "--validation_split holds out too.",
 )
 flags.DEFINE_string(
     "search_dir",
     None,
-    "Directory of the search for --init=supernet; by default the folder of --architecture.",
+    "Directory of the search for --init=supernet; by default that which --architecture lies in.",
 )
 flags.DEFINE_enum(
     "mixed_precision",
@@ -198,8 +199,12 @@ def _train(run, architecture):
         model = distillation.make_distiller(
             _teacher(architecture), student, FLAGS.temperature, FLAGS.distillation_weight
         )
+    optimizer = _optimizer(checkpoints.steps_per_epoch or int(batches.cardinality()))
+    if FLAGS.mixed_precision == "float16":
+        # `compile` would do so by the policy of the model, which a distiller does not have.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(
-        optimizer=_optimizer(checkpoints.steps_per_epoch or int(batches.cardinality())),
+        optimizer=optimizer,
         loss=_loss(),
         metrics=["accuracy"],
         jit_compile=False,  # XLA takes 8 times as long on CPUs.
@@ -283,13 +288,23 @@ def _student(architecture, images, is_new):
     finally:
         keras.config.set_dtype_policy("float32")
     if FLAGS.init == "supernet" and is_new:
-        directory = FLAGS.search_dir or pathlib.Path(FLAGS.architecture).parent
-        search = searched.load(directory)
-        search.space.choices(architecture)  # a `ValueError` where it is of another space
+        search = searched.load(_search_dir())
+        try:
+            search.space.choices(architecture)
+        except ValueError as error:
+            raise ValueError(
+                f"`init`: {FLAGS.architecture} is not of the search: {error}"
+            ) from None
         search.supernet.give_weights(model)
         plain = data.train_batches(images, FLAGS.batch_size, FLAGS.seed)
         recalibrate(model, (x for x, _ in plain.take(_RECALIBRATION_BATCHES)))
     return model
+
+
+def _search_dir():
+    """Where the architecture comes from, itself or by way of `fpnas_keras.evaluate`."""
+    folder = pathlib.Path(FLAGS.architecture).parent
+    return FLAGS.search_dir or (folder.parent if folder.name == "pareto" else folder)
 
 
 def _teacher(architecture):

@@ -231,10 +231,13 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
     assert "derived" in names
     assert ranking["images"] == 360  # half of the --train_images of the search
     front = [each for each in ranking["architectures"] if each["pareto"]]
-    files = {path.stem.replace("_", " "): path for path in (directory / "pareto").iterdir()}
-    assert files.keys() == {each["name"] for each in front}
+    files = {path.name for path in (directory / "pareto").iterdir()}
     for each in front:
-        assert Architecture.load(files[each["name"]]).to_dict() == each["architecture"]
+        name = f"{each['rank']:02}_{each['name'].replace(' ', '_')}.json"
+        files.remove(name)
+        saved = Architecture.load(directory / "pareto" / name)
+        assert saved.to_dict() == each["architecture"]
+    assert not files
     assert (directory / "report.html").read_text() != before
     # The command that it prints trains one within the target.
     command = next_command(result.stdout)
@@ -244,6 +247,8 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
         ([f"--search_dir={tmp_path}"], "summary.json"),
         ([f"--search_dir={directory}", "--architectures=nonesuch.json"], "nonesuch.json"),
         ([f"--search_dir={directory}", "--data=folder:nonesuch"], "folder:nonesuch"),
+        # Of the search's data all but what is given.
+        ([f"--search_dir={directory}", "--train_images=9999"], "training images of digits"),
     ):
         assert_refused(run("fpnas_keras.evaluate", *arguments), message)
 
@@ -251,7 +256,7 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
 def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path):
     train = ["fpnas_keras.train", f"--architecture={searched[0]}/architecture.json", "--epochs=1"]
     train += ["--train_images=300", "--init=supernet", f"--output_dir={tmp_path}/run"]
-    train += ["--mixed_precision=bfloat16", "--mix_up=0.2", "--rand_augment=0.3"]
+    train += ["--mixed_precision=float16", "--mix_up=0.2", "--rand_augment=0.3"]
     result = run(*train, f"--teacher={trained[0]}/model.keras")
     assert result.returncode == 0, result.stderr
     with (tmp_path / "run" / "metrics.csv").open() as file:

@@ -50,13 +50,16 @@ def test_a_keras_file(tmp_path):
     np.testing.assert_array_equal(teacher(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("kind", ["activation", "layer"])
+@pytest.mark.parametrize("kind", ["activation", "layer", "nested"])
 def test_a_softmax_is_taken_back(tmp_path, kind):
     inputs = keras.Input(SHAPE)
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
     dense = keras.layers.Dense(CLASSES, activation="softmax" if kind == "activation" else None)
     y = dense(x) if kind == "activation" else keras.layers.Softmax()(dense(x))
     model = keras.Model(inputs, y)
+    if kind == "nested":
+        outer = keras.Input(SHAPE)
+        model = keras.Model(outer, model(outer))
     model.save(tmp_path / "teacher.keras")
     logits = load(tmp_path / "teacher.keras")(IMAGES)
     np.testing.assert_allclose(keras.ops.softmax(logits), model(IMAGES), rtol=1e-5)
@@ -96,6 +99,8 @@ def test_bad_teachers_are_refused(tmp_path):
     flat = keras.layers.Flatten()(inputs)
     sigmoid = keras.Model(inputs, keras.layers.Dense(CLASSES, activation="sigmoid")(flat))
     sigmoid.save(tmp_path / "sigmoid.keras")
+    softmax = keras.Model(inputs, keras.ops.softmax(keras.layers.Dense(CLASSES)(flat)))
+    softmax.save(tmp_path / "operation.keras")
     (tmp_path / "bad.weights.h5").write_bytes(b"no weights")
     for message, *arguments in (
         ("`teacher` must be an existing .keras", "missing.keras"),
@@ -106,6 +111,8 @@ def test_bad_teachers_are_refused(tmp_path):
         ("`teacher_weights` must be an existing", tmp_path / "teacher.json", "x.weights.h5"),
         ("has no weights of", tmp_path / "teacher.json", tmp_path / "bad.weights.h5"),
         ("must end in logits or in a softmax.*sigmoid", tmp_path / "sigmoid.keras"),
+        ("it ends in the operation Softmax", tmp_path / "operation.keras"),
+        ("is for images of 1 or 3 channels", "MobileNetV2", None, (8, 8, 4)),
         ("one of keras.applications .*MobileNetV2", "MobileNetV9"),
     ):
         with pytest.raises(ValueError, match=message):

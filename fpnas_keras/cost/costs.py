@@ -68,6 +68,10 @@ class LatencyCost(MacsCost):
         return math.fsum(self._entries[name] for name in self._names(part))
 
 
+# What `make_cost` knows by name.
+COSTS = ("none", "macs", "params", "latency")
+
+
 def make_cost(
     kind: str, target: float | None = None, table: str | os.PathLike | None = None
 ) -> MacsCost:

@@ -34,7 +34,9 @@ def write(directory: str | os.PathLike) -> pathlib.Path:
     Example:
 
     ```python
-    page = fpnas_keras.report.write("runs/quickstart")
+    from fpnas_keras import report
+
+    page = report.write("runs/quickstart")
     ```
     """
     search = read(pathlib.Path(directory))
