@@ -21,7 +21,7 @@ def test_quickstart_runs_from_search_to_tflite(tmp_path, monkeypatch):
         output.text
         for cell in notebook.cells
         for output in cell.get("outputs", [])
-        if output.output_type == "stream"
+        if output.output_type == "stream" and output.name == "stdout"
     )
     trained, converted = map(
         float, re.findall(r"([\d.]+)%(?: of 360 images$|$)", printed, re.M)[-2:]
