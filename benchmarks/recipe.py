@@ -18,12 +18,12 @@ import scipy.stats
 from absl import app, flags
 
 import fpnas_keras as fpnas
-from fpnas_keras import ranking, searched
+from fpnas_keras import cli, ranking, searched
 from fpnas_keras.architecture import Block, Head, Stem, make_divisible
 from fpnas_keras.distributions import FactorizedLogits
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Where tensorflow_datasets keeps its data.", required=True)
+flags.mark_flag_as_required("data_dir")
 flags.DEFINE_string("work_dir", "runs/benchmark_recipe", "Folder of the run directories.")
 flags.DEFINE_string("output", "benchmarks/recipe.jsonl", "File of the finished rows.")
 
@@ -149,10 +149,8 @@ def phases(runs: harness.Runs) -> list[dict[str, list[str]]]:
 
 def shared_weights(runs: harness.Runs) -> dict[str, ranking.Ranked]:
     """The trained networks of the space as the search's shared weights see them, by name."""
-    images = fpnas.data.load("tfds:fashion_mnist", "train", 28, FLAGS.data_dir, download=False)
-    # The same images as --train_images takes.
-    _, kept = fpnas.data.split(images.y, (10_000 - 0.5) / len(images.y), seed=0)
-    images = images._replace(x=images.x[kept], y=images.y[kept])
+    cli.take_data_flags(runs.directory("search") / "flags.txt")
+    images = cli.load_data("train", SHAPE[0])
     names = [f"random {index}" for index in range(RANDOM)]
     files = {name: runs.directory(name).with_suffix(".json") for name in names}
     files |= {

@@ -78,7 +78,7 @@ def representative_images(images: data.Images, count: int) -> list[np.ndarray]:
     scale 1, whatever the images are.
     """
     part = np.linspace(0, len(images.y) - 1, min(count, len(images.y))).astype(int)
-    some = images._replace(x=images.x[part], y=images.y[part])
+    some = images.part(part)
     found = [x for batch, _ in data.test_batches(some) for x in batch.numpy()]
     found[0][0, 0, 0], found[0][-1, -1, -1] = 0, 255
     return found

@@ -131,6 +131,7 @@ flags.register_multi_flags_validator(
 # Networks that the scale between sums of entries and whole networks is taken from.
 _SCALE_NETWORKS = 8
 _SECONDS_BETWEEN_WRITES = 30
+# Of the layers of a part that is timed; see `_write_file`.
 _BIAS = 6.0
 # What a file of one addition takes is what it takes to call the interpreter.
 _NOTHING = "nothing"

@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-import re
 import shlex
 import signal
 import sys
@@ -12,7 +11,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from fpnas_keras import data
-from fpnas_keras.files import reason
+from fpnas_keras.files import flag_values, reason
 
 flags.DEFINE_string(
     "data",
@@ -60,7 +59,7 @@ def load_data(split: str, image_size: int) -> data.Images:
         )
     # scikit-learn rounds a share up to the next image.
     _, kept = data.split(images.y, (FLAGS.train_images - 0.5) / count, seed=0)
-    return images._replace(x=images.x[kept], y=images.y[kept])
+    return images.part(kept)
 
 
 def load_data_for(
@@ -91,14 +90,10 @@ def take_data_flags(flag_file: pathlib.Path) -> None:
     """Takes the flags that name the data from the flag file of a run, but for those given."""
     if FLAGS["data"].present:
         return
-    names = ("data", "data_dir", "download", "train_images")
-    own = re.compile(rf"--(no)?({'|'.join(names)})(=.*)?")
-    for line in flag_file.read_text(encoding="utf-8").splitlines():
-        found = own.fullmatch(line)
-        if found:
-            negated, name, value = found.groups()
-            if not FLAGS[name].present:
-                FLAGS[name].parse(value[1:] if value else not negated)
+    values = flag_values(flag_file.read_text(encoding="utf-8").splitlines())
+    for name in ("data", "data_dir", "download", "train_images"):
+        if name in values and not FLAGS[name].present:
+            FLAGS[name].parse(values[name])
 
 
 def data_arguments() -> str:

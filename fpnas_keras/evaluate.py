@@ -12,7 +12,6 @@ from absl import flags
 from fpnas_keras import cli, ranking, report, searched
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import text
-from fpnas_keras.files import read_json
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
@@ -25,7 +24,8 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "samples",
     32,
-    "Architectures to draw from the search's distribution; 0 ranks those of --architectures alone.",
+    "Architectures to draw from the search's distribution, beside the derived one and those of "
+    "--architectures.",
     lower_bound=0,
 )
 flags.DEFINE_list(
@@ -54,7 +54,6 @@ def main() -> None:
     directory = pathlib.Path(FLAGS.search_dir)
     search = searched.load(directory)
     cli.take_data_flags(directory / "flags.txt")
-    summary = read_json(directory / "summary.json", "a summary", dict)
     architectures = {"derived": Architecture.load(directory / "architecture.json")}
     architectures |= {path: Architecture.load(path) for path in FLAGS.architectures}
     if FLAGS.samples:
@@ -69,7 +68,7 @@ def main() -> None:
         search,
         architectures,
         images,
-        summary["seed"],
+        int(search.seed.numpy()),
         FLAGS.evaluation_images,
         FLAGS.recalibration_images,
     )

@@ -5,8 +5,11 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+# What the values of `check_fields` are called in messages.
+KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
 
 
 @contextlib.contextmanager
@@ -116,10 +119,35 @@ def check_keys(
             )
 
 
+def check_fields(data: Any, where: str, **kinds: type) -> None:
+    """Raises `ValueError` unless `data` is an object with values of these kinds."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object with keys. Received: {short(data)}")
+    for name, kind in kinds.items():
+        if name not in data:
+            raise ValueError(f"{where} lacks the key `{name}`")
+        value = data[name]
+        is_kind = type(value) is kind or (kind is float and type(value) is int)
+        # Finite, and integers too no more than a float holds.
+        if not is_kind or (kind in (int, float) and not abs(value) < 1e300):
+            raise ValueError(f"`{name}` of {where} must be {KINDS[kind]}. Received: {short(value)}")
+
+
 def check_format(data: dict[str, Any], expected: int) -> None:
     """Raises `ValueError` unless the key `format` is the expected number."""
     if data["format"] != expected or isinstance(data["format"], bool):
         raise ValueError(f"`format` must be {expected}. Received: format={data['format']!r}")
+
+
+def flag_values(lines: Iterable[str]) -> dict[str, str]:
+    """The flags of a flag file, as absl writes them, by name; switches are "true" or "false"."""
+    values = {}
+    for line in lines:
+        name, given, value = line.removeprefix("--").partition("=")
+        if not given:
+            name, value = (name[2:], "false") if name.startswith("no") else (name, "true")
+        values[name] = value
+    return values
 
 
 def short(value: Any) -> str:

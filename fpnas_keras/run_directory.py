@@ -18,7 +18,7 @@ import tensorflow as tf
 from absl import flags, logging
 
 from fpnas_keras.cli import Interrupted
-from fpnas_keras.files import read_json, replacing
+from fpnas_keras.files import flag_values, read_json, replacing
 
 flags.DEFINE_string(
     "output_dir",
@@ -103,11 +103,11 @@ class Run:
         theirs = flag_file.read_text(encoding="utf-8", errors="replace").splitlines()
         differing = set(theirs) ^ set(self.flags)
         if self.finished:  # maybe by an earlier version, which did not have all flags
-            given = {line.split("=")[0].removeprefix("--") for line in theirs}
+            given = flag_values(theirs)
             differing -= {
                 flag.serialize()
                 for flag in self._own_flags
-                if flag.value == flag.default and not {flag.name, f"no{flag.name}"} & given
+                if flag.value == flag.default and flag.name not in given
             }
         differing = {line.split("=")[0] for line in differing} - _MAY_DIFFER
         if differing:

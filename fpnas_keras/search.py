@@ -14,7 +14,6 @@ from fpnas_keras import (
     data,
     ranking,
     replicas,
-    report,
     run_directory,
     searched,
     spaces,
@@ -28,7 +27,7 @@ from fpnas_keras.callbacks import (
     TensorBoardFile,
 )
 from fpnas_keras.checkpoints import Checkpoints
-from fpnas_keras.cost import latency, make_cost, text
+from fpnas_keras.cost import COSTS, latency, make_cost, text
 from fpnas_keras.distributions import JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.files import reason, replacing
@@ -54,7 +53,7 @@ flags.DEFINE_integer(
 flags.DEFINE_enum(
     "cost",
     "none",
-    ["none", "macs", "params", "latency"],
+    list(COSTS),
     "What --target limits: multiply-adds of one image, trainable parameters, or milliseconds on "
     "the device of --latency_table.",
 )
@@ -358,6 +357,8 @@ def _entry_probabilities(distribution):
 
 def _visualize(run):
     """Ranks some architectures and makes the report."""
+    from fpnas_keras import report  # and matplotlib, which the first step need not wait for
+
     if FLAGS.ranked_samples:
         search = searched.load(run.directory)
         architectures = {"derived": Architecture.load(run.path("architecture.json"))}

@@ -6,18 +6,8 @@ import pathlib
 
 from fpnas_keras import spaces
 from fpnas_keras.cost import COSTS, make_cost
-from fpnas_keras.files import read_json, reason, short
+from fpnas_keras.files import check_fields, read_json, reason
 from fpnas_keras.searcher import ArchitectureSearch
-
-_KINDS = {
-    "space": str,
-    "input_shape": list,
-    "num_classes": int,
-    "distribution": str,
-    "cost": str,
-    "target": (int, float, type(None)),
-    "seed": int,
-}
 
 
 def load(directory: str | os.PathLike) -> ArchitectureSearch:
@@ -63,13 +53,10 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
 
 
 def _checked(summary):
-    if not isinstance(summary, dict):
-        raise ValueError(f"must be an object with keys. Received: {short(summary)}")
-    for key, kind in _KINDS.items():
-        if key not in summary:
-            raise ValueError(f"lacks the key `{key}`")
-        if not isinstance(summary[key], kind):
-            raise ValueError(f"`{key}` is of another type. Received: {key}={short(summary[key])}")
+    kinds = {"space": str, "input_shape": list, "num_classes": int, "distribution": str}
+    check_fields(summary, "the summary", **kinds, cost=str)
+    if summary.get("target", 0) is not None:  # where it is missing too
+        check_fields(summary, "the summary", target=float)
     if summary["cost"] not in COSTS:
         raise ValueError(f"`cost` must be one of {', '.join(COSTS)}. Received: {summary['cost']}")
     return summary

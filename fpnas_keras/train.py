@@ -318,8 +318,7 @@ def _images(architecture):
     held_out = None
     if FLAGS.validation_split:
         kept, rest = data.split(images.y, FLAGS.validation_split, FLAGS.seed)
-        held_out = images._replace(x=images.x[rest], y=images.y[rest])
-        images = images._replace(x=images.x[kept], y=images.y[kept])
+        held_out, images = images.part(rest), images.part(kept)
     logging.info(
         "%s: %s MACs, %s parameters; %d training images",
         FLAGS.architecture,

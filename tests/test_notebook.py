@@ -1,13 +1,12 @@
 """The notebook, run as a user runs it."""
 
-import pathlib
 import re
 
 import nbclient
 import nbformat
 import pytest
+from helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("notebook")
 
 

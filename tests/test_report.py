@@ -3,7 +3,6 @@
 import csv
 import html
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -11,13 +10,12 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from helpers import make_tiny_space, write_latency_table
+from helpers import ROOT, make_tiny_space, write_latency_table
 from matplotlib.figure import Figure
 
 from fpnas_keras import report
 from fpnas_keras.cost import LatencyCost, MacsCost, text
 
-ROOT = pathlib.Path(__file__).parents[1]
 SPACE = make_tiny_space()
 ARCHITECTURE = SPACE.architecture(np.array([block.entries[-1] for block in SPACE.blocks]))
 PLOTS = {"entropy", "cost", "loss", "probabilities", "pareto"}

@@ -68,8 +68,8 @@ class LatencyCost(MacsCost):
         return math.fsum(self._entries[name] for name in self._names(part))
 
 
-# What `make_cost` knows by name.
-COSTS = ("none", "macs", "params", "latency")
+# The costs by name; "none" is one that nothing is held to.
+COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost, "latency": LatencyCost}
 
 
 def make_cost(
@@ -78,7 +78,7 @@ def make_cost(
     """A cost by its name.
 
     Args:
-        kind: "none" (MACs, without a target), "macs", "params" or "latency".
+        kind: One of `COSTS`.
         target: What an architecture may cost.
         table: Latency table, for "latency".
 
@@ -87,7 +87,7 @@ def make_cost(
     """
     if kind == "latency":
         return LatencyCost(table, target)
-    return {"none": MacsCost, "macs": MacsCost, "params": ParamsCost}[kind](target)
+    return COSTS[kind](target)
 
 
 def text(value: float) -> str:

@@ -33,6 +33,10 @@ class Images(NamedTuple):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
 
+    def part(self, indices: np.ndarray) -> "Images":
+        """Those with the given indices, in their order."""
+        return self._replace(x=self.x[indices], y=self.y[indices])
+
 
 def load(
     name: str,

@@ -11,15 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpnas_keras.architecture import Architecture, Part
-from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost
-from fpnas_keras.files import check_format, read_json, short
+from fpnas_keras.cost import COSTS, MacsCost, make_cost
+from fpnas_keras.files import KINDS, check_fields, check_format, flag_values, read_json, short
+from fpnas_keras.ranking import FORMAT
 
-UNITS = {
-    "none": MacsCost.unit,
-    "macs": MacsCost.unit,
-    "params": ParamsCost.unit,
-    "latency": LatencyCost.unit,
-}
+UNITS = {name: cost.unit for name, cost in COSTS.items()}
 PHASES = {"warm_up": "warm-up", "factorized": "factorized", "joint": "joint"}
 # Columns of metrics.csv that the report needs.
 _COLUMNS = {"step": int, "epoch": int, "phase": str, "total_samples": int} | dict.fromkeys(
@@ -29,7 +25,6 @@ _COLUMNS = {"step": int, "epoch": int, "phase": str, "total_samples": int} | dic
     ),
     float,
 )
-_KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
 
 
 class Search(NamedTuple):
@@ -100,12 +95,7 @@ def _read_flags(path):
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8. Received: {error}") from None
-    values = {}
-    for line in lines:
-        name, given, value = line.removeprefix("--").partition("=")
-        if not given:  # as absl writes a switch
-            name, value = (name[2:], "false") if name.startswith("no") else (name, "true")
-        values[name] = value
+    values = flag_values(lines)
     for name in ("space", "data", "cost", "epochs"):
         if name not in values:
             raise ValueError(f"{path} must hold the flags of a search. It lacks --{name}")
@@ -160,7 +150,7 @@ def _cell(row, name):
         # A search that diverged has NaN among its metrics.
         return kind(row[name])
     except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be {_KINDS[kind]}. Received: {received}") from None
+        raise ValueError(f"`{name}` must be {KINDS[kind]}. Received: {received}") from None
 
 
 def _check_step(rows, row):
@@ -177,7 +167,7 @@ def _read_probabilities(path):
         try:
             for line in file:
                 row = json.loads(line)
-                _check_fields(row, "it", step=int, epoch=int, blocks=list)
+                check_fields(row, "it", step=int, epoch=int, blocks=list)
                 _check_step(rows, row)
                 if _choices(row) != _choices(rows[0] if rows else row):
                     raise ValueError("it must have the blocks and choices of line 1")
@@ -211,7 +201,7 @@ def _read_summary(path):
     counts = dict.fromkeys(("macs", "params", "steps", "total_samples", "total_evaluated"), int)
 
     def checked(data):
-        _check_fields(data, "the summary", **counts, **numbers)
+        check_fields(data, "the summary", **counts, **numbers)
         return data
 
     return read_json(path, "a summary", checked)
@@ -219,10 +209,8 @@ def _read_summary(path):
 
 def _read_ranking(path):
     def checked(data):
-        _check_fields(
-            data, "the ranking", format=int, images=int, cost_unit=str, architectures=list
-        )
-        check_format(data, 1)
+        check_fields(data, "the ranking", format=int, images=int, cost_unit=str, architectures=list)
+        check_format(data, FORMAT)
         if data["cost_unit"] not in UNITS.values():
             raise ValueError(
                 f"`cost_unit` must be one of {', '.join(dict.fromkeys(UNITS.values()))}. "
@@ -233,33 +221,16 @@ def _read_ranking(path):
             if isinstance(each, dict) and each.get("log_prob") is not None:
                 numbers["log_prob"] = float
             where = f"`architectures[{index}]`"
-            _check_fields(each, where, name=str, rank=int, pareto=bool, **numbers)
+            check_fields(each, where, name=str, rank=int, pareto=bool, **numbers)
         return data
 
     return read_json(path, "a ranking", checked)
 
 
-def _check_fields(data, where, **kinds):
-    """Raises `ValueError` unless `data` is an object with values of these kinds."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object with keys. Received: {short(data)}")
-    for name, kind in kinds.items():
-        if name not in data:
-            raise ValueError(f"{where} lacks the key `{name}`")
-        value = data[name]
-        is_kind = type(value) is kind or (kind is float and type(value) is int)
-        # Finite, and integers too no more than a float holds.
-        if not is_kind or (kind in (int, float) and not abs(value) < 1e300):
-            raise ValueError(
-                f"`{name}` of {where} must be {_KINDS[kind]}. Received: {short(value)}"
-            )
-
-
 def _cost(directory, values):
     """What a part of the network costs; MACs where the copy of the latency table is gone."""
-    if values["cost"] == "latency":
-        suffix = pathlib.Path(values.get("latency_table", "")).suffix
-        table = directory / f"latency_table{suffix}"
-        if table.is_file():
-            return LatencyCost(table)
-    return ParamsCost() if values["cost"] == "params" else MacsCost()
+    suffix = pathlib.Path(values.get("latency_table", "")).suffix
+    table = directory / f"latency_table{suffix}"
+    if values["cost"] == "latency" and not table.is_file():
+        return MacsCost()
+    return make_cost(values["cost"], table=table)
