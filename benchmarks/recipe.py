@@ -2,15 +2,17 @@
 
 python benchmarks/recipe.py --data_dir=../shared/data/tfds
 
-Short protocol: 10,000 training images of Fashion-MNIST, networks of 1.5M MACs, 20 epochs. One
-search of `mobile_mini`; its result trained plainly, with a teacher (the largest network of the
-space) and from the shared weights, 3 seeds each; 10 random networks of the space of 95% to 100% of
-the MACs; the shapes of MobileNetV3-Small and EfficientNet-B0 scaled to them; the ranking of the
-search's shared weights against what was trained. Takes about an hour on 2 cores; one job runs on
-each core. Rows are appended to --output as jobs finish; a run that was cut goes on from there.
+Short protocol: 10,000 training images of Fashion-MNIST, networks of 1.5M MACs, 20 epochs. The
+recipe is chosen among `RECIPES` by 10,000 held-out images. One search of `mobile_mini`; its result
+trained by the recipe, with a teacher (the largest network of the space) and from the shared
+weights, 3 seeds each; 10 random networks of the space of 95% to 100% of the MACs; the shapes of
+MobileNetV3-Small and EfficientNet-B0 scaled to them; the ranking of the search's shared weights
+against what was trained. Takes an hour and a half on 2 cores; one job runs on each core. Rows are
+appended to --output as jobs finish; a run that was cut goes on from there.
 """
 
 import statistics
+from collections.abc import Iterator
 
 import harness
 import numpy as np
@@ -33,7 +35,18 @@ SEARCH = (
     *("--space=mobile_mini", "--input_size=28", "--cost=macs", f"--target={TARGET}"),
     *("--epochs=15", "--steps_per_epoch=100", "--architecture_learning_rate=0.03"),
 )
-TRAIN = ("--epochs=20", "--random_flip")
+# Recipes to choose among, by 10,000 other training images and the first random network.
+CHOICE = ("--train_images=20000", "--validation_split=0.5")
+RECIPES = {
+    "plain": (),
+    "flip": ("--random_flip",),
+    "flip, batch 64": ("--random_flip", "--batch_size=64"),
+    "flip, EMA": ("--random_flip", "--ema_momentum=0.99"),
+    "flip, AdamW": ("--random_flip", "--optimizer=adamw"),
+    "flip, MixUp": ("--random_flip", "--mix_up=0.2"),
+    "flip, CutMix": ("--random_flip", "--cut_mix=0.5"),
+    "flip, RandAugment": ("--random_flip", "--rand_augment=0.3"),
+}
 # (kernel size, expansion, filters, squeeze-excite, hard swish, stride) of the published blocks, at
 # 28 pixels: three of five halvings are left, as in `mobile_mini`. Of MobileNetV3 they are the last
 # three; of EfficientNet the middle ones, else it is over the target at any width.
@@ -114,7 +127,7 @@ def random_networks(space: fpnas.spaces.Space) -> list[fpnas.Architecture]:
     raise RuntimeError("the space has no such networks")
 
 
-def phases(runs: harness.Runs) -> list[dict[str, list[str]]]:
+def phases(runs: harness.Runs) -> Iterator[dict[str, list[str]]]:
     """Commands by name; those of a phase need nothing but earlier phases."""
     space = fpnas.spaces.get("mobile_mini", SHAPE, 10)
     files = {"largest": largest(space)}
@@ -122,30 +135,40 @@ def phases(runs: harness.Runs) -> list[dict[str, list[str]]]:
     files |= {name: scaled(*each) for name, each in PUBLISHED.items()}
     for name, architecture in files.items():
         architecture.save(runs.directory(name).with_suffix(".json"))
-    found = runs.directory("search") / "architecture.json"
-    teacher = runs.directory("teacher") / "model.keras"
 
-    def train(architecture, seed, *more):
-        arguments = [f"--architecture={architecture}", f"--seed={seed}", *more]
-        return ["fpnas_keras.train", *harness.FASHION_MNIST, *TRAIN, *arguments]
+    def train(architecture, *more):
+        file = runs.directory(architecture).with_suffix(".json")
+        if architecture == "search":
+            file = runs.directory("search") / "architecture.json"
+        return [
+            *("fpnas_keras.train", *harness.FASHION_MNIST, "--epochs=20"),
+            *(f"--architecture={file}", *more),
+        ]
 
-    def given(name, seed=0):
-        return train(runs.directory(name).with_suffix(".json"), seed)
-
-    first = {
-        "teacher": given("largest"),
+    yield {
+        "teacher": train("largest", *RECIPES["flip"]),
         "search": ["fpnas_keras.search", *harness.FASHION_MNIST, *SEARCH],
+        **{f"recipe {name}": train("random 0", *CHOICE, *RECIPES[name]) for name in RECIPES},
     }
-    second = {}
+    recipe = RECIPES[best_recipe(harness.finished(FLAGS.output, "name"))]
+    jobs = {}
     for seed in range(SEEDS):
-        second |= {
-            f"plain {seed}": train(found, seed),
-            f"distilled {seed}": train(found, seed, f"--teacher={teacher}"),
-            f"supernet {seed}": train(found, seed, "--init=supernet"),
+        seeded = (*recipe, f"--seed={seed}")
+        teacher = f"--teacher={runs.directory('teacher') / 'model.keras'}"
+        jobs |= {
+            f"distilled {seed}": train("search", *seeded, teacher),
+            f"found {seed}": train("search", *seeded),
+            f"supernet {seed}": train("search", *seeded, "--init=supernet"),
         }
-    second |= {name: given(name) for name in files if name.startswith("random")}
-    second |= {f"{name} {seed}": given(name, seed) for seed in range(SEEDS) for name in PUBLISHED}
-    return [first, second]
+    jobs |= {name: train(name, *recipe) for name in files if name.startswith("random")}
+    for seed in range(SEEDS):
+        jobs |= {f"{name} {seed}": train(name, *recipe, f"--seed={seed}") for name in PUBLISHED}
+    yield jobs
+
+
+def best_recipe(rows: dict[str, dict]) -> str:
+    """The name of the recipe that is best on the held-out images."""
+    return max(RECIPES, key=lambda name: rows[f"recipe {name}"]["val_accuracy"])
 
 
 def shared_weights(runs: harness.Runs) -> dict[str, ranking.Ranked]:
@@ -155,7 +178,7 @@ def shared_weights(runs: harness.Runs) -> dict[str, ranking.Ranked]:
     names = [f"random {index}" for index in range(RANDOM)]
     files = {name: runs.directory(name).with_suffix(".json") for name in names}
     files |= {
-        "plain 0": runs.directory("search") / "architecture.json",
+        "found 0": runs.directory("search") / "architecture.json",
         "teacher": runs.directory("largest").with_suffix(".json"),
     }
     architectures = {name: fpnas.Architecture.load(file) for name, file in files.items()}
@@ -178,9 +201,15 @@ def report(rows: dict[str, dict], runs: harness.Runs) -> None:
                 f"{listed} | {statistics.mean(accuracies):.2f} | {spread} | {seconds:.0f} |"
             )
 
+    print("\n| recipe | held-out images, % | s |\n|---|---|---|")
+    for name in RECIPES:
+        row = rows[f"recipe {name}"]
+        print(f"| {name} | {100 * row['val_accuracy']:.2f} | {row['wall_seconds']:.0f} |")
+    print(f"chosen: {best_recipe(rows)}")
+
     columns = "M MACs | k parameters | test accuracy, % | mean | standard deviation | s"
     print(f"\n| | {columns} |\n{'|---' * 7}|")
-    for label in ("plain", "distilled", "supernet", *PUBLISHED):
+    for label in ("found", "distilled", "supernet", *PUBLISHED):
         line(label, [f"{label} {seed}" for seed in range(SEEDS)])
     line("the teacher, largest of the space", ["teacher"])
     for index in range(RANDOM):

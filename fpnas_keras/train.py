@@ -141,9 +141,9 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "validation_split",
     0.0,
-    "Part of the training set held out to report val_accuracy an epoch (of the weights before "
-    "--ema_momentum averages them), 0 to 0.9. Choose flags by it: the test set is read once, at "
-    "the end.",
+    "Part of the training set held out to report val_accuracy, 0 to 0.9: an epoch (of the weights "
+    "before --ema_momentum averages them) and of model.keras. Choose flags by it: the test set is "
+    "read once, at the end.",
     lower_bound=0,
     upper_bound=0.9,
 )
@@ -222,13 +222,12 @@ def _train(run, architecture):
         FLAGS.epochs,
         files,
         callbacks,
-        validation_data=held_out
-        and _one_hot(data.test_batches(held_out), architecture.num_classes),
+        validation_data=held_out and _test_batches(held_out),
     )
-    _finish(run, architecture, student, batches)
+    _finish(run, architecture, student, batches, held_out)
 
 
-def _finish(run, architecture, student, batches):
+def _finish(run, architecture, student, batches, held_out):
     """Saves the trained network, in float32 whatever it was trained in, and tests it."""
     model = architecture.build()
     model.set_weights(student.get_weights())
@@ -238,7 +237,9 @@ def _finish(run, architecture, student, batches):
     with replacing(run.path("model.keras")) as temporary:
         model.save(temporary)
     model.compile(loss=_loss(), metrics=["accuracy"], jit_compile=False)
-    test = _one_hot(data.test_batches(_load(architecture, "test")), architecture.num_classes)
+    accuracies = {"test_accuracy": _load(architecture, "test")}
+    if held_out:
+        accuracies["val_accuracy"] = held_out
     run.finish(
         architecture=architecture.to_dict(),
         data=FLAGS.data,
@@ -246,7 +247,7 @@ def _finish(run, architecture, student, batches):
         epochs=FLAGS.epochs,
         macs=architecture.macs(),
         params=architecture.params(),
-        test_accuracy=model.evaluate(test)[1],
+        **{name: model.evaluate(_test_batches(each))[1] for name, each in accuracies.items()},
     )
 
 
@@ -348,6 +349,10 @@ def _load(architecture, split):
     return cli.load_data_for(owner, architecture.input_shape, architecture.num_classes, split)
 
 
+def _test_batches(images):
+    return _one_hot(data.test_batches(images), len(images.class_names))
+
+
 def _one_hot(batches, num_classes):
     """Keras smooths labels only where they are one-hot."""
     return batches.map(lambda x, y: (x, tf.one_hot(y, num_classes)))
@@ -387,8 +392,12 @@ def _optimizer(steps_per_epoch):
 def _report(run):
     """Prints the result of a finished run and what to type next."""
     summary = run.summary()
+    names = ("val_accuracy", "test_accuracy")
+    accuracies = [
+        f"{name.replace('_', ' ')} {summary[name]:.2%}" for name in names if name in summary
+    ]
     print(
-        f"\ntest accuracy {summary['test_accuracy']:.2%}; {summary['macs']:,} MACs, "
+        f"\n{', '.join(accuracies)}; {summary['macs']:,} MACs, "
         f"{summary['params']:,} parameters; {summary['wall_seconds']:.0f} s\n"
         f"results: {run.directory}\n"
         "next, write it for the phone:\n"
