@@ -35,7 +35,7 @@ SEARCH = (
     *("--space=mobile_mini", "--input_size=28", "--cost=macs", f"--target={TARGET}"),
     *("--epochs=15", "--steps_per_epoch=100", "--architecture_learning_rate=0.03"),
 )
-# Recipes to choose among, by 10,000 other training images and the first random network.
+# Recipes to choose among, by 10,000 held-out training images and the first random network.
 CHOICE = ("--train_images=20000", "--validation_split=0.5")
 RECIPES = {
     "plain": (),

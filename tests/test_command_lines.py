@@ -257,6 +257,7 @@ def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path
     train = ["fpnas_keras.train", f"--architecture={searched[0]}/architecture.json", "--epochs=1"]
     train += ["--train_images=300", "--init=supernet", f"--output_dir={tmp_path}/run"]
     train += ["--mixed_precision=float16", "--mix_up=0.2", "--rand_augment=0.3"]
+    train += ["--validation_split=0.2"]
     result = run(*train, f"--teacher={trained[0]}/model.keras")
     assert result.returncode == 0, result.stderr
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -264,6 +265,15 @@ def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path
     assert float(row["distillation_loss"]) > 0 and float(row["student_loss"]) > 0
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+    # Of the network that is left, on the images that were held out.
+    images = data.load("digits", "train", 16)
+    images = images.part(data.split(images.y, 299.5 / len(images.y), seed=0)[1])
+    held_out = images.part(data.split(images.y, 0.2, seed=0)[1])
+    right = model.predict(held_out.x.astype(np.float32), verbose=0).argmax(-1) == held_out.y
+    assert len(right) == 60
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["val_accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+    assert f"val accuracy {right.mean():.2%}, test accuracy" in result.stdout
     for arguments, message in (
         (["--teacher=nonesuch.keras"], "`teacher` must be an existing .keras file"),
         (["--teacher_weights=x.weights.h5"], "--teacher_weights needs --teacher"),
