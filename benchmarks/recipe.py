@@ -45,7 +45,7 @@ RECIPES = {
     "flip, AdamW": ("--random_flip", "--optimizer=adamw"),
     "flip, MixUp": ("--random_flip", "--mix_up=0.2"),
     "flip, CutMix": ("--random_flip", "--cut_mix=0.5"),
-    "flip, RandAugment": ("--random_flip", "--rand_augment=0.3"),
+    "flip, RandAugment": ("--random_flip", "--rand_augment=0.1"),
 }
 # (kernel size, expansion, filters, squeeze-excite, hard swish, stride) of the published blocks, at
 # 28 pixels: three of five halvings are left, as in `mobile_mini`. Of MobileNetV3 they are the last

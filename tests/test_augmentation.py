@@ -1,10 +1,12 @@
 """What training changes in its images."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from fpnas_keras import data
+from fpnas_keras.data import augmentation
 
 CLASSES = 4
 ALL = {"random_crop": 1, "random_flip": True, "rand_augment": 0.5, "mix_up": 0.4, "cut_mix": 0.6}
@@ -40,6 +42,18 @@ def test_distorted_images_are_pixels_of_the_same_shape():
         assert x.dtype == np.float32
         assert x.min() >= 0 and x.max() <= 255
         assert not np.array_equal(x, plain[..., :channels])
+
+
+@pytest.mark.parametrize("operation", ["solarization", "random_posterization", "random_shear"])
+def test_a_weaker_distortion_changes_less(operation):
+    """Of RandAugment's operations those whose strength Keras 3.15 turns round, and one other."""
+    x = np.broadcast_to(np.linspace(0, 239, 16, dtype=np.float32)[:, None], (64, 16, 16, 3))
+    keras.utils.set_random_seed(0)
+    changes = []
+    for strength in (0.01, 0.3, 1.0):
+        layer = getattr(augmentation._rand_augment(strength), operation)
+        changes.append(np.abs(layer(x, training=True) - x).mean())
+    assert changes[0] < 3 and changes[0] < changes[1] < changes[2]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Every batch of it is a pure function of a key, so that a training that was broke
 the very same images.
 """
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -14,7 +16,8 @@ class Augmentation:
     Args:
         random_crop: Pixels that an image may move in each direction; what moves in is 0.
         random_flip: Whether half of the images are mirrored left to right.
-        rand_augment: Strength of RandAugment's two operations, 0 (off) to 1.
+        rand_augment: Strength s of RandAugment's two operations, 0 (off) to 1: up to a turn by
+            360 s degrees, a shift by s of the size, solarization of what is above 255 (1 - s).
         mix_up: alpha of MixUp, 0 (off) to 1: images are added to each other.
         cut_mix: alpha of CutMix, 0 (off) to 1: parts of images are replaced by those of others.
             With `mix_up` too, each batch takes one of the two.
@@ -36,7 +39,7 @@ class Augmentation:
         self._seeds = _KeyedSeeds(0)
         self._rand_augment = None
         if rand_augment:
-            self._rand_augment = self._keyed(keras.layers.RandAugment(factor=rand_augment))
+            self._rand_augment = self._keyed(_rand_augment(rand_augment))
         self._mixing = []
         if mix_up:
             self._mixing.append(self._keyed(keras.layers.MixUp(alpha=mix_up)))
@@ -88,6 +91,23 @@ class Augmentation:
             return results[0]
         first = tf.random.stateless_uniform((), self._seeds.next()) < 0.5
         return tuple(tf.where(first, *each) for each in zip(*results))
+
+
+def _rand_augment(strength):
+    layer = keras.layers.RandAugment(factor=strength)
+    # Keras 3.15 turns these two round: the smaller the factor, the stronger they are.
+    layer.solarization = _Solarization(addition_factor=strength, threshold_factor=strength)
+    # Bits that are kept, the second number excluded: 7, down to 4 at full strength as in the paper.
+    layer.random_posterization = keras.layers.RandomPosterization((8 - math.ceil(4 * strength), 8))
+    return layer
+
+
+class _Solarization(keras.layers.Solarization):
+    """Inverts pixels above a threshold that is at most `threshold_factor` below white."""
+
+    def get_random_transformation(self, data, training=True, seed=None):
+        transformation = super().get_random_transformation(data, training, seed)
+        return transformation | {"thresholds": 255 - transformation["thresholds"]}
 
 
 class _KeyedSeeds(keras.random.SeedGenerator):
