@@ -39,6 +39,9 @@ SEARCH = (
 CHOICE = ("--train_images=20000", "--validation_split=0.5")
 RECIPES = {
     "plain": (),
+    "not moved": ("--random_crop=0",),
+    "no label smoothing": ("--label_smoothing=0",),
+    "learning rate 0.2": ("--learning_rate=0.2",),
     "flip": ("--random_flip",),
     "flip, batch 64": ("--random_flip", "--batch_size=64"),
     "flip, EMA": ("--random_flip", "--ema_momentum=0.99"),
