@@ -36,6 +36,8 @@ flags.DEFINE_integer(
     lower_bound=2,
 )
 FLAGS = flags.FLAGS
+_PLACES = ("data_dir", "download")
+_DATA_FLAGS = ("data", *_PLACES, "train_images")
 # What collective operations raise when a worker has died.
 _UNREACHED = (
     tf.errors.UnavailableError,
@@ -87,13 +89,27 @@ def load_data_for(
 
 
 def take_data_flags(flag_file: pathlib.Path) -> None:
-    """Takes the flags that name the data from the flag file of a run, but for those given."""
-    if FLAGS["data"].present:
-        return
-    values = flag_values(flag_file.read_text(encoding="utf-8").splitlines())
-    for name in ("data", "data_dir", "download", "train_images"):
-        if name in values and not FLAGS[name].present:
-            FLAGS[name].parse(values[name])
+    """Takes the flags that name the data from the flag file of a run, but for those given.
+
+    Raises:
+        ValueError: When the file is not a flag file, or `train_images` is given and is another:
+            which images trained the run's weights would not be known.
+    """
+    given = {name for name in _DATA_FLAGS if FLAGS[name].present}
+    count = FLAGS.train_images
+    try:
+        values = flag_values(flag_file.read_text(encoding="utf-8").splitlines())
+        for name in _DATA_FLAGS:
+            # Other data has a place of its own; that it is the same, moved, is up to the user.
+            if name in values and name not in given and not ("data" in given and name in _PLACES):
+                FLAGS[name].parse(values[name])
+        theirs = int(values["train_images"]) if "train_images" in values else None
+    except (ValueError, flags.Error) as error:
+        raise ValueError(f"{flag_file} is not the flag file of a run: {error}") from None
+    if "train_images" in given and count != theirs:
+        raise ValueError(
+            f"`train_images` must be that of {flag_file}, {theirs}. Received: train_images={count}"
+        )
 
 
 def data_arguments() -> str:

@@ -106,11 +106,16 @@ def _application(name, weights, input_shape, num_classes):
         raise ValueError(
             f"the teacher {name} is for images of 1 or 3 channels. Received: {input_shape[-1]}"
         )
+    if not weights and num_classes != _IMAGENET_CLASSES:
+        raise ValueError(
+            f"the teacher {name} has ImageNet's {_IMAGENET_CLASSES} classes without "
+            f"`teacher_weights`. Received: {num_classes} classes"
+        )
     build = getattr(keras.applications, name)
     try:
         network = build(
             weights=None if weights else "imagenet",
-            classes=num_classes if weights else _IMAGENET_CLASSES,
+            classes=num_classes,
             classifier_activation=None,
         )
     except Exception as error:  # what the download raises

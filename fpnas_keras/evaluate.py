@@ -3,11 +3,13 @@
 python -m fpnas_keras.evaluate --search_dir=runs/quickstart
 """
 
+import hashlib
+import json
 import math
 import pathlib
 import shlex
 
-from absl import flags
+from absl import flags, logging
 
 from fpnas_keras import cli, ranking, report, searched
 from fpnas_keras.architecture import Architecture
@@ -72,16 +74,19 @@ def main() -> None:
         FLAGS.evaluation_images,
         FLAGS.recalibration_images,
     )
+    _print(ranked, search.cost)
     ranking.save(directory / "ranking.json", ranked, search.cost.unit)
-    _report(directory, ranked, search.cost)
+    (directory / "pareto").mkdir(exist_ok=True)
+    files = {}
+    for each in ranked:
+        if each.pareto:
+            files[each.name] = _front_file(directory, each)
+            each.architecture.save(files[each.name])
+    _report(directory, ranked, search.cost, files)
 
 
-def _report(directory, ranked, cost):
-    """Prints the ranking; saves the Pareto front to train from."""
-    front = directory / "pareto"
-    front.mkdir(exist_ok=True)
-    for file in front.glob("*.json"):  # of an earlier ranking
-        file.unlink()
+def _print(ranked, cost):
+    """Prints the ranking."""
     print(f"\n{'rank':>4} {'accuracy':>8} {'loss':>6} {cost.unit:>12} {'log p':>7} Pareto name")
     for number, each in enumerate(ranked, 1):
         mark = "*" if each.pareto else ""
@@ -89,22 +94,33 @@ def _report(directory, ranked, cost):
             f"{number:4} {each.accuracy:8.2%} {each.loss:6.3f} {text(each.cost):>12} "
             f"{each.log_prob:7.1f} {mark:6} {each.name}"
         )
-        if each.pareto:
-            each.architecture.save(_front_file(front, number, each))
+
+
+def _report(directory, ranked, cost, files):
+    """Makes the report and prints where all is and what to type next."""
+    print(f"\nranking: {directory / 'ranking.json'}\nPareto front:")
+    for file in files.values():
+        print(f"  {file}")
+    try:
+        print(f"report: {report.write(directory)}")
+    except (ValueError, OSError) as error:  # The ranking is there all the same.
+        logging.warning("no report: %s", error)
     # The first one within the target; there is always the derived network. It is on the front.
     target = math.inf if cost.target is None else cost.target
-    best = next((i for i, each in enumerate(ranked, 1) if each.cost <= target), 1)
+    best = next((each for each in ranked if each.cost <= target), ranked[0])
     print(
-        f"\nranking: {directory / 'ranking.json'}\nPareto front: {front}\n"
-        f"report: {report.write(directory)}\n"
         "next, train one of them:\n  python -m fpnas_keras.train "
-        f"--architecture={shlex.quote(str(_front_file(front, best, ranked[best - 1])))} "
+        f"--architecture={shlex.quote(str(files[best.name]))} "
         f"{cli.data_arguments()} --output_dir=DIRECTORY"
     )
 
 
-def _front_file(front, number, ranked):
-    return front / f"{number:02}_{pathlib.Path(ranked.name).stem.replace(' ', '_')}.json"
+def _front_file(directory, ranked):
+    """A name that no other architecture gets in a later ranking: trainings refer to the file."""
+    content = json.dumps(ranked.architecture.to_dict(), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    name = pathlib.Path(ranked.name).stem.replace(" ", "_")
+    return directory / "pareto" / f"{name}_{digest}.json"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from fpnas_keras.network import recalibrate
 from fpnas_keras.searcher import ArchitectureSearch
 
 FORMAT = 1
-_BATCH_SIZE = 250
+# Of a batch, at most: 250 images of 28 pixels or 39 of 224.
+_PIXELS, _IMAGES = 2_000_000, 250
 
 
 class Ranked(NamedTuple):
@@ -75,15 +76,15 @@ def rank(
     Raises:
         ValueError: When an architecture is not in the space.
     """
-    names = {each: name for name, each in reversed(architectures.items())}
-    choices = {name: _choices(search.space, name, each) for each, name in names.items()}
+    choices = {name: _choices(search.space, name, each) for name, each in architectures.items()}
+    names = {each.tobytes(): name for name, each in reversed(choices.items())}.values()
     weights_part, architecture_part = split(images.y, 0.5, seed)
     rng = np.random.default_rng(seed)
     recalibration = _batches(images, rng.permutation(weights_part)[:recalibration_images])
     evaluation = _batches(images, rng.permutation(architecture_part)[:evaluation_images])
     ranked = []
-    for architecture, name in tqdm(names.items(), desc="ranking", unit=" networks"):
-        model = architecture.build()
+    for name in tqdm(names, desc="ranking", unit=" networks"):
+        model = architectures[name].build()
         search.supernet.give_weights(model)
         recalibrate(model, (tf.cast(x, tf.float32) for x, _ in recalibration))
         loss, accuracy = _evaluate(model, evaluation)
@@ -91,7 +92,7 @@ def rank(
         ranked.append(
             Ranked(
                 name,
-                architecture,
+                architectures[name],
                 accuracy,
                 loss,
                 cost=float(search.cost_table(chosen)[0]),
@@ -141,7 +142,9 @@ def _choices(space, name, architecture):
 def _batches(images, indices):
     part = images.part(np.sort(indices))
     # Decoded once for all networks; as bytes, a quarter of the memory.
-    return [(tf.cast(x, tf.uint8), y) for x, y in test_batches(part, _BATCH_SIZE)]
+    height, width, _ = images.image_shape
+    batch_size = min(max(_PIXELS // (height * width), 1), _IMAGES)
+    return [(tf.cast(x, tf.uint8), y) for x, y in test_batches(part, batch_size)]
 
 
 def _evaluate(model, batches):

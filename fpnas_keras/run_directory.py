@@ -27,8 +27,12 @@ flags.DEFINE_string(
 )
 FLAGS = flags.FLAGS
 
-# Flags that say where things are or how often they are saved; a run goes on under others.
-_MAY_DIFFER = {"--output_dir", "--data_dir", "--download", "--nodownload", "--checkpoint_every"}
+# Flags that say where things are, how often they are saved, or what is made of the result; a run
+# goes on under others.
+_MAY_DIFFER = {
+    *("--output_dir", "--data_dir", "--download", "--nodownload", "--checkpoint_every"),
+    "--ranked_samples",
+}
 # What `files.replacing` leaves behind when its process is killed.
 _TEMPORARY = re.compile(r"\.\d+\..+")
 
@@ -166,10 +170,11 @@ class Run:
             raise Interrupted(message, getattr(error, "signal", 2)) from None
 
     def command(self) -> str:
-        """What to type to go on with the run."""
-        return (
-            f"python -m {self.command_name} --flagfile={shlex.quote(str(self.path('flags.txt')))}"
-        )
+        """What to type to go on with the run: its flag file, and the flags that differ from it."""
+        file = self.path("flags.txt")
+        theirs = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        differing = [flag for flag in self.flags if flag not in theirs]
+        return shlex.join(["python", "-m", self.command_name, f"--flagfile={file}", *differing])
 
     @property
     def checkpoints(self) -> pathlib.Path:

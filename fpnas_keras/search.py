@@ -6,6 +6,7 @@ python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 import shlex
 
 import keras
+import tensorflow as tf
 from absl import flags, logging
 
 from fpnas_keras import (
@@ -283,8 +284,9 @@ def main() -> None:
             if not run.path("report.html").exists():
                 try:
                     _visualize(run)
-                except (ValueError, OSError) as error:  # The result is there all the same.
-                    logging.warning("no report: %s", error)
+                except (ValueError, OSError, tf.errors.OpError) as error:
+                    # The result is there all the same.
+                    logging.warning("no report: %s", reason(error))
             _report(run)
 
 

@@ -88,7 +88,8 @@ flags.DEFINE_string(
     "teacher",
     None,
     "Network whose logits are learned beside the labels (distillation): a .keras file, an "
-    "architecture (.json) with --teacher_weights, or the name of a network of keras.applications.",
+    "architecture (.json) with --teacher_weights, or the name of a network of keras.applications "
+    "(without --teacher_weights for ImageNet's 1,000 classes in ImageNet's order alone).",
 )
 flags.DEFINE_string(
     "teacher_weights",
@@ -370,7 +371,7 @@ def _optimizer(steps_per_epoch):
             f"`ema_momentum` averages {averaged:.0f} steps, which must be at most a tenth of the "
             f"{steps} steps of the training. Received: ema_momentum={FLAGS.ema_momentum}"
         )
-    warmup_steps = min(int(FLAGS.warmup_epochs * steps_per_epoch), steps - 1)
+    warmup_steps = min(int(min(FLAGS.warmup_epochs, FLAGS.epochs) * steps_per_epoch), steps - 1)
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup_steps else peak,
         decay_steps=steps - warmup_steps,

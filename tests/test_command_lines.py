@@ -20,6 +20,7 @@ from ai_edge_litert.interpreter import Interpreter
 from helpers import ROOT, SMALL_SPACE, environment, run, run_process, write_latency_table
 
 from fpnas_keras import Architecture, LatencyCost, data, spaces
+from fpnas_keras import searched as finished_search
 from fpnas_keras.cost import count
 
 # One worker runs this file, so that the finished run is made once.
@@ -231,14 +232,17 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
     assert "derived" in names
     assert ranking["images"] == 360  # half of the --train_images of the search
     front = [each for each in ranking["architectures"] if each["pareto"]]
-    files = {path.name for path in (directory / "pareto").iterdir()}
-    for each in front:
-        name = f"{each['rank']:02}_{each['name'].replace(' ', '_')}.json"
-        files.remove(name)
-        saved = Architecture.load(directory / "pareto" / name)
-        assert saved.to_dict() == each["architecture"]
-    assert not files
+    saved = {path: Architecture.load(path) for path in (directory / "pareto").iterdir()}
+    assert len(saved) == len(front)
+    for path, architecture in saved.items():
+        assert str(path) in result.stdout
+        assert architecture.to_dict() in [each["architecture"] for each in front]
     assert (directory / "report.html").read_text() != before
+    # Trainings may refer to these files: a later ranking leaves them.
+    again = ["--samples=2", "--seed=2", f"--architectures={directory}/architecture.json"]
+    result = run("fpnas_keras.evaluate", f"--search_dir={directory}", *again)
+    assert result.returncode == 0, result.stderr
+    assert all(Architecture.load(path) == each for path, each in saved.items())
     # The command that it prints trains one within the target.
     command = next_command(result.stdout)
     architecture = Architecture.load(command[1].removeprefix("--architecture="))
@@ -247,17 +251,20 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
         ([f"--search_dir={tmp_path}"], "summary.json"),
         ([f"--search_dir={directory}", "--architectures=nonesuch.json"], "nonesuch.json"),
         ([f"--search_dir={directory}", "--data=folder:nonesuch"], "folder:nonesuch"),
-        # Of the search's data all but what is given.
-        ([f"--search_dir={directory}", "--train_images=9999"], "training images of digits"),
+        # Which of other images trained the weights is not known.
+        ([f"--search_dir={directory}", "--train_images=300"], "`train_images` must be that of"),
     ):
         assert_refused(run("fpnas_keras.evaluate", *arguments), message)
+    (directory / "flags.txt").write_text("--train_images=many\n")
+    damaged = run("fpnas_keras.evaluate", f"--search_dir={directory}")
+    assert_refused(damaged, "flags.txt is not the flag file of a run")
 
 
 def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path):
     train = ["fpnas_keras.train", f"--architecture={searched[0]}/architecture.json", "--epochs=1"]
     train += ["--train_images=300", "--init=supernet", f"--output_dir={tmp_path}/run"]
     train += ["--mixed_precision=float16", "--mix_up=0.2", "--rand_augment=0.3"]
-    train += ["--validation_split=0.2"]
+    train += ["--validation_split=0.2", "--learning_rate=0"]
     result = run(*train, f"--teacher={trained[0]}/model.keras")
     assert result.returncode == 0, result.stderr
     with (tmp_path / "run" / "metrics.csv").open() as file:
@@ -265,6 +272,11 @@ def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path
     assert float(row["distillation_loss"]) > 0 and float(row["student_loss"]) > 0
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+    # Where nothing is learned the shared weights are left.
+    expected = Architecture.load(searched[0] / "architecture.json").build()
+    finished_search.load(searched[0]).supernet.give_weights(expected)
+    for ours, theirs in zip(model.trainable_weights, expected.trainable_weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     # Of the network that is left, on the images that were held out.
     images = data.load("digits", "train", 16)
     images = images.part(data.split(images.y, 299.5 / len(images.y), seed=0)[1])
@@ -455,11 +467,13 @@ def test_a_killed_search_goes_on_with_the_same_command(search, searched, tmp_pat
 
     # SIGTERM saves, and says how to go on.
     metrics, before = tmp_path / "run" / "metrics.csv", time.time()
+    command[-1] = "--checkpoint_every=2"
     output, code = interrupt(command, signal.SIGTERM, lambda: metrics.stat().st_mtime > before)
     assert code == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
     go_on = next_command(output)
-    assert go_on == ["fpnas_keras.search", f"--flagfile={tmp_path}/run/flags.txt"]
+    flags = [f"--flagfile={tmp_path}/run/flags.txt", "--checkpoint_every=2"]
+    assert go_on == ["fpnas_keras.search", *flags]
     result = run(*go_on)
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", searched[0])

@@ -1,5 +1,6 @@
 """Finished searches: loaded again, their architectures ranked by shared weights."""
 
+import dataclasses
 import json
 import shutil
 
@@ -113,10 +114,11 @@ def test_statistics_are_the_mean_over_the_batches():
 def test_the_ranking_is_in_order_and_knows_the_pareto_front(finished, tmp_path):
     search, _ = finished
     architectures = {"derived": search.derive()} | ranking.draw(search, 12, seed=1)
-    architectures["again"] = search.derive()
+    # Equal ones count once, with a space's name or without it, as one writes it by hand.
+    architectures["again"] = dataclasses.replace(search.derive(), space=None)
     ranked = ranking.rank(search, architectures, images(), seed=0)
     assert [each.name for each in ranked].count("again") == 0
-    assert len(ranked) == len(set(architectures.values())) > 4
+    assert len(ranked) == len(set(architectures.values())) - 1 > 4
     accuracies = [each.accuracy for each in ranked]
     assert accuracies == sorted(accuracies, reverse=True)
     front = [each for each in ranked if each.pareto]
