@@ -1,11 +1,11 @@
 """Three searches on the same space, data, batches, steps and target: PARSEC, DMaskingNAS, ours.
 
-python benchmarks/baselines.py --data_dir=../shared/data/tfds
+python benchmarks/baselines.py --data_dir=DATA
 
 Short protocol: 10,000 training images of Fashion-MNIST, `mobile_mini`, 1,000 search steps with a
 target of 1.5M MACs, 3 seeds; each result trained from scratch for 20 epochs with the same recipe.
-Takes about 55 minutes on 2 cores; one job runs on each core. Rows are appended to --output as
-jobs finish; a run that was cut goes on from there.
+One job runs on each core. Rows are appended to --output as jobs finish; a run that was cut goes on
+from there.
 """
 
 import json

@@ -1,12 +1,12 @@
 """Searches of Fashion-MNIST side by side, and how much a search's luck decides.
 
-python benchmarks/fashion_mnist.py --data_dir=../shared/data/tfds
+python benchmarks/fashion_mnist.py --data_dir=DATA
 
 Short protocol: 10,000 training images, networks of at most 1.5M MACs, 1,500 search steps,
 20 epochs of training. PARSEC, FP-NAS factorized and FP-NAS coarse-to-fine search with 3 seeds;
 the searches of one of them with 5 seeds are trained from scratch, and the first of
-their networks is trained with 5 seeds. Takes about 2.5 hours on 2 cores; one job runs on each
-core. Rows are appended to --output as jobs finish; a run that was cut goes on from there.
+their networks is trained with 5 seeds. One job runs on each core. Rows are appended to --output as
+jobs finish; a run that was cut goes on from there.
 """
 
 import statistics

@@ -2,10 +2,10 @@
 
 python benchmarks/imagenet.py
 
-Takes about 15 minutes on 2 cores. 30,000 images of 256x256 pixels of noise in 1,000 classes
-become the tensorflow_datasets set `imagenet2012` in --data_dir (1.2 GB): at 224 pixels too many for
-the memory, so they are read from their TFRecords, as the real ones are. Each config runs for
-three steps, one an epoch, with 16 images a batch, 2 samples a step and no warm-up.
+30,000 images of 256x256 pixels of noise in 1,000 classes become the tensorflow_datasets set
+`imagenet2012` in --data_dir (1.2 GB): at 224 pixels too many for the memory, so they are read from
+their TFRecords, as the real ones are. Each config runs for three steps, one an epoch, with 16
+images a batch, 2 samples a step and no warm-up.
 
 The estimate: MACs of the whole search, 4 * target * batch_size * samples (forward and backward on
 one batch, forward on the other) for each step. The samples of a step are those of the uniform

@@ -2,8 +2,8 @@
 
 python benchmarks/joint_logits.py
 
-Takes a minute. 20 blocks of 720 and of 5,000 choices each, factorized and joint, a fresh process
-each: draw 16 architectures, expected cost, gradient, Adam.
+20 blocks of 720 and of 5,000 choices each, factorized and joint, a fresh process each: draw 16
+architectures, expected cost, gradient, Adam.
 """
 
 import json

@@ -2,9 +2,8 @@
 
 python benchmarks/large_searches.py
 
-Takes about 25 minutes on 2 cores. Every job is a process of its own; what is compared with each
-other runs in turn in one of them. Finished jobs are appended to --output; a run that was cut goes
-on from there.
+Every job is a process of its own; what is compared with each other runs in turn in one of them.
+Finished jobs are appended to --output; a run that was cut goes on from there.
 """
 
 import functools

@@ -4,8 +4,7 @@ python benchmarks/limits.py
 
 For random architectures of each space: multiply-adds a second of the weight half of a sample,
 against its convolutions called alone in a loop, forward and both gradients, and against a large
-matrix product; then the time by kind of operation, from TensorFlow's profiler. Takes about
-3 minutes on 2 cores.
+matrix product; then the time by kind of operation, from TensorFlow's profiler.
 """
 
 import collections

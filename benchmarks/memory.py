@@ -6,8 +6,7 @@ One fresh process each: a step with K = 1, 4, 16 and 64 samples; a step of Keras
 largest architecture of the space; DMaskingNAS (all choices as masks over the widest); and all
 combinations of a block's choices side by side, as in DARTS, where it fits. `before` is what the
 process holds when networks and data are made and nothing has run; 2 images of 8x8 show what the
-graph of a search takes by itself. Takes about 8
-minutes on 2 cores.
+graph of a search takes by itself.
 """
 
 import functools

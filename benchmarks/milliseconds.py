@@ -1,11 +1,12 @@
 """A search for milliseconds against the search for MACs of `fashion_mnist.py`.
 
+mkdir -p runs
 python -m export.latency --space=mobile_mini --input_size=28 --channels=1 --output=runs/host.json
-python benchmarks/milliseconds.py --data_dir=../shared/data/tfds --latency_table=runs/host.json \\
+python benchmarks/milliseconds.py --data_dir=DATA --latency_table=runs/host.json \\
     --target=0.027
 
 Short protocol, as in `fashion_mnist.py`: the same search for --target milliseconds by a table of
-this machine, float32 or int8, the same training of each result. Takes about 15 minutes on 2 cores;
+this machine, float32 or int8, the same training of each result;
 then all networks of both searches are timed in turn on one core, in the numbers of the table, for 3
 minutes. Finished rows are in --output; a run that was cut goes on from there.
 """

@@ -1,11 +1,11 @@
 """The search against the truth: NAS-Bench-Macro, 6,561 networks of known accuracy.
 
-python benchmarks/nas_bench_macro.py --data_dir=../shared/data/nas_bench_macro
+python benchmarks/nas_bench_macro.py --data_dir=FOLDER
 
-Takes about 30 minutes on 2 cores. The log-likelihood of a sample is -3.5 * (1 - accuracy), with
-the accuracy of the table, plus Gaussian noise of 0.02; all else is the product's own:
-distribution, draws, estimator, schedules, controller, derivation. Rows are appended to
---output as they are finished; a run that was cut goes on from there.
+The log-likelihood of a sample is -3.5 * (1 - accuracy), with the accuracy of the table, plus
+Gaussian noise of 0.02; all else is the product's own: distribution, draws, estimator, schedules,
+controller, derivation. Rows are appended to --output as they are finished; a run that was cut goes
+on from there.
 """
 
 import functools

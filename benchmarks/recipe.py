@@ -1,14 +1,14 @@
 """What training can do for a network, and where what a search finds stands among others.
 
-python benchmarks/recipe.py --data_dir=../shared/data/tfds
+python benchmarks/recipe.py --data_dir=DATA
 
 Short protocol: 10,000 training images of Fashion-MNIST, networks of 1.5M MACs, 20 epochs. The
 recipe is chosen among `RECIPES` by 10,000 held-out images. One search of `mobile_mini`; its result
 trained by the recipe, with a teacher (the largest network of the space) and from the shared
 weights, 3 seeds each; 10 random networks of the space of 95% to 100% of the MACs; the shapes of
 MobileNetV3-Small and EfficientNet-B0 scaled to them; the ranking of the search's shared weights
-against what was trained. Takes an hour and a half on 2 cores; one job runs on each core. Rows are
-appended to --output as jobs finish; a run that was cut goes on from there.
+against what was trained. One job runs on each core. Rows are appended to --output as jobs finish; a
+run that was cut goes on from there.
 """
 
 import statistics

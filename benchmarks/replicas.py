@@ -4,7 +4,7 @@ python benchmarks/replicas.py
 
 A search of `mobile_mini` at 32 pixels, batch 64, 8 samples a step; and two searches that have
 nothing to do with each other, one a core, which is what the machine allows. The settings run in
-turn, --repeats times; medians. Takes 13 minutes on 2 cores. Rows are appended to --output.
+turn, --repeats times; medians. Rows are appended to --output.
 """
 
 import csv

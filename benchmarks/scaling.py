@@ -3,8 +3,7 @@
 python benchmarks/scaling.py
 
 Steps of searches of a simple space, weights and logits, where one thing changes at a time; for each
-curve all settings run in turn in one process. Writes a picture with one plot for each. Takes about
-5 minutes on 2 cores.
+curve all settings run in turn in one process. Writes a picture with one plot for each.
 """
 
 import functools

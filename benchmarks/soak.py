@@ -2,7 +2,7 @@
 
 python benchmarks/soak.py
 
-Takes 2 minutes on 2 cores. The numbers are written to --output.
+The numbers are written to --output.
 """
 
 import json

@@ -9,8 +9,8 @@ python benchmarks/step_time.py
   sampling, cost and updates.
 * Seconds from the command of the quickstart to its first search step.
 
-What is compared runs in turn in one process. Takes about 30 minutes on 2 cores. Finished rows are
-appended to --output; a run that was cut goes on from there.
+What is compared runs in turn in one process. Finished rows are appended to --output; a run that was
+cut goes on from there.
 """
 
 import functools
