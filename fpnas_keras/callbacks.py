@@ -82,9 +82,20 @@ class EpochLine(keras.callbacks.Callback):
         super().__init__()
         self.line = line
         self.seconds = []
+        self.message = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._log()
         self.start = time.monotonic()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._log()
+
+    def _log(self):
+        # Not at the end of the epoch: Keras' progress bar has not ended its line then.
+        if self.message:
+            logging.info("%s", self.message)
+            self.message = None
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self.seconds.append(time.monotonic() - self.start)
@@ -92,7 +103,7 @@ class EpochLine(keras.callbacks.Callback):
         # Of the last few: the first traces, and later ones draw fewer samples.
         left = statistics.median(self.seconds[-5:]) * (epochs - epoch - 1)
         left = datetime.timedelta(seconds=round(left))
-        logging.info("epoch %d/%d: %s; %s left", epoch + 1, epochs, self.line(epoch, logs), left)
+        self.message = f"epoch {epoch + 1}/{epochs}: {self.line(epoch, logs)}; {left} left"
 
 
 class MetricsFile(keras.callbacks.Callback):

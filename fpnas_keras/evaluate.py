@@ -108,10 +108,11 @@ def _report(directory, ranked, cost, files):
     # The first one within the target; there is always the derived network. It is on the front.
     target = math.inf if cost.target is None else cost.target
     best = next((each for each in ranked if each.cost <= target), ranked[0])
+    file = files[best.name]
     print(
         "next, train one of them:\n  python -m fpnas_keras.train "
-        f"--architecture={shlex.quote(str(files[best.name]))} "
-        f"{cli.data_arguments()} --output_dir=DIRECTORY"
+        f"--architecture={shlex.quote(str(file))} {cli.data_arguments()} "
+        f"--output_dir={shlex.quote(f'{directory}_{file.stem}')}"
     )
 
 

@@ -3,6 +3,7 @@
 python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 """
 
+import math
 import shlex
 
 import keras
@@ -29,7 +30,7 @@ from fpnas_keras.callbacks import (
 )
 from fpnas_keras.checkpoints import Checkpoints
 from fpnas_keras.cost import COSTS, latency, make_cost, text
-from fpnas_keras.distributions import JointLogits
+from fpnas_keras.distributions import FactorizedLogits, JointLogits
 from fpnas_keras.estimator import AdaptiveSamples, CostController
 from fpnas_keras.files import reason, replacing
 from fpnas_keras.run_directory import Run
@@ -505,6 +506,7 @@ def _summary(search, derivation):
         "steps": int(search.step.numpy()),
         "total_samples": int(search.total_samples.numpy()),
         "total_evaluated": int(search.total_evaluated.numpy()),
+        "initial_entropy": float(FactorizedLogits(search.space.blocks).entropy()),
         "entropy": float(search.distribution.entropy()),
         "cost": FLAGS.cost,
         "target": FLAGS.target,
@@ -537,6 +539,12 @@ def _report(run):
         target += f" (target {text(summary['target'])})"
     if summary["derivation_gap"]:
         target += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
+    initial = summary.get("initial_entropy", math.inf)  # earlier versions did not have it
+    if summary["entropy"] > initial / 2:
+        print(
+            f"\nThe search is undecided: entropy {summary['entropy']:.1f} nats of {initial:.1f} at "
+            "its start. More --epochs, or a larger --architecture_learning_rate, decide more."
+        )
     file = shlex.quote(str(run.path("architecture.json")))
     page = run.path("report.html")
     page = f"report: {page}\n" if page.exists() else ""

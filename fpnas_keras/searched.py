@@ -29,7 +29,7 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
     ```
     """
     directory = pathlib.Path(directory)
-    summary = read_json(directory / "summary.json", "the summary of a finished search", _checked)
+    summary = read_json(directory / "summary.json", "a finished search's summary", _checked)
     space_files = [directory / f"space{suffix}" for suffix in spaces.SUFFIXES]
     space = next((file for file in space_files if file.is_file()), summary["space"])
     tables = sorted(directory.glob("latency_table.*"))

@@ -171,8 +171,11 @@ _DEFAULTS = {
     "sgd": {"learning_rate": 0.1, "weight_decay": 0.001},
     "adamw": {"learning_rate": 0.002, "weight_decay": 0.05},
 }
-# Batches that the batch norms' moving statistics are estimated on after averaging.
+# Batches that the batch norms' statistics are estimated on where moving ones will not do: those are
+# of other weights, or lag behind in trainings of fewer steps than this.
 _RECALIBRATION_BATCHES = 100
+_FEW_STEPS = 500
+_FEW_STEPS_PER_EPOCH = 10
 
 
 def main() -> None:
@@ -201,7 +204,15 @@ def _train(run, architecture):
         model = distillation.make_distiller(
             _teacher(architecture), student, FLAGS.temperature, FLAGS.distillation_weight
         )
-    optimizer = _optimizer(checkpoints.steps_per_epoch or int(batches.cardinality()))
+    steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
+    if steps_per_epoch < _FEW_STEPS_PER_EPOCH:
+        logging.warning(
+            "an epoch has %d steps of %d images, which trains little: lower `batch_size`, or raise "
+            "`epochs`",
+            steps_per_epoch,
+            FLAGS.batch_size,
+        )
+    optimizer = _optimizer(steps_per_epoch)
     if FLAGS.mixed_precision == "float16":
         # `compile` would do so by the policy of the model, which a distiller does not have.
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
@@ -226,14 +237,14 @@ def _train(run, architecture):
         callbacks,
         validation_data=held_out and _test_batches(held_out),
     )
-    _finish(run, architecture, student, batches, held_out)
+    _finish(run, architecture, student, batches, held_out, steps_per_epoch * FLAGS.epochs)
 
 
-def _finish(run, architecture, student, batches, held_out):
+def _finish(run, architecture, student, batches, held_out, steps):
     """Saves the trained network, in float32 whatever it was trained in, and tests it."""
     model = architecture.build()
     model.set_weights(student.get_weights())
-    if FLAGS.ema_momentum:
+    if FLAGS.ema_momentum or steps < _FEW_STEPS:
         recalibrate(model, (x for x, _ in batches.repeat().take(_RECALIBRATION_BATCHES)))
     # Before anything that may fail: the training is worth more than its figures.
     with replacing(run.path("model.keras")) as temporary:

@@ -285,6 +285,7 @@ def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path
     assert len(right) == 60
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["val_accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+    assert "an epoch has 1 steps of 128 images" in result.stderr
     assert f"val accuracy {right.mean():.2%}, test accuracy" in result.stdout
     for arguments, message in (
         (["--teacher=nonesuch.keras"], "`teacher` must be an existing .keras file"),

@@ -257,8 +257,10 @@ def _folder(path, split_name, image_size):
     )
     try:
         x, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, f"reading {path}")
-    except tf.errors.OpError as error:
-        raise ValueError(f"an image in {path} cannot be read: {error.message}") from None
+    except tf.errors.OpError:
+        for file in paths:  # which one it was, the error does not say
+            _decode_file(file)
+        raise
     return Images(x, y, names, image_shape)
 
 
@@ -295,12 +297,17 @@ def _channels(paths, y):
     """1 where the first image of every class is grey, else 3."""
     channels = set()
     for file in paths[np.unique(y, return_index=True)[1]]:
-        try:
-            image = tf.io.decode_image(tf.io.read_file(file), expand_animations=False)
-        except tf.errors.OpError as error:
-            raise ValueError(f"the image {file} cannot be read: {error.message}") from None
-        channels.add(image.shape[-1])
+        channels.add(_decode_file(file).shape[-1])
     return 1 if channels == {1} else 3
+
+
+def _decode_file(file):
+    try:
+        return tf.io.decode_image(tf.io.read_file(file), expand_animations=False)
+    except tf.errors.OpError as error:
+        # Before it stands the node of a graph.
+        message = error.message.rpartition("}} ")[2]
+        raise ValueError(f"the image {file} cannot be read: {message}") from None
 
 
 def _collect(dataset, count, image_shape, description):
