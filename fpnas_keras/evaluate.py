@@ -27,7 +27,7 @@ flags.DEFINE_integer(
     "samples",
     32,
     "Architectures to draw from the search's distribution, beside the derived one and those of "
-    "--architectures.",
+    "--architectures. Equal ones are ranked once, so that fewer may come out.",
     lower_bound=0,
 )
 flags.DEFINE_list(
