@@ -89,7 +89,8 @@ flags.DEFINE_string(
     None,
     "Network whose logits are learned beside the labels (distillation): a .keras file, an "
     "architecture (.json) with --teacher_weights, or the name of a network of keras.applications "
-    "(without --teacher_weights for ImageNet's 1,000 classes in ImageNet's order alone).",
+    "(without --teacher_weights for ImageNet's 1,000 classes in ImageNet's order alone). Train it "
+    "with --label_smoothing=0: smoothed labels spoil what it teaches (arXiv:1906.02629).",
 )
 flags.DEFINE_string(
     "teacher_weights",
