@@ -12,12 +12,6 @@ jobs finish; a run that was cut goes on from there.
 import statistics
 
 import harness
-from absl import app, flags
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Where tensorflow_datasets keeps its data.", required=True)
-flags.DEFINE_string("work_dir", "runs/benchmark_fashion_mnist", "Folder of the run directories.")
-flags.DEFINE_string("output", "benchmarks/fashion_mnist.jsonl", "File of the finished rows.")
 
 TARGET = 1_500_000
 SEARCH = (
@@ -90,11 +84,5 @@ def report(rows: dict[str, dict]) -> None:
             print(f"| {name} | {listed} | {mean:.2f} | {spread:.2f} |")
 
 
-def main(_: list[str]) -> None:
-    """Runs what is not yet in the output, one job a core."""
-    runs = harness.Runs(FLAGS.work_dir, FLAGS.data_dir)
-    report(harness.on_cores(phases(runs), runs, FLAGS.output))
-
-
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_phases(__file__, phases, report)

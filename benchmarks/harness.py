@@ -96,7 +96,8 @@ def finished(output: str, key: str = "job") -> dict[str, dict]:
     return {row[key]: row for row in map(json.loads, lines)}
 
 
-def _append(output, row):
+def append(output: str, row: dict) -> None:
+    """Adds a row to a file of finished rows."""
     with pathlib.Path(output).open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -138,7 +139,7 @@ def _in_processes(script, jobs, output):
                 text=True,
             )
             rows[job] = {"job": job, **json.loads(done.stdout.splitlines()[-1])}
-            _append(output, rows[job])
+            append(output, rows[job])
     return rows
 
 
@@ -169,7 +170,7 @@ def on_cores(
             rows[name] = {"name": name, **run(name, command, core)}
         finally:
             cores.put(core)
-        _append(output, rows[name])
+        append(output, rows[name])
         print(f"finished: {name}", flush=True)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
@@ -208,3 +209,30 @@ class Runs:
             if process.wait():
                 raise RuntimeError(f"{' '.join(command)} failed; see {log}")
         return json.loads((output_dir / "summary.json").read_text())
+
+
+def run_phases(
+    script: str,
+    phases: Callable[[Runs], Iterable[dict[str, list[str]]]],
+    report: Callable[[dict[str, dict]], None],
+) -> None:
+    """The command line of a benchmark whose jobs are the project's own, one on each core.
+
+    Args:
+        script: `__file__` of the benchmark; its rows go into a `.jsonl` file of that name.
+        phases: From the runs to what `on_cores` takes.
+        report: Prints all rows, by name.
+    """
+    from fpnas_keras import cli  # and its flags, --data_dir among them
+
+    name = pathlib.Path(script).stem
+    flags.adopt_module_key_flags(cli)
+    flags.mark_flag_as_required("data_dir")
+    flags.DEFINE_string("work_dir", f"runs/benchmark_{name}", "Folder of the run directories.")
+    flags.DEFINE_string("output", f"benchmarks/{name}.jsonl", "File of the finished rows.")
+
+    def main(_):
+        runs = Runs(flags.FLAGS.work_dir, flags.FLAGS.data_dir)
+        report(on_cores(phases(runs), runs, flags.FLAGS.output))
+
+    app.run(main)

@@ -20,18 +20,15 @@ import tempfile
 import harness
 import numpy as np
 import scipy.stats
-from absl import app, flags
+from absl import flags
 
 import fpnas_keras as fpnas
 from export import conversion, devices
 from fpnas_keras.cost import latency
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Where tensorflow_datasets keeps its data.", required=True)
 flags.DEFINE_string("latency_table", None, "Table of this machine.", required=True)
 flags.DEFINE_float("target", None, "Milliseconds to search for.", required=True)
-flags.DEFINE_string("work_dir", "runs/benchmark_milliseconds", "Folder of the run directories.")
-flags.DEFINE_string("output", "benchmarks/milliseconds.jsonl", "File of the finished rows.")
 flags.DEFINE_integer("seeds", 3, "Searches.", lower_bound=2)
 
 MACS_ROWS = "benchmarks/fashion_mnist.jsonl"
@@ -112,11 +109,5 @@ def report(rows: dict[str, dict]) -> None:
         print(f"{name}: Welch's t = {test.statistic:.2f}, p = {test.pvalue:.3g}")
 
 
-def main(_: list[str]) -> None:
-    """Runs what is not yet in the output, one job a core."""
-    runs = harness.Runs(FLAGS.work_dir, FLAGS.data_dir)
-    report(harness.on_cores(phases(runs), runs, FLAGS.output))
-
-
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_phases(__file__, phases, report)

@@ -13,6 +13,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+import harness
 import keras
 import numpy as np
 import tensorflow as tf
@@ -291,8 +292,7 @@ def main(_: list[str]) -> None:
     for name, job in jobs().items():
         if name not in {row["name"] for row in rows}:
             rows.append({"name": name, "seeds": FLAGS.seeds} | job(table))
-            with output.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            harness.append(FLAGS.output, rows[-1])
             print(json.dumps(rows[-1]), flush=True)
     report(rows)
 

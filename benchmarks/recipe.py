@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import harness
 import numpy as np
 import scipy.stats
-from absl import app, flags
+from absl import flags
 
 import fpnas_keras as fpnas
 from fpnas_keras import cli, ranking, searched
@@ -25,9 +25,6 @@ from fpnas_keras.architecture import Block, Head, Stem, make_divisible
 from fpnas_keras.distributions import FactorizedLogits
 
 FLAGS = flags.FLAGS
-flags.mark_flag_as_required("data_dir")
-flags.DEFINE_string("work_dir", "runs/benchmark_recipe", "Folder of the run directories.")
-flags.DEFINE_string("output", "benchmarks/recipe.jsonl", "File of the finished rows.")
 
 TARGET, LEAST, RANDOM, SEEDS = 1_500_000, 0.95, 10, 3
 SHAPE = (28, 28, 1)
@@ -194,7 +191,7 @@ def shared_weights(runs: harness.Runs) -> dict[str, ranking.Ranked]:
     return {each.name: each for each in ranking.rank(search, architectures, images)}
 
 
-def report(rows: dict[str, dict], runs: harness.Runs) -> None:
+def report(rows: dict[str, dict]) -> None:
     """Prints the tables."""
 
     def line(label, names):
@@ -226,7 +223,7 @@ def report(rows: dict[str, dict], runs: harness.Runs) -> None:
     everywhere = [100 * rows[f"random {index}"]["test_accuracy"] for index in range(RANDOM)]
     mean, deviation = statistics.mean(everywhere), statistics.stdev(everywhere)
     print(f"\nrandom networks: mean {mean:.2f}, standard deviation {deviation:.2f}")
-    seen = shared_weights(runs)
+    seen = shared_weights(harness.Runs(FLAGS.work_dir, FLAGS.data_dir))
     print("\n| | trained, % | shared weights, % | loss |\n|---|---|---|---|")
     for name, each in sorted(seen.items(), key=lambda item: -rows[item[0]]["test_accuracy"]):
         print(
@@ -246,11 +243,5 @@ def report(rows: dict[str, dict], runs: harness.Runs) -> None:
             )
 
 
-def main(_: list[str]) -> None:
-    """Runs what is not yet in the output, one job a core."""
-    runs = harness.Runs(FLAGS.work_dir, FLAGS.data_dir)
-    report(harness.on_cores(phases(runs), runs, FLAGS.output), runs)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    harness.run_phases(__file__, phases, report)

@@ -10,7 +10,6 @@ turn, --repeats times; medians. Rows are appended to --output.
 import csv
 import json
 import os
-import pathlib
 import socket
 import statistics
 import subprocess
@@ -89,8 +88,7 @@ def main(_: list[str]) -> None:
             if name not in rows:
                 value = {"setting": setting, "samples_a_second": samples_a_second(*arguments)}
                 rows[name] = {"name": name, **value}
-                with pathlib.Path(FLAGS.output).open("a") as file:
-                    file.write(json.dumps(rows[name]) + "\n")
+                harness.append(FLAGS.output, rows[name])
     print("| | samples a second | median | ratio |\n|---|---|---|---|")
     one = None
     for setting in SETTINGS:
