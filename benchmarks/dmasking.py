@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 import fpnas_keras as fpnas
+from fpnas_keras.networks.supernet import Supernet, SupernetBlock
 from fpnas_keras.spaces import Space
-from fpnas_keras.supernet import Supernet, SupernetBlock
 
 # From 5 down by exp(-0.045) in each of 90 epochs.
 FIRST_TEMPERATURE, DECAY = 5.0, 0.045 * 90

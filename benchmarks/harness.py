@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import fpnas_keras as fpnas
-from fpnas_keras.estimator import Samples
+from fpnas_keras.method.estimator import Samples
 
 Batch = tuple[tf.Tensor, tf.Tensor]
 

@@ -21,7 +21,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import fpnas_keras as fpnas
 from fpnas_keras.architecture import expanded_filters, output_size
-from fpnas_keras.layers import SlicedConv, SlicedDepthwiseConv
+from fpnas_keras.networks.sliced_layers import SlicedConv, SlicedDepthwiseConv
 
 ARCHITECTURES, COPIES, REPEATS = 6, 4, 7
 # Rows of the matrix product that is taken for the ceiling.

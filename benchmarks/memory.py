@@ -20,7 +20,7 @@ from dmasking import DMaskingNAS
 
 import fpnas_keras as fpnas
 from fpnas_keras.architecture import Part
-from fpnas_keras.supernet import Supernet
+from fpnas_keras.networks.supernet import Supernet
 
 STEPS = 3
 SAMPLES = (1, 4, 16, 64)

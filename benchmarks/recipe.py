@@ -22,7 +22,7 @@ from absl import flags
 import fpnas_keras as fpnas
 from fpnas_keras import cli, ranking, searched
 from fpnas_keras.architecture import Block, Head, Stem, make_divisible
-from fpnas_keras.distributions import FactorizedLogits
+from fpnas_keras.method.distributions import FactorizedLogits
 
 FLAGS = flags.FLAGS
 

@@ -28,7 +28,7 @@ from absl import flags
 
 import fpnas_keras as fpnas
 from fpnas_keras.cost import CostTable
-from fpnas_keras.estimator import Samples
+from fpnas_keras.method.estimator import Samples
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("architectures", 24, "Random architectures of a space.", lower_bound=1)

@@ -9,7 +9,8 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from fpnas_keras import data
-from fpnas_keras.files import reason
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import summarize_error
 
 FORMATS = ("none", "float16", "dynamic", "int8")
 
@@ -35,7 +36,7 @@ def convert(
         input_type: "int8" or "uint8", of the image and the logits of an int8 file.
 
     Raises:
-        ValueError: When the model needs operators that are not builtin.
+        UserError: When the model needs operators that are not builtin.
     """
     module = tf.Module()
     # The module owns the variables, else the converter leaves them out of the file.
@@ -67,8 +68,8 @@ def convert(
     try:
         return converter.convert()
     except Exception as error:  # ConverterError is not public.
-        message = f"the model {model.name} cannot be converted: {reason(error, line=-1)}"
-        raise ValueError(message) from None
+        message = f"the model {model.name} cannot be converted: {summarize_error(error, line=-1)}"
+        raise UserError(message) from None
 
 
 def representative_images(images: data.Images, count: int) -> list[np.ndarray]:

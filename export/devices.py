@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from fpnas_keras.errors import UserError
+
 # Of the calls of a file in a round, on the host.
 _UNTIMED, _TIMED = 1, 3
 _PHONE_FOLDER = "/data/local/tmp/fpnas_keras"
@@ -52,7 +54,7 @@ class Host:
             print(json.dumps(str(files[name])), file=self._process.stdin, flush=True)
             answer = self._process.stdout.readline()
             if not answer:
-                raise ValueError(
+                raise UserError(
                     f"the file for {name} cannot be run: LiteRT died of it. (In int8 XNNPACK "
                     "refuses layers that give 0 for all representative images.)"
                 )
@@ -115,7 +117,7 @@ class Adb:
         rest_seconds: Seconds to let the phone cool down after each round.
 
     Raises:
-        ValueError: When there is no such phone, or it cannot be used; the message says why.
+        UserError: When there is no such phone, or it cannot be used; the message says why.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Adb:
         rest_seconds: float = 0.0,
     ):
         if not pathlib.Path(benchmark_model).is_file():
-            raise ValueError(
+            raise UserError(
                 "`benchmark_model` must be the benchmark_model binary for the phone. "
                 f"Received: benchmark_model={benchmark_model}"
             )
@@ -183,13 +185,13 @@ class Adb:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
         except FileNotFoundError:
-            raise ValueError("adb is not installed, or not on the PATH") from None
+            raise UserError("adb is not installed, or not on the PATH") from None
         except subprocess.TimeoutExpired:
-            raise ValueError(f"`{shlex.join(command)}` gave no answer in {timeout} s") from None
+            raise UserError(f"`{shlex.join(command)}` gave no answer in {timeout} s") from None
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
             reason = next((line for line in lines if "error" in line), lines[-1])
-            raise ValueError(f"`{shlex.join(command)}` failed: {reason}")
+            raise UserError(f"`{shlex.join(command)}` failed: {reason}")
         return done.stdout + done.stderr
 
 
@@ -199,14 +201,14 @@ def parse_benchmark(text: str, name: str) -> float:
     The median of its last line `count=... median=...`, or `Inference (avg)`, both microseconds.
 
     Raises:
-        ValueError: When there is neither.
+        UserError: When there is neither.
     """
     medians = re.findall(r"count=\d+.*?\bmedian=([\d.e+]+)", text)
     averages = re.findall(r"Inference \(avg\): ([\d.e+]+)", text)
     found = medians or averages
     if not found:
         last = text.strip().splitlines() or ["nothing"]
-        raise ValueError(f"benchmark_model gave no time for {name}: {last[-1]}")
+        raise UserError(f"benchmark_model gave no time for {name}: {last[-1]}")
     return float(found[-1]) / 1000
 
 

@@ -33,9 +33,10 @@ from export.latency_model import LatencyModel
 from fpnas_keras import cli, spaces
 from fpnas_keras.architecture import Architecture, Block, Part, Stem
 from fpnas_keras.cost import CostTable, LatencyCost, latency
-from fpnas_keras.distributions import FactorizedLogits
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.network import NetworkBuilder
+from fpnas_keras.method.distributions import FactorizedLogits
+from fpnas_keras.networks.plain_network import NetworkBuilder
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -152,7 +153,7 @@ def _measure_table():
     space = spaces.get(FLAGS.space, shape, FLAGS.num_classes)
     output = pathlib.Path(FLAGS.output)
     if not output.parent.is_dir():
-        raise ValueError(f"`output` must lie in an existing folder. Received: output={output}")
+        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
     with contextlib.closing(_device()) as device:
         table = _open_table(output, space, device)
         if not table["complete"]:
@@ -215,7 +216,7 @@ def _open_table(output, space, device):
     table = latency.read(output)
     for key in ("space", "input_shape", "num_classes", "device", "quantize"):
         if table[key] != new[key] and not (key == "device" and _is_same_device(table, new)):
-            raise ValueError(
+            raise UserError(
                 f"`output` {output} holds a table of another `{key}`: {table[key]}. "
                 f"Received: {new[key]}"
             )
@@ -365,7 +366,7 @@ def _scale_and_prove(table, space, folder):
     """Scales the entries to whole networks, and compares them with others in new processes."""
     networks = random_networks(space, _SCALE_NETWORKS + FLAGS.proof_networks, FLAGS.seed)
     if len(networks) < 4:
-        raise ValueError(
+        raise UserError(
             f"a latency table needs a space of more networks. Received: {len(networks)} in the "
             f"space `{space.name}`"
         )
@@ -450,7 +451,7 @@ def _measure_architecture():
     try:
         predicted = math.fsum(map(cost, architecture.parts()))
     except KeyError as error:
-        raise ValueError(f"{FLAGS.latency_table} lacks {error.args[0]} of {path}") from None
+        raise UserError(f"{FLAGS.latency_table} lacks {error.args[0]} of {path}") from None
     quantize = FLAGS.quantize
     with contextlib.closing(_device()) as device:
         own = device.describe()
@@ -459,7 +460,7 @@ def _measure_architecture():
             table = latency.read(FLAGS.latency_table)
             quantize = table["quantize"]
             if not _is_same_device(table, {"device": own}):
-                raise ValueError(
+                raise UserError(
                     f"{FLAGS.latency_table} is of the device {table['device']}. Received: {own}"
                 )
         file = pathlib.Path(folder) / "network.tflite"

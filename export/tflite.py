@@ -18,8 +18,9 @@ from tqdm import tqdm
 from export import conversion, devices
 from fpnas_keras import cli, data
 from fpnas_keras.architecture import Architecture
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import read_json, replacing
-from fpnas_keras.network import load_model
+from fpnas_keras.networks.plain_network import load_model
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
@@ -197,7 +198,7 @@ def _architecture(model):
     else:
         path = pathlib.Path(FLAGS.model).with_name("summary.json")
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"`architecture` must be given: there is no summary.json beside {FLAGS.model}"
             )
         architecture = read_json(
@@ -205,19 +206,19 @@ def _architecture(model):
         )
     expected = [weight.shape for weight in architecture.build().weights]
     if [weight.shape for weight in model.weights] != expected:
-        raise ValueError(f"the model {FLAGS.model} is not of the architecture in {path}")
+        raise UserError(f"the model {FLAGS.model} is not of the architecture in {path}")
     return architecture
 
 
 def _check(comparison):
-    """Raises `ValueError` unless the file does what Keras does."""
+    """Raises `UserError` unless the file does what Keras does."""
     if FLAGS.quantize == "none" and not comparison.max_difference <= MAX_DIFFERENCE:
-        raise ValueError(
+        raise UserError(
             f"the converted file differs from Keras by {comparison.max_difference:.2g} in a logit, "
             f"more than {MAX_DIFFERENCE:.0e}; nothing is written"
         )
     if not comparison.agreement >= FLAGS.min_agreement:
-        raise ValueError(
+        raise UserError(
             f"the converted file gives the class of Keras for {comparison.agreement:.2%} of the "
             f"test images, less than `min_agreement` {FLAGS.min_agreement:.2%}; nothing is written"
         )
@@ -239,9 +240,9 @@ def _output_paths():
     suffix = "" if FLAGS.quantize == "none" else f"_{FLAGS.quantize}"
     output = pathlib.Path(FLAGS.output or model.with_name(f"{model.stem}{suffix}.tflite"))
     if output.suffix != ".tflite":
-        raise ValueError(f"`output` must end in .tflite. Received: output={output}")
+        raise UserError(f"`output` must end in .tflite. Received: output={output}")
     if not output.parent.is_dir():
-        raise ValueError(f"`output` must lie in an existing folder. Received: output={output}")
+        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
     report = output.with_name(f"{output.stem}_report.json")
     _refuse_existing(path for path in (output, report) if path.exists())
     return output, output.with_name("labels.txt"), report
@@ -250,7 +251,7 @@ def _output_paths():
 def _refuse_existing(paths):
     names = ", ".join(map(str, paths))
     if names and not FLAGS.overwrite:
-        raise ValueError(f"{names} exists already; --overwrite replaces it")
+        raise UserError(f"{names} exists already; --overwrite replaces it")
 
 
 def _test_images(model, labels):

@@ -1,24 +1,11 @@
-"""Fast probabilistic neural architecture search in Keras.
+"""Fast probabilistic neural architecture search for mobile vision, in Keras 3.
 
 import fpnas_keras as fpnas
+
+The public names are listed in `__init__.pyi`. Each one is loaded when it is first used (PEP 562).
 """
 
-from fpnas_keras import data, spaces
-from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import CoarseToFine
-from fpnas_keras.cost import LatencyCost, MacsCost, ParamsCost
-from fpnas_keras.estimator import AdaptiveSamples, CostController
-from fpnas_keras.searcher import ArchitectureSearch
+import lazy_loader
 
-__all__ = [
-    "AdaptiveSamples",
-    "Architecture",
-    "ArchitectureSearch",
-    "CoarseToFine",
-    "CostController",
-    "LatencyCost",
-    "MacsCost",
-    "ParamsCost",
-    "data",
-    "spaces",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__version__ = "0.2.0"

@@ -1,4 +1,10 @@
-"""One point of a search space: what every block is, as data and as JSON."""
+"""A network as data: its stem, blocks and head, as JSON, with its MACs and parameters.
+
+Nothing here needs Keras: only `Architecture.build` imports it.
+
+MACs are what the papers call FLOPS: the multiply-adds of convolutions and dense layers for one
+image. Batch norms, activations, pooling and the gates of attention do not count.
+"""
 
 import dataclasses
 import json
@@ -6,14 +12,15 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import (
+    abbreviate,
     check_format,
     check_keys,
     read_fields,
     read_json,
     read_list,
     replacing,
-    short,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +70,7 @@ class Block:
         skip: Whether the block is skipped.
 
     Raises:
-        ValueError: When a value is out of its range.
+        UserError: When a value is out of its range.
     """
 
     filters: int
@@ -83,7 +90,7 @@ class Block:
         _check_choice(self, "activation", ACTIVATIONS)
         _check_choice(self, "splits", SPLITS)
         if not isinstance(self.skip, bool):
-            raise ValueError(f"`skip` must be true or false. Received: skip={self.skip!r}")
+            raise UserError(f"`skip` must be true or false. Received: skip={self.skip!r}")
         if self.skip:
             for field in dataclasses.fields(self):
                 if field.name not in ("filters", "strides", "skip"):
@@ -135,7 +142,7 @@ class Architecture:
             written by hand.
 
     Raises:
-        ValueError: When a value is out of its range.
+        UserError: When a value is out of its range.
 
     Example:
 
@@ -158,11 +165,11 @@ class Architecture:
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if not 1 <= len(self.blocks) <= MAX_BLOCKS:
-            raise ValueError(
+            raise UserError(
                 f"`blocks` must hold 1 to {MAX_BLOCKS} blocks. Received: {len(self.blocks)} blocks"
             )
         if self.space is not None and not isinstance(self.space, str):
-            raise ValueError(f"`space` must be a name or null. Received: space={self.space!r}")
+            raise UserError(f"`space` must be a name or null. Received: space={self.space!r}")
 
     def build(self, bn_momentum: float = 0.9) -> "keras.Model":
         """Builds the network with fresh weights.
@@ -175,9 +182,9 @@ class Architecture:
             `(batch,) + input_shape`, to logits, shape `(batch, num_classes)`.
         """
         # Imported here: an architecture is plain data and loads without Keras.
-        from fpnas_keras import network
+        from fpnas_keras.networks import build_network
 
-        return network.build(self, bn_momentum=bn_momentum)
+        return build_network(self, bn_momentum=bn_momentum)
 
     def parts(self) -> list[Part]:
         """Stem, blocks and head, each with what comes into it."""
@@ -188,17 +195,17 @@ class Architecture:
             size, channels = output_size(size, each.strides), each.filters
         return [*parts, Part(self.head, size, channels, self.num_classes)]
 
+    def count(self) -> "Count":
+        """MACs and trainable parameters of the whole network."""
+        return sum(map(count_part, self.parts()), Count())
+
     def macs(self) -> int:
         """Multiply-adds of all convolutions and dense layers for one image."""
-        from fpnas_keras.cost import count
-
-        return count.architecture(self).macs
+        return self.count().macs
 
     def params(self) -> int:
-        """Number of trainable parameters."""
-        from fpnas_keras.cost import count
-
-        return count.architecture(self).params
+        """Number of trainable parameters. The moving statistics of batch norms do not count."""
+        return self.count().params
 
     def to_dict(self) -> dict[str, Any]:
         """The architecture as in `architecture.json`."""
@@ -217,7 +224,7 @@ class Architecture:
         """Reads what `to_dict` gives.
 
         Raises:
-            ValueError: When a key is missing, unknown or has a bad value; the
+            UserError: When a key is missing, unknown or has a bad value; the
                 message names the key.
         """
         keys = ("format", "space", "input_shape", "num_classes", "stem", "blocks", "head")
@@ -242,10 +249,29 @@ class Architecture:
         """Reads an architecture file.
 
         Raises:
-            ValueError: When the file is not an architecture; the message names
+            UserError: When the file is not an architecture; the message names
                 the file and the key.
         """
         return read_json(path, "an architecture", cls.from_dict)
+
+
+class Count(NamedTuple):
+    """MACs and trainable parameters of a part of a network, or of all of it."""
+
+    macs: int = 0
+    params: int = 0
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.macs + other.macs, self.params + other.params)
+
+
+def count_part(part: Part) -> Count:
+    """Counts the MACs and the parameters of a stem, a block or a head."""
+    if isinstance(part.layers, Stem):
+        return _count_stem(part.layers, part.size, part.channels)
+    if isinstance(part.layers, Block):
+        return _count_block(part.layers, part.size, part.channels)
+    return _count_head(part.layers, part.size, part.channels, part.num_classes)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -273,18 +299,58 @@ def output_size(size: Sequence[int], strides: int) -> tuple[int, int]:
 
 
 def check_image_shape(input_shape: Sequence[int], num_classes: int) -> None:
-    """Raises `ValueError` unless the shape is `(height, width, channels)`."""
+    """Raises `UserError` unless the shape is `(height, width, channels)`."""
     is_shape = isinstance(input_shape, (list, tuple)) and len(input_shape) == 3
     if not is_shape or not all(_is_integer(n) and 1 <= n <= MAX_SIZE for n in input_shape):
-        raise ValueError(
+        raise UserError(
             "`input_shape` must be (height, width, channels), each an integer from 1 to "
-            f"{MAX_SIZE}. Received: input_shape={short(input_shape)}"
+            f"{MAX_SIZE}. Received: input_shape={abbreviate(input_shape)}"
         )
     if not _is_integer(num_classes) or not 2 <= num_classes <= MAX_FILTERS:
-        raise ValueError(
+        raise UserError(
             f"`num_classes` must be an integer from 2 to {MAX_FILTERS}. "
-            f"Received: num_classes={short(num_classes)}"
+            f"Received: num_classes={abbreviate(num_classes)}"
         )
+
+
+def _count_stem(stem, size, channels):
+    return _count_conv_bn(output_size(size, stem.strides), stem.kernel_size, channels, stem.filters)
+
+
+def _count_block(block, size, filters_in):
+    size_out = output_size(size, block.strides)
+    if block.skip:
+        is_identity = block.strides == 1 and filters_in == block.filters
+        return Count() if is_identity else _count_conv_bn(size_out, 1, filters_in, block.filters)
+    expanded = expanded_filters(filters_in, block.expansion)
+    total = Count() if block.expansion == 1 else _count_conv_bn(size, 1, filters_in, expanded)
+    for _ in range(max(1, block.splits)):
+        # Depthwise: each channel sees one channel.
+        total += _count_conv_bn(size_out, block.kernel_size, 1, expanded)
+    if block.splits:
+        bottleneck = attention_filters(expanded)
+        total += _count_dense(expanded, bottleneck)
+    for _ in range(block.splits):
+        total += _count_dense(bottleneck, expanded)
+    return total + _count_conv_bn(size_out, 1, expanded, block.filters)
+
+
+def _count_head(head, size, filters_in, num_classes):
+    total = _count_conv_bn(size, 1, filters_in, head.filters)
+    features = head.filters
+    if head.dense_units:
+        total += _count_dense(features, head.dense_units, use_bias=False)
+        features = head.dense_units
+    return total + _count_dense(features, num_classes)
+
+
+def _count_conv_bn(size_out, kernel_size, filters_in, filters_out):
+    weights = kernel_size**2 * filters_in * filters_out
+    return Count(size_out[0] * size_out[1] * weights, weights + 2 * filters_out)
+
+
+def _count_dense(units_in, units_out, use_bias=True):
+    return Count(units_in * units_out, units_in * units_out + use_bias * units_out)
 
 
 def _is_integer(value):
@@ -294,8 +360,8 @@ def _is_integer(value):
 def _check_integer(owner, name, low, high):
     value = getattr(owner, name)
     if not _is_integer(value) or not low <= value <= high:
-        raise ValueError(
-            f"`{name}` must be an integer from {low} to {high}. Received: {name}={short(value)}"
+        raise UserError(
+            f"`{name}` must be an integer from {low} to {high}. Received: {name}={abbreviate(value)}"
         )
 
 
@@ -303,21 +369,21 @@ def _check_number(owner, name, low, high):
     value = getattr(owner, name)
     is_number = _is_integer(value) or isinstance(value, float)
     if not is_number or not low <= value <= high:  # nan is in no range
-        raise ValueError(
-            f"`{name}` must be a number from {low} to {high}. Received: {name}={short(value)}"
+        raise UserError(
+            f"`{name}` must be a number from {low} to {high}. Received: {name}={abbreviate(value)}"
         )
 
 
 def _check_kernel_size(owner):
     _check_integer(owner, "kernel_size", 1, 31)
     if owner.kernel_size % 2 == 0:
-        raise ValueError(f"`kernel_size` must be odd. Received: kernel_size={owner.kernel_size}")
+        raise UserError(f"`kernel_size` must be odd. Received: kernel_size={owner.kernel_size}")
 
 
 def _check_choice(owner, name, choices):
     value = getattr(owner, name)
     if type(value) is not type(choices[0]) or value not in choices:
-        raise ValueError(
+        raise UserError(
             f"`{name}` must be one of {', '.join(map(str, choices))}. "
-            f"Received: {name}={short(value)}"
+            f"Received: {name}={abbreviate(value)}"
         )

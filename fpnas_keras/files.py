@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from fpnas_keras.errors import UserError
+
 # What the values of `check_fields` are called in messages.
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
 
@@ -55,22 +57,22 @@ def read_json(path: str | os.PathLike, kind: str, read: Callable[[Any], Any]) ->
     Args:
         path: The file.
         kind: What the file should be ("an architecture"), for the message of the error.
-        read: Makes the result of the file's content, or raises `ValueError`.
+        read: Makes the result of the file's content, or raises `UserError`.
 
     Raises:
-        ValueError: When the file is not what it should be; the message names it.
+        UserError: When the file is not what it should be; the message names it.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         return read(json.loads(text, object_pairs_hook=_unique_keys))
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot read {path}, which should be {kind} file: {error.strerror}"
         ) from None
     except RecursionError:
-        raise ValueError(f"{path} is not {kind} file: nested too deeply") from None
+        raise UserError(f"{path} is not {kind} file: nested too deeply") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
-        raise ValueError(f"{path} is not {kind} file: {error}") from None
+        raise UserError(f"{path} is not {kind} file: {error}") from None
 
 
 def read_fields(cls: type, data: Any, where: str, defaults: bool = False) -> Any:
@@ -83,7 +85,7 @@ def read_fields(cls: type, data: Any, where: str, defaults: bool = False) -> Any
         defaults: Whether fields that have a default may be missing.
 
     Raises:
-        ValueError: When a key is missing or unknown or has a bad value.
+        UserError: When a key is missing or unknown or has a bad value.
     """
     fields = dataclasses.fields(cls)
     optional = [each.name for each in fields if each.default is not dataclasses.MISSING]
@@ -91,13 +93,13 @@ def read_fields(cls: type, data: Any, where: str, defaults: bool = False) -> Any
     try:
         return cls(**data)
     except ValueError as error:
-        raise ValueError(f"in `{where}`: {error}") from None
+        raise UserError(f"in `{where}`: {error}") from None
 
 
 def read_list(cls: type, data: Any, where: str, defaults: bool = False) -> tuple:
     """Dataclasses from a list of JSON objects, each as `read_fields` does."""
     if not isinstance(data, list):
-        raise ValueError(f"`{where}` must be a list. Received: {short(data)}")
+        raise UserError(f"`{where}` must be a list. Received: {abbreviate(data)}")
     return tuple(
         read_fields(cls, each, f"{where}[{index}]", defaults) for index, each in enumerate(data)
     )
@@ -106,37 +108,37 @@ def read_list(cls: type, data: Any, where: str, defaults: bool = False) -> tuple
 def check_keys(
     data: Any, expected: Sequence[str], where: str, optional: Sequence[str] = ()
 ) -> None:
-    """Raises `ValueError` unless `data` is an object with the expected keys."""
+    """Raises `UserError` unless `data` is an object with the expected keys."""
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object with keys. Received: {short(data)}")
+        raise UserError(f"{where} must be an object with keys. Received: {abbreviate(data)}")
     for key in expected:
         if key not in data and key not in optional:
-            raise ValueError(f"{where} lacks the key `{key}`")
+            raise UserError(f"{where} lacks the key `{key}`")
     for key in data:
         if key not in expected:
-            raise ValueError(
-                f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}"
-            )
+            raise UserError(f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}")
 
 
 def check_fields(data: Any, where: str, **kinds: type) -> None:
-    """Raises `ValueError` unless `data` is an object with values of these kinds."""
+    """Raises `UserError` unless `data` is an object with values of these kinds."""
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must be an object with keys. Received: {short(data)}")
+        raise UserError(f"{where} must be an object with keys. Received: {abbreviate(data)}")
     for name, kind in kinds.items():
         if name not in data:
-            raise ValueError(f"{where} lacks the key `{name}`")
+            raise UserError(f"{where} lacks the key `{name}`")
         value = data[name]
         is_kind = type(value) is kind or (kind is float and type(value) is int)
         # Finite, and integers too no more than a float holds.
         if not is_kind or (kind in (int, float) and not abs(value) < 1e300):
-            raise ValueError(f"`{name}` of {where} must be {KINDS[kind]}. Received: {short(value)}")
+            raise UserError(
+                f"`{name}` of {where} must be {KINDS[kind]}. Received: {abbreviate(value)}"
+            )
 
 
 def check_format(data: dict[str, Any], expected: int) -> None:
-    """Raises `ValueError` unless the key `format` is the expected number."""
+    """Raises `UserError` unless the key `format` is the expected number."""
     if data["format"] != expected or isinstance(data["format"], bool):
-        raise ValueError(f"`format` must be {expected}. Received: format={data['format']!r}")
+        raise UserError(f"`format` must be {expected}. Received: format={data['format']!r}")
 
 
 def flag_values(lines: Iterable[str]) -> dict[str, str]:
@@ -150,13 +152,13 @@ def flag_values(lines: Iterable[str]) -> dict[str, str]:
     return values
 
 
-def short(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     """A value as it is shown in messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def reason(error: Exception, line: int = 0) -> str:
+def summarize_error(error: Exception, line: int = 0) -> str:
     """One line of an exception of another library, for messages: by default its first."""
     lines = str(error).strip().splitlines()
     return lines[line] if lines else type(error).__name__
@@ -166,6 +168,6 @@ def _unique_keys(pairs):
     found = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key `{key}` appears twice in one object")
+            raise UserError(f"the key `{key}` appears twice in one object")
         found[key] = value
     return found

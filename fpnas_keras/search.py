@@ -21,20 +21,21 @@ from fpnas_keras import (
     spaces,
 )
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import (
+from fpnas_keras.cost import COSTS, format_cost, latency, make_cost
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import replacing, summarize_error
+from fpnas_keras.method.architecture_search import ArchitectureSearch
+from fpnas_keras.method.distributions import FactorizedLogits, JointLogits
+from fpnas_keras.method.estimator import AdaptiveSamples, CostController
+from fpnas_keras.runs.callbacks import (
     CoarseToFine,
     EpochLine,
     MetricsFile,
     StopOnDivergence,
     TensorBoardFile,
 )
-from fpnas_keras.checkpoints import Checkpoints
-from fpnas_keras.cost import COSTS, latency, make_cost, text
-from fpnas_keras.distributions import FactorizedLogits, JointLogits
-from fpnas_keras.estimator import AdaptiveSamples, CostController
-from fpnas_keras.files import reason, replacing
-from fpnas_keras.run_directory import Run
-from fpnas_keras.searcher import ArchitectureSearch
+from fpnas_keras.runs.checkpoints import Checkpoints
+from fpnas_keras.runs.run_directory import Run
 
 FLAGS = flags.FLAGS
 for _module in (cli, run_directory, checkpoints):
@@ -287,7 +288,7 @@ def main() -> None:
                     _visualize(run)
                 except (ValueError, OSError, tf.errors.OpError) as error:
                     # The result is there all the same.
-                    logging.warning("no report: %s", reason(error))
+                    logging.warning("no report: %s", summarize_error(error))
             _report(run)
 
 
@@ -310,7 +311,7 @@ def _search(run):
             try:
                 search.save_weights(temporary)
             except RuntimeError as error:  # what h5py raises when the disk is full
-                raise OSError(f"cannot write search.weights.h5: {reason(error)}") from None
+                raise OSError(f"cannot write search.weights.h5: {summarize_error(error)}") from None
     derivation = search.derivation(seconds=FLAGS.derive_seconds, least_share=FLAGS.least_share)
     # What the most probable architecture reaches with the shared weights.
     mode = search.evaluate(
@@ -383,7 +384,7 @@ def _coarse_epochs():
 
 
 def _set_up(checkpoints, strategy):
-    """The compiled search and its data, or a `ValueError` about the flags."""
+    """The compiled search and its data, or a `UserError` about the flags."""
     if not FLAGS.space.endswith(".py"):  # which may be for these images only
         spaces.get(FLAGS.space)  # A bad space should not wait for the data.
     images = cli.load_data("train", FLAGS.input_size)
@@ -405,8 +406,8 @@ def _set_up(checkpoints, strategy):
         space.name,
         space.num_architectures,
         search.distribution.count_params(),
-        text(search.cost_table.least()),
-        text(search.cost_table.largest()),
+        format_cost(search.cost_table.least()),
+        format_cost(search.cost_table.largest()),
         search.cost.unit,
         steps_per_epoch * FLAGS.epochs,
     )
@@ -414,7 +415,7 @@ def _set_up(checkpoints, strategy):
 
 
 def _make_search(space, steps_per_epoch, strategy):
-    """The compiled search, or a `ValueError` about the flags."""
+    """The compiled search, or a `UserError` about the flags."""
     steps = steps_per_epoch * FLAGS.epochs
     warmup_steps = _warmup_steps(steps_per_epoch)
     adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
@@ -453,14 +454,14 @@ def _warmup_steps(steps_per_epoch):
     steps = steps_per_epoch * FLAGS.epochs
     warmup_steps = min(300, steps // 5) if FLAGS.warmup_steps is None else FLAGS.warmup_steps
     if warmup_steps >= steps:
-        raise ValueError(
+        raise UserError(
             f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
             f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
         )
     if FLAGS.distribution == "coarse_to_fine":
         coarse_steps = steps_per_epoch * _coarse_epochs()
         if coarse_steps <= warmup_steps:
-            raise ValueError(
+            raise UserError(
                 f"`coarse_epochs` must reach beyond the {warmup_steps} steps of the warm-up. "
                 f"Received: coarse_epochs={_coarse_epochs()}, {coarse_steps} steps"
             )
@@ -482,9 +483,9 @@ def _row(search, epoch, logs):
 
 def _line(search, row):
     """A row for people."""
-    cost = f"{text(row['expected_cost'])} {search.cost.unit}"
+    cost = f"{format_cost(row['expected_cost'])} {search.cost.unit}"
     if search.cost.target is not None:
-        cost += f" of {text(search.cost.target)}"
+        cost += f" of {format_cost(search.cost.target)}"
     return (
         f"{row['phase']}, {row['samples']:.1f} samples a step, entropy {row['entropy']:.1f} nats, "
         f"expected cost {cost}, loss {row['train_loss']:.3f} (weights part), "
@@ -534,9 +535,9 @@ def _report(run):
             print(row + f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}")
     target = ""
     if summary["cost"] == "latency":
-        target = f", {text(summary['found_cost'])} ms by {FLAGS.latency_table}"
+        target = f", {format_cost(summary['found_cost'])} ms by {FLAGS.latency_table}"
     if summary["target"] is not None:
-        target += f" (target {text(summary['target'])})"
+        target += f" (target {format_cost(summary['target'])})"
     if summary["derivation_gap"]:
         target += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
     initial = summary.get("initial_entropy", math.inf)  # earlier versions did not have it

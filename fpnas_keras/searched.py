@@ -6,8 +6,9 @@ import pathlib
 
 from fpnas_keras import spaces
 from fpnas_keras.cost import COSTS, make_cost
-from fpnas_keras.files import check_fields, read_json, reason
-from fpnas_keras.searcher import ArchitectureSearch
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import check_fields, read_json, summarize_error
+from fpnas_keras.method.architecture_search import ArchitectureSearch
 
 
 def load(directory: str | os.PathLike) -> ArchitectureSearch:
@@ -17,7 +18,7 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
         directory: The directory of a finished `fpnas_keras.search`.
 
     Raises:
-        ValueError: When the directory holds no finished search.
+        UserError: When the directory holds no finished search.
 
     Example:
 
@@ -34,7 +35,7 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
     space = next((file for file in space_files if file.is_file()), summary["space"])
     tables = sorted(directory.glob("latency_table.*"))
     if summary["cost"] == "latency" and not tables:
-        raise ValueError(f"{directory} lacks the search's latency table (latency_table.json)")
+        raise UserError(f"{directory} lacks the search's latency table (latency_table.json)")
     space = spaces.get(space, tuple(summary["input_shape"]), summary["num_classes"])
     search = ArchitectureSearch(
         dataclasses.replace(space, name=summary["space"]),  # its file was another's copy
@@ -46,8 +47,8 @@ def load(directory: str | os.PathLike) -> ArchitectureSearch:
     try:
         search.load_weights(weights)
     except Exception as error:  # Keras raises what its many readers raise.
-        raise ValueError(
-            f"{weights} must hold the weights of the search: {reason(error)}"
+        raise UserError(
+            f"{weights} must hold the weights of the search: {summarize_error(error)}"
         ) from None
     return search
 
@@ -58,5 +59,5 @@ def _checked(summary):
     if summary.get("target", 0) is not None:  # where it is missing too
         check_fields(summary, "the summary", target=float)
     if summary["cost"] not in COSTS:
-        raise ValueError(f"`cost` must be one of {', '.join(COSTS)}. Received: {summary['cost']}")
+        raise UserError(f"`cost` must be one of {', '.join(COSTS)}. Received: {summary['cost']}")
     return summary

@@ -12,11 +12,12 @@ from absl import flags, logging
 
 from fpnas_keras import checkpoints, cli, data, distillation, run_directory, searched
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.callbacks import EpochLine, MetricsFile, StopOnDivergence, TensorBoardFile
-from fpnas_keras.checkpoints import Checkpoints
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.network import recalibrate
-from fpnas_keras.run_directory import Run
+from fpnas_keras.networks.plain_network import recalibrate
+from fpnas_keras.runs.callbacks import EpochLine, MetricsFile, StopOnDivergence, TensorBoardFile
+from fpnas_keras.runs.checkpoints import Checkpoints
+from fpnas_keras.runs.run_directory import Run
 
 FLAGS = flags.FLAGS
 for _module in (cli, run_directory, checkpoints):
@@ -187,7 +188,7 @@ def main() -> None:
         if not run.finished:
             _train(run, architecture)
         elif run.summary()["architecture"] != architecture.to_dict():
-            raise ValueError(
+            raise UserError(
                 f"`output_dir` {run.directory} holds a run of another architecture than "
                 f"{FLAGS.architecture} is now. Choose another directory."
             )
@@ -307,9 +308,7 @@ def _student(architecture, images, is_new):
         try:
             search.space.choices(architecture)
         except ValueError as error:
-            raise ValueError(
-                f"`init`: {FLAGS.architecture} is not of the search: {error}"
-            ) from None
+            raise UserError(f"`init`: {FLAGS.architecture} is not of the search: {error}") from None
         search.supernet.give_weights(model)
         plain = data.train_batches(images, FLAGS.batch_size, FLAGS.seed)
         recalibrate(model, (x for x, _ in plain.take(_RECALIBRATION_BATCHES)))
@@ -317,7 +316,7 @@ def _student(architecture, images, is_new):
 
 
 def _search_dir():
-    """Where the architecture comes from, itself or by way of `fpnas_keras.evaluate`."""
+    """Where the architecture comes from, itself or by way of `fpnas_keras.rank`."""
     folder = pathlib.Path(FLAGS.architecture).parent
     return FLAGS.search_dir or (folder.parent if folder.name == "pareto" else folder)
 
@@ -347,7 +346,7 @@ def _images(architecture):
 def _batches(images, first_step):
     size = images.image_shape[0]
     if FLAGS.random_crop >= size:
-        raise ValueError(
+        raise UserError(
             f"`random_crop` must be below the image size, {size}. "
             f"Received: random_crop={FLAGS.random_crop}"
         )
@@ -379,7 +378,7 @@ def _optimizer(steps_per_epoch):
     steps = steps_per_epoch * FLAGS.epochs
     averaged = 1 / (1 - FLAGS.ema_momentum)
     if FLAGS.ema_momentum and averaged > steps / 10:
-        raise ValueError(
+        raise UserError(
             f"`ema_momentum` averages {averaged:.0f} steps, which must be at most a tenth of the "
             f"{steps} steps of the training. Received: ema_momentum={FLAGS.ema_momentum}"
         )

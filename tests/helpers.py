@@ -153,7 +153,7 @@ def run_process(module, *arguments):
 FORKS = """
 import gc, json, os, runpy, sys
 import sklearn.datasets, sklearn.model_selection
-import fpnas_keras.cli
+import fpnas_keras.commands
 gc.freeze()  # else each process copies all that was imported, to look for garbage
 for line in sys.stdin:
     module, arguments, environment, outputs = json.loads(line)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from fpnas_keras.callbacks import EpochLine, MetricsFile, StopOnDivergence
+from fpnas_keras.runs.callbacks import EpochLine, MetricsFile, StopOnDivergence
 
 
 def fit(callbacks, learning_rate=0.1):

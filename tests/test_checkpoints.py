@@ -11,11 +11,11 @@ from helpers import make_tiny_space
 
 import fpnas_keras as fpnas
 from fpnas_keras import checkpoints as checkpoints_module
-from fpnas_keras.callbacks import CoarseToFine, MetricsFile
-from fpnas_keras.checkpoints import Checkpoints
-from fpnas_keras.cli import Interrupted
-from fpnas_keras.distillation import make_distiller
-from fpnas_keras.run_directory import Run
+from fpnas_keras.commands import Interrupted
+from fpnas_keras.networks.distillation import make_distiller
+from fpnas_keras.runs.callbacks import CoarseToFine, MetricsFile
+from fpnas_keras.runs.checkpoints import Checkpoints
+from fpnas_keras.runs.run_directory import Run
 
 EPOCHS, STEPS = 4, 3
 
@@ -44,7 +44,7 @@ def make_run(tmp_path, monkeypatch):
     flags.FLAGS.mark_as_parsed()  # not parsed: other tests import flags that are required
 
     def make(name="run", **kwargs):
-        run = Run(tmp_path / name, "fpnas_keras.run_directory", "module", **kwargs)
+        run = Run(tmp_path / name, "fpnas_keras.runs.run_directory", "module", **kwargs)
         run.begin()
         return run
 
@@ -239,7 +239,7 @@ def test_a_finished_run_has_no_checkpoints(make_run):
     assert not run.checkpoints.exists()
     run.checkpoints.mkdir()  # as when a kill comes in between
     close(run)
-    assert Run(run.directory, "fpnas_keras.run_directory", "module").finished
+    assert Run(run.directory, "fpnas_keras.runs.run_directory", "module").finished
     assert not run.checkpoints.exists()
 
 
@@ -261,7 +261,7 @@ def test_one_process_at_a_time(make_run, tmp_path):
 
 
 def test_a_run_that_ends_while_another_starts_is_not_begun_anew(make_run, tmp_path):
-    late = Run(tmp_path / "new", "fpnas_keras.run_directory", "module")
+    late = Run(tmp_path / "new", "fpnas_keras.runs.run_directory", "module")
     first = make_run("new")
     first.finish()
     close(first)

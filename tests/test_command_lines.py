@@ -225,7 +225,7 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
     }
     assert sum(probabilities[-1]["blocks"][1]["skip"].values()) == pytest.approx(1)
     before = (directory / "report.html").read_text()
-    result = run("fpnas_keras.evaluate", f"--search_dir={directory}", "--samples=6", "--seed=1")
+    result = run("fpnas_keras.rank", f"--search_dir={directory}", "--samples=6", "--seed=1")
     assert result.returncode == 0, result.stderr
     ranking = json.loads((directory / "ranking.json").read_text())
     names = [each["name"] for each in ranking["architectures"]]
@@ -240,7 +240,7 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
     assert (directory / "report.html").read_text() != before
     # Trainings may refer to these files: a later ranking leaves them.
     again = ["--samples=2", "--seed=2", f"--architectures={directory}/architecture.json"]
-    result = run("fpnas_keras.evaluate", f"--search_dir={directory}", *again)
+    result = run("fpnas_keras.rank", f"--search_dir={directory}", *again)
     assert result.returncode == 0, result.stderr
     assert all(Architecture.load(path) == each for path, each in saved.items())
     # The command that it prints trains one within the target.
@@ -254,9 +254,9 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
         # Which of other images trained the weights is not known.
         ([f"--search_dir={directory}", "--train_images=300"], "`train_images` must be that of"),
     ):
-        assert_refused(run("fpnas_keras.evaluate", *arguments), message)
+        assert_refused(run("fpnas_keras.rank", *arguments), message)
     (directory / "flags.txt").write_text("--train_images=many\n")
-    damaged = run("fpnas_keras.evaluate", f"--search_dir={directory}")
+    damaged = run("fpnas_keras.rank", f"--search_dir={directory}")
     assert_refused(damaged, "flags.txt is not the flag file of a run")
 
 

@@ -6,7 +6,7 @@ from helpers import all_choices, random_choices, write_latency_table
 from fpnas_keras import Architecture, LatencyCost, MacsCost, ParamsCost, spaces
 from fpnas_keras.architecture import Block, Head, Part, Stem
 from fpnas_keras.cost import CostTable, count, latency
-from fpnas_keras.distributions import FactorizedLogits
+from fpnas_keras.method.distributions import FactorizedLogits
 
 COSTS = [(MacsCost, "macs"), (ParamsCost, "params")]
 

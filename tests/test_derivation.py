@@ -5,8 +5,8 @@ from helpers import all_choices
 
 from fpnas_keras import MacsCost, derivation, spaces
 from fpnas_keras.cost import CostTable
-from fpnas_keras.derivation import most_probable
-from fpnas_keras.distributions import FactorizedLogits, JointLogits
+from fpnas_keras.method.derivation import most_probable
+from fpnas_keras.method.distributions import FactorizedLogits, JointLogits
 
 
 def random_distribution(space, seed, kind=FactorizedLogits):

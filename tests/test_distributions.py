@@ -4,7 +4,7 @@ import tensorflow as tf
 from helpers import all_choices
 
 from fpnas_keras import spaces
-from fpnas_keras.distributions import FactorizedLogits, JointLogits
+from fpnas_keras.method.distributions import FactorizedLogits, JointLogits
 from fpnas_keras.spaces import SearchBlock
 
 KINDS = (FactorizedLogits, JointLogits)

@@ -4,8 +4,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpnas_keras.distributions import FactorizedLogits
-from fpnas_keras.estimator import (
+from fpnas_keras.method.distributions import FactorizedLogits
+from fpnas_keras.method.estimator import (
     AdaptiveSamples,
     CostController,
     Samples,

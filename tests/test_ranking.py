@@ -12,7 +12,7 @@ from helpers import make_tiny_space, random_choices, write_latency_table
 
 import fpnas_keras as fpnas
 from fpnas_keras import data, ranking, searched
-from fpnas_keras.network import recalibrate
+from fpnas_keras.networks.plain_network import recalibrate
 
 pytestmark = pytest.mark.xdist_group("ranking")  # one search for all
 SPACE = """

@@ -17,7 +17,7 @@ from helpers import ROOT, SMALL_SPACE, environment, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpnas_keras.replicas import is_chief, make_strategy, own_share
+from fpnas_keras.method.replicas import is_chief, make_strategy, own_share
 
 pytestmark = pytest.mark.xdist_group("replicas")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=4"]

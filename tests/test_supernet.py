@@ -8,7 +8,7 @@ from helpers import make_tiny_space, random_choices
 
 from fpnas_keras import Architecture, MacsCost, ParamsCost, spaces
 from fpnas_keras.cost import CostTable
-from fpnas_keras.supernet import Supernet
+from fpnas_keras.networks.supernet import Supernet
 
 
 def check_same_logits(space, supernet, run, choices):

@@ -1,6 +1,5 @@
 """What a network costs, and what a search may spend."""
 
-from fpnas_keras.cost.costs import COSTS, LatencyCost, MacsCost, ParamsCost, make_cost, text
-from fpnas_keras.cost.table import CostTable
+import lazy_loader
 
-__all__ = ["COSTS", "CostTable", "LatencyCost", "MacsCost", "ParamsCost", "make_cost", "text"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,81 +1,95 @@
-"""The costs that a search can hold: `MacsCost`, `ParamsCost` and `LatencyCost`, one interface.
+"""The costs that a search can hold to a target: MACs, parameters and milliseconds.
 
-A cost says what a stem, a block or a head costs on its own; the cost of a network is the sum
-of its parts. `CostTable` makes a graph of it.
+A cost says what a stem, a block or a head costs on its own. The cost of a network is the sum of its
+parts. `SpaceCost` evaluates a cost over a whole space inside the graph.
 """
 
 import math
 import os
+from abc import ABC, abstractmethod
 
-from fpnas_keras.architecture import Part
-from fpnas_keras.cost import count, latency
+from fpnas_keras.architecture import Part, count_part
+from fpnas_keras.cost import latency_table
+from fpnas_keras.errors import UserError
 
 
-class MacsCost:
-    """Multiply-adds of convolutions and dense layers for one image.
+class Cost(ABC):
+    """What a network costs, and what it may cost.
 
     Args:
-        target: What an architecture may cost, in MACs; `None` sets no target.
+        target: What an architecture may cost, in `unit`. `None` sets no target.
+
+    Attributes:
+        unit: Unit of the cost.
 
     Raises:
-        ValueError: When the target is not positive.
+        UserError: When the target is not positive.
     """
 
-    unit = "MACs"
+    unit: str
 
     def __init__(self, target: float | None = None):
         if target is not None and not (target > 0 and math.isfinite(target)):
-            raise ValueError(f"`target` must be above 0 {self.unit}. Received: target={target}")
+            raise UserError(f"`target` must be above 0 {self.unit}. Received: target={target}")
         self.target = target
 
+    @abstractmethod
     def __call__(self, part: Part) -> float:
         """Cost of a part of a network.
 
         Raises:
-            KeyError: When it is not known.
+            KeyError: When the cost of the part is not known.
         """
-        return count.part(part).macs
 
 
-class ParamsCost(MacsCost):
-    """Trainable parameters; otherwise as `MacsCost`."""
+class MacsCost(Cost):
+    """Multiply-adds of convolutions and dense layers for one image."""
+
+    unit = "MACs"
+
+    def __call__(self, part: Part) -> float:
+        return count_part(part).macs
+
+
+class ParamsCost(Cost):
+    """Trainable parameters."""
 
     unit = "parameters"
 
     def __call__(self, part: Part) -> float:
-        return count.part(part).params
+        return count_part(part).params
 
 
-class LatencyCost(MacsCost):
-    """Milliseconds on a device, by a table of what was measured there.
+class LatencyCost(Cost):
+    """Milliseconds on a device, from a latency table that was measured there.
 
     Args:
-        table: A table of `export.latency`, or one of those that `fpnas_keras.cost.latency.load`
-            reads too.
-        target: What an architecture may take, in milliseconds; `None` sets no target.
+        table: A latency table that `export.latency` wrote, or a published one that
+            `fpnas_keras.cost.latency_table.load` reads.
+        target: What an architecture may take, in milliseconds. `None` sets no target.
 
     Raises:
-        ValueError: When the target is not positive, or the file is no latency table.
+        UserError: When the target is not positive, or the file is not a latency table.
     """
 
     unit = "ms"
 
     def __init__(self, table: str | os.PathLike, target: float | None = None):
         super().__init__(target)
-        self._entries, self._names = latency.load(table)
+        self._entries, self._names = latency_table.load(table)
 
     def __call__(self, part: Part) -> float:
         return math.fsum(self._entries[name] for name in self._names(part))
 
 
-# The costs by name; "none" is one that nothing is held to.
+# The costs by the value of `--cost`. "none" reports MACs and holds them to no target.
 COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost, "latency": LatencyCost}
 
 
 def make_cost(
     kind: str, target: float | None = None, table: str | os.PathLike | None = None
-) -> MacsCost:
-    """A cost by its name.
+) -> Cost:
+    """Makes a cost by its name.
 
     Args:
         kind: One of `COSTS`.
@@ -83,13 +97,13 @@ def make_cost(
         table: Latency table, for "latency".
 
     Raises:
-        ValueError: As the costs themselves.
+        UserError: As the costs themselves.
     """
     if kind == "latency":
         return LatencyCost(table, target)
     return COSTS[kind](target)
 
 
-def text(value: float) -> str:
+def format_cost(value: float) -> str:
     """A cost as it is shown, without its unit."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,15 +1,5 @@
 """Images for searching and training: read by name, made into batches."""
 
-from fpnas_keras.data.augmentation import Augmentation
-from fpnas_keras.data.batches import search_batches, test_batches, train_batches
-from fpnas_keras.data.reading import Images, load, split
+import lazy_loader
 
-__all__ = [
-    "Augmentation",
-    "Images",
-    "load",
-    "search_batches",
-    "split",
-    "test_batches",
-    "train_batches",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

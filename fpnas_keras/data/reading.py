@@ -7,7 +7,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from fpnas_keras.files import reason
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import summarize_error
 
 # Images that take more bytes than this, decoded and resized, stay on the disk.
 MEMORY_LIMIT = 4 * 2**30
@@ -62,10 +63,10 @@ def load(
         download: Whether tensorflow_datasets may download.
 
     Raises:
-        ValueError: When there is no such data.
+        UserError: When there is no such data.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"`split` must be train or test. Received: split={split!r}")
+        raise UserError(f"`split` must be train or test. Received: split={split!r}")
     kind, _, rest = name.partition(":")
     if name == "digits":
         return _digits(split, image_size)
@@ -73,24 +74,24 @@ def load(
         return _tfds(rest, split, image_size, data_dir, download)
     if kind == "folder" and rest:
         return _folder(pathlib.Path(rest), split, image_size)
-    raise ValueError(f"`data` must be digits, tfds:NAME or folder:PATH. Received: data={name!r}")
+    raise UserError(f"`data` must be digits, tfds:NAME or folder:PATH. Received: data={name!r}")
 
 
 def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of two disjoint, stratified parts; the second holds `fraction` of all.
 
     Raises:
-        ValueError: When a class has too few images to be in both parts.
+        UserError: When a class has too few images to be in both parts.
     """
     from sklearn.model_selection import train_test_split
 
     y = np.asarray(y)
     if y.ndim != 1:
-        raise ValueError(f"`y` must have one class an image. Received: y of shape {y.shape}")
+        raise UserError(f"`y` must have one class an image. Received: y of shape {y.shape}")
     classes, counts = np.unique(y, return_counts=True)
     smaller = round(len(y) * min(fraction, 1 - fraction))
     if counts.min() < 2 or smaller < len(classes):
-        raise ValueError(
+        raise UserError(
             f"too few images to set {fraction:.0%} of them apart with every class in both parts. "
             f"Received: {len(y)} images of {len(classes)} classes, {counts.min()} of class "
             f"{classes[counts.argmin()]}"
@@ -126,7 +127,7 @@ def _digits(split_name, image_size):
 
     digits = load_digits()
     if len(digits.target) * image_size**2 > MEMORY_LIMIT:
-        raise ValueError(
+        raise UserError(
             f"the data set `digits` does not fit into memory ({MEMORY_LIMIT / 2**30:.0f} GiB) at "
             f"that size. Received: image_size={image_size}"
         )
@@ -153,14 +154,14 @@ def _tfds(name, split_name, image_size, data_dir, download):
         source = test if split_name == "test" and test else "train"
         dataset = builder.as_dataset(split=source, as_supervised=True, shuffle_files=False)
     except Exception as error:  # It raises what its many readers and downloaders raise.
-        raise ValueError(
+        raise UserError(
             f"cannot read the data set `{name}` of tensorflow_datasets (data_dir={data_dir}, "
-            f"download={download}): {reason(error)}"
+            f"download={download}): {summarize_error(error)}"
         ) from None
     image, label = (info.features[key] for key in info.supervised_keys[:2])
     is_image = len(image.shape or ()) == 3 and image.dtype == np.uint8
     if not is_image or not hasattr(label, "num_classes"):
-        raise ValueError(
+        raise UserError(
             f"the data set `{name}` must have uint8 images and one class label each. "
             f"Received: {image} and {label}"
         )
@@ -174,7 +175,7 @@ def _tfds(name, split_name, image_size, data_dir, download):
         )
         x, y = _collect(dataset.batch(500).prefetch(2), count, image_shape, f"reading {name}")
     if y.min() < 0:
-        raise ValueError(f"the split `{source}` of the data set `{name}` has no labels")
+        raise UserError(f"the split `{source}` of the data set `{name}` has no labels")
     if test is None:
         indices = _hold_out(y, split_name)
         x, y = x[indices], y[indices]
@@ -195,7 +196,7 @@ def _tfds_places(builder, split_name):
 
     info = builder.info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise ValueError(
+        raise UserError(
             f"the data set `{info.name}` does not fit into memory and must be prepared as "
             f"{tfds.core.FileFormat.TFRECORD.value} files to be read from the disk. "
             f"Received: {info.file_format.value}"
@@ -228,7 +229,7 @@ def _tfds_places(builder, split_name):
 
 def _folder(path, split_name, image_size):
     if not path.is_dir():
-        raise ValueError(f"`data` names no folder. Received: data=folder:{path}")
+        raise UserError(f"`data` names no folder. Received: data=folder:{path}")
     train = path / "train"
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if not train.is_dir():
@@ -239,7 +240,7 @@ def _folder(path, split_name, image_size):
     if test is not None:
         test_names, test_paths, test_y = _list_classes(test)
         if test_names != names:
-            raise ValueError(
+            raise UserError(
                 f"{train} and {test} must have the same classes. "
                 f"Received: {', '.join(sorted(set(names) ^ set(test_names)))} in one of them only"
             )
@@ -273,20 +274,20 @@ def _list_classes(folder):
             folder, labels="inferred", batch_size=None, shuffle=False, verbose=False
         )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"the folder {folder} must hold one folder of images for each class: {error}"
         ) from None
     names, paths = tuple(files.class_names), np.array(files.file_paths)
     parts = [pathlib.Path(file).relative_to(folder).parts for file in paths]
     deep = next((each for each in parts if len(each) > 2), None)
     if deep:
-        raise ValueError(
+        raise UserError(
             f"the class folder {folder / deep[0]} must hold images. Received: the folder {deep[1]} "
             "in it (splits are named train and test or val)"
         )
     missing = sorted(set(names) - {each[0] for each in parts})
     if missing or len(names) < 2:
-        raise ValueError(
+        raise UserError(
             f"the folder {folder} must hold images of at least 2 classes, and no empty class. "
             f"Received: classes {', '.join(names)}; without images: {', '.join(missing) or 'none'}"
         )
@@ -307,7 +308,7 @@ def _decode_file(file):
     except tf.errors.OpError as error:
         # Before it stands the node of a graph.
         message = error.message.rpartition("}} ")[2]
-        raise ValueError(f"the image {file} cannot be read: {message}") from None
+        raise UserError(f"the image {file} cannot be read: {message}") from None
 
 
 def _collect(dataset, count, image_shape, description):

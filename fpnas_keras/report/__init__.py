@@ -6,10 +6,11 @@ python -m fpnas_keras.report --search_dir=runs/x
 import os
 import pathlib
 
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
 from fpnas_keras.report.page import make_page
 from fpnas_keras.report.plots import DARK, LIGHT, PIXELS_PER_INCH, drawings, svg
-from fpnas_keras.report.reading import read
+from fpnas_keras.runs.search_run import read
 
 __all__ = ["write"]
 
@@ -27,7 +28,7 @@ def write(directory: str | os.PathLike) -> pathlib.Path:
         Path of the page.
 
     Raises:
-        ValueError: When the directory holds no search, or when one of its files is not what it
+        UserError: When the directory holds no search, or when one of its files is not what it
             should be; the message names it.
         OSError: When a file cannot be read or written.
 

@@ -6,9 +6,10 @@ import pathlib
 import string
 
 from fpnas_keras.architecture import Head, Stem, expanded_filters
-from fpnas_keras.cost import text
+from fpnas_keras.cost import format_cost
+from fpnas_keras.errors import UserError
 from fpnas_keras.report.plots import DARK, LIGHT
-from fpnas_keras.report.reading import PHASES, Search
+from fpnas_keras.runs.search_run import PHASES, Search
 
 _LABELS = {
     "num_architectures": "architectures in the space",
@@ -92,8 +93,8 @@ def _summary_section(search, name):
         usage = [("time", _duration(last["seconds"]), "")]
     target = "no target"
     if search.target is not None:
-        target = f"{cost / search.target:.1%} of the target {text(search.target)}"
-    tiles = [(label, f"{text(cost)} {search.unit}", target)] + [
+        target = f"{cost / search.target:.1%} of the target {format_cost(search.target)}"
+    tiles = [(label, f"{format_cost(cost)} {search.unit}", target)] + [
         (label, f"{value:,}", note) for label, value, note in tiles
     ]
     return (
@@ -137,8 +138,8 @@ def _course_section(search, pictures):
     def course(column, digits=".3g"):
         return f"from {first[column]:{digits}} to {last[column]:{digits}}"
 
-    costs = f"from {text(first['expected_cost'])} to {text(last['expected_cost'])} {search.unit}"
-    target = f", target {text(search.target)}" if search.target is not None else ""
+    costs = f"from {format_cost(first['expected_cost'])} to {format_cost(last['expected_cost'])} {search.unit}"
+    target = f", target {format_cost(search.target)}" if search.target is not None else ""
     plots = {
         "entropy": (
             "Entropy and samples",
@@ -180,7 +181,7 @@ def _network_section(search):
     try:
         costs = [search.cost(part) for part in parts]
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"architecture.json in {search.directory} has a part that its latency table lacks: "
             f"{error}"
         ) from None
@@ -193,11 +194,11 @@ def _network_section(search):
             f"<li class=tensor>{_shape(part)}</li>"
             f"<li class={kind}><b>{name}</b> <span class=what>{_describe(part)}</span> "
             f"<i class=bar><i style='width:{100 * cost / (largest or 1):.1f}%'></i></i> "
-            f"<span class=cost>{text(cost)} {unit}</span> "
+            f"<span class=cost>{format_cost(cost)} {unit}</span> "
             f"<span class=share>{cost / (total or 1):.1%}</span></li>"
         )
     return (
-        f"<p>{text(total)} {unit} in all. Bars: {unit} of each part. Between the parts: height x "
+        f"<p>{format_cost(total)} {unit} in all. Bars: {unit} of each part. Between the parts: height x "
         f"width x channels.</p><ol class=network>{''.join(rows)}"
         f"<li class=tensor>{search.architecture.num_classes:,} classes</li></ol>"
     )
@@ -239,14 +240,14 @@ def _ranking_section(search, pictures):
     best = max(networks, key=lambda each: each["accuracy"])
     alt = (
         f"{len(networks)} networks, cost against accuracy; the best, {best['name']}, reaches "
-        f"{best['accuracy']:.2%} at {text(best['cost'])} {search.ranking['cost_unit']}."
+        f"{best['accuracy']:.2%} at {format_cost(best['cost'])} {search.ranking['cost_unit']}."
     )
     head = ("rank", "network", "accuracy", "loss", f"cost ({search.ranking['cost_unit']})")
     head += ("MACs", "parameters", "log p", "on the Pareto front")
     rows = [
         (
             *(str(each["rank"]), each["name"], f"{each['accuracy']:.2%}", f"{each['loss']:.4f}"),
-            *(text(each["cost"]), f"{each['macs']:,}", f"{each['params']:,}"),
+            *(format_cost(each["cost"]), f"{each['macs']:,}", f"{each['params']:,}"),
             "" if each["log_prob"] is None else f"{each['log_prob']:.2f}",
             "yes" if each["pareto"] else "",
         )
@@ -318,7 +319,7 @@ def _scalar(value):
         digits = str(abs(value))
         return f"{value:,}" if len(digits) < 15 else f"{digits[0]}.{digits[1]}e{len(digits) - 1}"
     if isinstance(value, float):
-        return text(value)
+        return format_cost(value)
     return value if isinstance(value, str) else "..."
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from fpnas_keras.report.reading import PHASES, Search
+from fpnas_keras.runs.search_run import PHASES, Search
 
 # Colours of the page and of the plots; those of text have a contrast of 4.5 and more.
 LIGHT = {

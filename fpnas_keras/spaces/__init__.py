@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+from fpnas_keras.errors import UserError
 from fpnas_keras.spaces.fbnet import fbnet_c
 from fpnas_keras.spaces.fbnetv2 import fbnetv2_f, fbnetv2_f_fine
 from fpnas_keras.spaces.fpnas import fpnas
@@ -48,7 +49,7 @@ def get(
         num_classes: Number of classes.
 
     Raises:
-        ValueError: When there is no space of that name, or the file has none.
+        UserError: When there is no space of that name, or the file has none.
 
     Example:
 
@@ -58,12 +59,12 @@ def get(
     if name.endswith(SUFFIXES):
         space = load(name, input_shape, num_classes)
         if space.name in _SPACES:
-            raise ValueError(
+            raise UserError(
                 f"the space file {name} must not be named as one of {', '.join(names())}"
             )
         return space
     if name not in _SPACES:
-        raise ValueError(
+        raise UserError(
             f"`space` must be one of {', '.join(names())} or the path of a {' or '.join(SUFFIXES)} "
             f"file. Received: space={name!r}"
         )

@@ -4,6 +4,7 @@ import pathlib
 import runpy
 
 from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_format, check_keys, read_fields, read_json, read_list
 from fpnas_keras.spaces.space import SearchBlock, Space
 
@@ -28,7 +29,7 @@ def load(path: str, input_shape: tuple[int, int, int], num_classes: int) -> Spac
         num_classes: Number of classes.
 
     Raises:
-        ValueError: When the file holds no space; the message names it and the key.
+        UserError: When the file holds no space; the message names it and the key.
     """
     name = pathlib.Path(path).stem
 
@@ -52,19 +53,19 @@ def load(path: str, input_shape: tuple[int, int, int], num_classes: int) -> Spac
 def _run(path, input_shape, num_classes):
     """The space that a Python file makes."""
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"cannot read the space file {path}: there is no such file")
+        raise UserError(f"cannot read the space file {path}: there is no such file")
     try:
         function = runpy.run_path(path).get("space")
         space = function(input_shape, num_classes) if callable(function) else None
     except (Exception, SystemExit) as error:  # Any code can be in it.
-        raise ValueError(f"the space file {path} fails: {type(error).__name__}: {error}") from error
+        raise UserError(f"the space file {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(space, Space):
-        raise ValueError(
+        raise UserError(
             f"the space file {path} must have a function `space(input_shape, num_classes)` that "
             f"returns a `fpnas_keras.spaces.Space`. Received: space={function!r}"
         )
     if (space.input_shape, space.num_classes) != (tuple(input_shape), num_classes):
-        raise ValueError(
+        raise UserError(
             f"the space file {path} must make a space for images of {tuple(input_shape)} and "
             f"{num_classes} classes. Received: {space.input_shape} and {space.num_classes}"
         )

@@ -17,7 +17,8 @@ from fpnas_keras.architecture import (
     check_image_shape,
     output_size,
 )
-from fpnas_keras.files import short
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import abbreviate
 
 # The variables of a block, in the order of all tensors and tables.
 VARIABLES = ("skip", "filters", "kernel_size", "expansion", "activation", "splits")
@@ -50,7 +51,7 @@ class SearchBlock:
             variables (which are then not given otherwise), or is `{"skip": True}`.
 
     Raises:
-        ValueError: When a variable has no choices, or a choice that no block
+        UserError: When a variable has no choices, or a choice that no block
             can have.
 
     Example:
@@ -78,7 +79,7 @@ class SearchBlock:
         for name in VARIABLES:
             choices = getattr(self, name)
             if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` must be a list of at least one choice. Received: {name}={choices!r}"
                 )
             object.__setattr__(self, name, tuple(choices))
@@ -87,14 +88,14 @@ class SearchBlock:
             for choice in choices:  # Block knows which values are legal.
                 Block(**{"filters": 1, "strides": self.strides, name: choice})
             if len(set(choices)) != len(choices):
-                raise ValueError(f"`{name}` must have no choice twice. Received: {name}={choices}")
+                raise UserError(f"`{name}` must have no choice twice. Received: {name}={choices}")
         if type(self.repeats) is not int or not 1 <= self.repeats <= MAX_BLOCKS:
-            raise ValueError(
+            raise UserError(
                 f"`repeats` must be an integer from 1 to {MAX_BLOCKS}. "
                 f"Received: repeats={self.repeats!r}"
             )
         if False not in self.skip:
-            raise ValueError(f"`skip` must have the choice False. Received: skip={self.skip}")
+            raise UserError(f"`skip` must have the choice False. Received: skip={self.skip}")
 
     @property
     def keeps_filters(self) -> bool:
@@ -110,30 +111,30 @@ class SearchBlock:
         """Makes the choices of the variables that the operations set."""
         is_list = isinstance(self.operation, (list, tuple))
         if not is_list or not all(isinstance(each, Mapping) for each in self.operation):
-            raise ValueError(
+            raise UserError(
                 f"`operation` must be a list of objects with keys. Received: {self.operation}"
             )
         object.__setattr__(self, "operation", tuple(map(dict, self.operation)))
         others = [each for each in self.operation if each.get("skip") is not True or len(each) > 1]
         names = others[0].keys() if others else set()
         if not names or names - set(VARIABLES[2:]):
-            raise ValueError(
+            raise UserError(
                 "`operation` must set some of the variables "
                 f"{', '.join(VARIABLES[2:])}, or be {{'skip': True}}. Received: {self.operation}"
             )
         if any(each.keys() != names for each in others):
-            raise ValueError(
+            raise UserError(
                 f"every `operation` must set the same variables. Received: {self.operation}"
             )
         for each in others:
             Block(filters=1, **each)
         if len({tuple(sorted(each.items())) for each in self.operation}) < len(self.operation):
-            raise ValueError(f"`operation` must have no choice twice. Received: {self.operation}")
+            raise UserError(f"`operation` must have no choice twice. Received: {self.operation}")
         derived = {name: tuple(dict.fromkeys(each[name] for each in others)) for name in names}
         derived["skip"] = (False,) + (True,) * (len(others) < len(self.operation))
         for name, choices in derived.items():
             if getattr(self, name) not in (choices, type(self).__dataclass_fields__[name].default):
-                raise ValueError(
+                raise UserError(
                     f"`{name}` is set by `operation` and must not be given too. "
                     f"Received: {name}={getattr(self, name)}"
                 )
@@ -248,7 +249,7 @@ class Space:
         head: The head, fixed.
 
     Raises:
-        ValueError: When a value is out of its range.
+        UserError: When a value is out of its range.
     """
 
     name: str
@@ -264,15 +265,15 @@ class Space:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name, expected in (("name", str), ("stem", Stem), ("head", Head)):
             if not isinstance(getattr(self, name), expected):
-                raise ValueError(
+                raise UserError(
                     f"`{name}` of a space must be a {expected.__name__}. "
-                    f"Received: {name}={short(getattr(self, name))}"
+                    f"Received: {name}={abbreviate(getattr(self, name))}"
                 )
         if not all(isinstance(block, SearchBlock) for block in self.blocks):
-            raise ValueError(f"`blocks` must be of SearchBlock. Received: {short(self.blocks)}")
+            raise UserError(f"`blocks` must be of SearchBlock. Received: {abbreviate(self.blocks)}")
         count = sum(block.repeats for block in self.blocks)
         if not 1 <= count <= MAX_BLOCKS:
-            raise ValueError(
+            raise UserError(
                 f"The space `{self.name}` must have 1 to {MAX_BLOCKS} blocks. "
                 f"Received: {count} blocks"
             )
@@ -330,17 +331,17 @@ class Space:
         Variables that a skipped block makes irrelevant get choice 0.
 
         Raises:
-            ValueError: When the architecture is not in the space.
+            UserError: When the architecture is not in the space.
         """
         for name in ("input_shape", "num_classes", "stem", "head"):
             mine, theirs = getattr(self, name), getattr(architecture, name)
             if mine != theirs:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` must be {mine} in the space `{self.name}`. Received: {name}={theirs}"
                 )
         count = sum(block.repeats for block in self.blocks)
         if len(architecture.blocks) != count:
-            raise ValueError(
+            raise UserError(
                 f"The space `{self.name}` has {count} blocks. "
                 f"Received: {len(architecture.blocks)} blocks"
             )
@@ -356,7 +357,7 @@ class Space:
         """A row of `choices`: of the blocks from number `index`, on `filters_in` channels."""
         block = blocks[0]
         if block.strides != search_block.strides:
-            raise ValueError(
+            raise UserError(
                 f"`strides` of block {index} must be {search_block.strides}. "
                 f"Received: strides={block.strides}"
             )
@@ -366,13 +367,13 @@ class Space:
             if legal == (SAME,):
                 legal = (filters_in,)
             if value not in legal:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` of block {index} must be one of {legal} in the space "
                     f"`{self.name}`. Received: {name}={value}"
                 )
             row[VARIABLES.index(name)] = legal.index(value)
         if not (search_block.entries == row).all(axis=1).any():
-            raise ValueError(
+            raise UserError(
                 f"block {index} must be one of the operations {search_block.operation} of the "
                 f"space `{self.name}`. Received: {block}"
             )
@@ -380,7 +381,7 @@ class Space:
             zip(blocks, search_block.blocks(row, filters_in)), index
         ):
             if own != expected:
-                raise ValueError(
+                raise UserError(
                     f"block {other} must be {expected} in the space `{self.name}`, where it shares "
                     f"the choices of block {index}. Received: {own}"
                 )

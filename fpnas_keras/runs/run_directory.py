@@ -17,7 +17,8 @@ import keras
 import tensorflow as tf
 from absl import flags, logging
 
-from fpnas_keras.cli import Interrupted
+from fpnas_keras.commands import Interrupted
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import flag_values, read_json, replacing
 
 flags.DEFINE_string(
@@ -50,7 +51,7 @@ class Run:
         writes: Whether this process writes; of several that work together only one does.
 
     Raises:
-        ValueError: When the directory holds anything but a run with these very flags, or
+        UserError: When the directory holds anything but a run with these very flags, or
             when another process is at work in it.
     """
 
@@ -68,7 +69,7 @@ class Run:
         self._lock = None
         if self.directory.exists():
             if not self.directory.is_dir():
-                raise ValueError(
+                raise UserError(
                     f"`output_dir` is not a directory. Received: output_dir={directory}"
                 )
             self._take()
@@ -81,7 +82,7 @@ class Run:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise UserError(
                     f"another process is at work in `output_dir` {self.directory}. Wait for it or "
                     "choose another directory."
                 ) from None
@@ -100,7 +101,7 @@ class Run:
     def _check_same_run(self):
         flag_file = self.path("flags.txt")
         if not flag_file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"`output_dir` must be new, empty or hold a run. Received: {self.directory}, which "
                 "holds other files"
             )
@@ -115,7 +116,7 @@ class Run:
             }
         differing = {line.split("=")[0] for line in differing} - _MAY_DIFFER
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"`output_dir` {self.directory} holds another run; it differs in "
                 f"{', '.join(sorted(differing))}. Choose another directory."
             )
@@ -128,14 +129,14 @@ class Run:
                 and does not go on when the file has changed since.
 
         Raises:
-            ValueError: When another process has taken the directory meanwhile, or when a file
+            UserError: When another process has taken the directory meanwhile, or when a file
                 has changed since the run began.
         """
         if self.writes:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._take()
             if self.finished:
-                raise ValueError(f"another process has just finished `output_dir` {self.directory}")
+                raise UserError(f"another process has just finished `output_dir` {self.directory}")
             for path in self.directory.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink()
@@ -153,7 +154,7 @@ class Run:
                 with replacing(copy) as temporary:
                     shutil.copyfile(file, temporary)
         elif copy.read_bytes() != file.read_bytes():
-            raise ValueError(
+            raise UserError(
                 f"`{name}` {file} is not what the run in {self.directory} began with, which is "
                 f"{copy}. Give it that one or choose another directory."
             )

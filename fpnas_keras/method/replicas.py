@@ -12,6 +12,8 @@ import signal
 
 import tensorflow as tf
 
+from fpnas_keras.errors import UserError
+
 STRATEGIES = ("none", "mirrored", "multiworker")
 
 
@@ -42,7 +44,7 @@ def is_chief(name: str) -> bool:
     """Whether this process, under the strategy of a flag, is the one that writes.
 
     Raises:
-        ValueError: When `TF_CONFIG` does not describe the workers.
+        UserError: When `TF_CONFIG` does not describe the workers.
     """
     if name != "multiworker":
         return True
@@ -54,7 +56,7 @@ def is_chief(name: str) -> bool:
 
 
 def check_same_step(strategy: tf.distribute.Strategy | None, step: int) -> None:
-    """Raises `ValueError` when the workers begin with different steps."""
+    """Raises `UserError` when the workers begin with different steps."""
     if strategy is None:
         return
 
@@ -63,7 +65,7 @@ def check_same_step(strategy: tf.distribute.Strategy | None, step: int) -> None:
 
     steps = set(local(tf.function(lambda: strategy.run(gather))(), strategy).numpy().tolist())
     if len(steps) > 1:
-        raise ValueError(
+        raise UserError(
             "`output_dir` must be on a file system that all workers share. Received: checkpoints "
             f"of the steps {', '.join(map(str, sorted(steps)))}"
         )
@@ -105,20 +107,20 @@ def _check_tf_config():
     )
     text = os.environ.get("TF_CONFIG")
     if not text:
-        raise ValueError(f"{expected}Received: none")
+        raise UserError(f"{expected}Received: none")
     try:
         config = json.loads(text)
         workers = config["cluster"].get("worker", [])
         kind, index = config["task"]["type"], config["task"]["index"]
         addresses = config["cluster"][kind]
         if not all(isinstance(each, str) and ":" in each for each in [*workers, *addresses]):
-            raise ValueError("an address is not host:port")
+            raise UserError("an address is not host:port")
         if kind not in ("worker", "chief"):
-            raise ValueError(f"the task type is {kind!r}")
+            raise UserError(f"the task type is {kind!r}")
         if not 0 <= index < len(addresses):
-            raise ValueError(f"the task index is {index!r}")
+            raise UserError(f"the task index is {index!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{expected}Received: {text[:200]} ({error})") from None
+        raise UserError(f"{expected}Received: {text[:200]} ({error})") from None
 
 
 def local(value: tf.Tensor, strategy: tf.distribute.Strategy) -> tf.Tensor:

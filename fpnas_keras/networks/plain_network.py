@@ -15,8 +15,9 @@ from fpnas_keras.architecture import (
     attention_filters,
     expanded_filters,
 )
-from fpnas_keras.files import reason
-from fpnas_keras.layers import BN_EPSILON, conv_initializer, rescaling
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import summarize_error
+from fpnas_keras.networks.sliced_layers import BN_EPSILON, conv_initializer, rescaling
 
 
 def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
@@ -63,18 +64,18 @@ def load_model(path: str, flag: str = "model") -> keras.Model:
         flag: Name of the flag that named it, for messages.
 
     Raises:
-        ValueError: When it is no Keras file, or not one from images to classes.
+        UserError: When it is no Keras file, or not one from images to classes.
     """
     if not pathlib.Path(path).is_file() or not path.endswith(".keras"):
-        raise ValueError(f"`{flag}` must be an existing .keras file. Received: {flag}={path}")
+        raise UserError(f"`{flag}` must be an existing .keras file. Received: {flag}={path}")
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises what its many readers raise.
-        raise ValueError(f"cannot load the Keras model {path}: {reason(error)}") from None
+        raise UserError(f"cannot load the Keras model {path}: {summarize_error(error)}") from None
     shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
     ranks = [len(shape) if isinstance(shape, tuple) else None for shape in shapes]
     if ranks != [4, 2] or None in shapes[0][1:]:
-        raise ValueError(
+        raise UserError(
             f"the model {path} must go from (batch, height, width, channels) to (batch, classes). "
             f"Received: {shapes[0]} to {shapes[1]}"
         )

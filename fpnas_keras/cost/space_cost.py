@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.architecture import Part, output_size
+from fpnas_keras.errors import UserError
 from fpnas_keras.spaces import VARIABLES, Space
 from fpnas_keras.spaces.entries import Entries
 
@@ -24,7 +25,7 @@ class CostTable:
         cost: `MacsCost`, `ParamsCost`, `LatencyCost`, or a function of your own from a `Part`.
 
     Raises:
-        ValueError: When the cost does not know all parts of the space.
+        UserError: When the cost does not know all parts of the space.
 
     Example:
 
@@ -67,7 +68,7 @@ class CostTable:
             np.float64,
         )
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the cost lacks {len(missing)} parts of the space `{space.name}` at "
                 f"{space.input_shape}, the first ones: {'; '.join(list(missing)[:5])}"
             )

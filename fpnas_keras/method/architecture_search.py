@@ -12,12 +12,13 @@ import tensorflow as tf
 
 from fpnas_keras import estimator, replicas
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import CostTable, MacsCost, text
-from fpnas_keras.derivation import Derivation, most_probable
-from fpnas_keras.distributions import BlockLogits, FactorizedLogits, JointLogits
-from fpnas_keras.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
+from fpnas_keras.cost import CostTable, MacsCost, format_cost
+from fpnas_keras.errors import UserError
+from fpnas_keras.method.derivation import Derivation, most_probable
+from fpnas_keras.method.distributions import BlockLogits, FactorizedLogits, JointLogits
+from fpnas_keras.method.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
+from fpnas_keras.networks.supernet import Supernet
 from fpnas_keras.spaces import Space
-from fpnas_keras.supernet import Supernet
 
 _DISTRIBUTIONS = {
     "factorized": (FactorizedLogits,),
@@ -69,7 +70,7 @@ class ArchitectureSearch(keras.Model):
             `fit` is called outside its scope.
 
     Raises:
-        ValueError: When the target lies outside the costs of the space, when the
+        UserError: When the target lies outside the costs of the space, when the
             control variate meets K = 1, where it makes every gradient zero, or when an
             argument is out of its range.
 
@@ -338,12 +339,12 @@ class ArchitectureSearch(keras.Model):
         `tell` must be made anew.
 
         Raises:
-            ValueError: When the search has no joint logits to go to, or is not compiled.
+            UserError: When the search has no joint logits to go to, or is not compiled.
         """
         if self.architecture_optimizer is None:
-            raise ValueError("`refine` needs a search that is compiled.")
+            raise UserError("`refine` needs a search that is compiled.")
         if self.distribution is self.distributions[-1]:
-            raise ValueError(
+            raise UserError(
                 "only a search with distribution='coarse_to_fine' can be refined, and once. "
                 f"Received: distribution={type(self.distribution).__name__}"
             )
@@ -399,7 +400,7 @@ class ArchitectureSearch(keras.Model):
                 blocks; the command line asks for 0.95.
 
         Raises:
-            ValueError: When no architecture is within the budget, or when the search
+            UserError: When no architecture is within the budget, or when the search
                 has not left its warm-up, and knows nothing.
         """
         if np.ndim(budget) > 0:
@@ -408,7 +409,7 @@ class ArchitectureSearch(keras.Model):
         if found.gap > 0:
             warnings.warn(
                 f"not proven in {seconds:g} s: another architecture that costs from "
-                f"{text(found.least)} to the budget may be up to {math.exp(found.gap):.3g} times "
+                f"{format_cost(found.least)} to the budget may be up to {math.exp(found.gap):.3g} times "
                 "as probable",
                 stacklevel=2,
             )
@@ -422,7 +423,7 @@ class ArchitectureSearch(keras.Model):
     ) -> Derivation:
         """As `derive` for one budget, with what is proven of the result."""
         if self.warmup_steps > 0 and self.step <= self.warmup_steps:
-            raise ValueError(
+            raise UserError(
                 f"the search has made {int(self.step.numpy())} steps, all of them in its warm-up: "
                 f"`warmup_steps` must be lower, or the search longer. "
                 f"Received: warmup_steps={self.warmup_steps}"
@@ -430,7 +431,7 @@ class ArchitectureSearch(keras.Model):
         limit = self.cost.target if isinstance(budget, str) and budget == "target" else budget
         limit = math.inf if limit is None else limit
         if isinstance(limit, str) or not limit > 0 or not 0 <= least_share <= 1:
-            raise ValueError(
+            raise UserError(
                 "`budget` must be a cost above 0, 'target' or None and `least_share` from 0 to 1. "
                 f"Received: budget={budget!r}, least_share={least_share}"
             )
@@ -510,19 +511,19 @@ class ArchitectureSearch(keras.Model):
 def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient):
     fewest = samples.minimum if isinstance(samples, AdaptiveSamples) else samples
     if fewest < 1 + control_variate:
-        raise ValueError(
+        raise UserError(
             f"`samples` must be at least {1 + control_variate} a step"
             f"{' with the control variate' if control_variate else ''}. "
             f"Received: samples={samples}"
         )
     if warmup_samples < 1 or warmup_steps < 0:
-        raise ValueError(
+        raise UserError(
             "`warmup_samples` must be at least 1 and `warmup_steps` at least 0. "
             f"Received: warmup_samples={warmup_samples}, warmup_steps={warmup_steps}"
         )
     is_controller = isinstance(cost_coefficient, CostController)
     if not is_controller and not 0 <= cost_coefficient < math.inf:
-        raise ValueError(
+        raise UserError(
             "`cost_coefficient` must be a `CostController` or a number from 0. "
             f"Received: cost_coefficient={cost_coefficient}"
         )
@@ -531,15 +532,15 @@ def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_
 def _check_target(space, cost, table):
     least, largest = table.least(), table.largest()
     if cost.target is not None and not least <= cost.target <= largest:
-        raise ValueError(
-            f"`target` must be from {text(least)} to {text(largest)} {cost.unit}, the least and "
-            f"the largest cost in the space `{space.name}`. Received: target={text(cost.target)}"
+        raise UserError(
+            f"`target` must be from {format_cost(least)} to {format_cost(largest)} {cost.unit}, the least and "
+            f"the largest cost in the space `{space.name}`. Received: target={format_cost(cost.target)}"
         )
 
 
 def _checked(name, value, legal):
     if value not in legal:
-        raise ValueError(f"`{name}` must be one of {', '.join(legal)}. Received: {name}={value!r}")
+        raise UserError(f"`{name}` must be one of {', '.join(legal)}. Received: {name}={value!r}")
     return value
 
 

@@ -1,6 +1,6 @@
 """Ranks architectures of a finished search by its shared weights, to pick one from.
 
-python -m fpnas_keras.evaluate --search_dir=runs/quickstart
+python -m fpnas_keras.rank --search_dir=runs/quickstart
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from absl import flags, logging
 
 from fpnas_keras import cli, ranking, report, searched
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import text
+from fpnas_keras.cost import format_cost
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cli)
@@ -91,7 +91,7 @@ def _print(ranked, cost):
     for number, each in enumerate(ranked, 1):
         mark = "*" if each.pareto else ""
         print(
-            f"{number:4} {each.accuracy:8.2%} {each.loss:6.3f} {text(each.cost):>12} "
+            f"{number:4} {each.accuracy:8.2%} {each.loss:6.3f} {format_cost(each.cost):>12} "
             f"{each.log_prob:7.1f} {mark:6} {each.name}"
         )
 

@@ -16,11 +16,12 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
 
 
 class StopOnDivergence(keras.callbacks.Callback):
-    """Ends training with a `ValueError` when a metric is no longer finite.
+    """Ends training with a `UserError` when a metric is no longer finite.
 
     `keras.callbacks.TerminateOnNaN` stops too, but as if training had ended well.
     """
@@ -28,7 +29,7 @@ class StopOnDivergence(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         for name, value in (logs or {}).items():
             if not math.isfinite(value):
-                raise ValueError(
+                raise UserError(
                     f"training diverged: {name} is {value} in epoch {epoch + 1}; try a lower "
                     "`learning_rate`"
                 )
@@ -41,7 +42,7 @@ class CoarseToFine(keras.callbacks.Callback):
         epoch: Number of epochs that the search stays factorized.
 
     Raises:
-        ValueError: When training begins with a search that has no joint logits to go to.
+        UserError: When training begins with a search that has no joint logits to go to.
 
     Example:
 
@@ -60,7 +61,7 @@ class CoarseToFine(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         if len(self.model.distributions) == 1:
-            raise ValueError(
+            raise UserError(
                 "`CoarseToFine` needs a search with distribution='coarse_to_fine'. "
                 f"Received: {type(self.model.distribution).__name__} alone"
             )

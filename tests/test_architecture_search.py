@@ -5,10 +5,10 @@ import tensorflow as tf
 from helpers import all_choices, make_tiny_space
 
 import fpnas_keras as fpnas
-from fpnas_keras.callbacks import StopOnDivergence
-from fpnas_keras.distributions import JointLogits
-from fpnas_keras.searcher import _loss_and_accuracy
-from fpnas_keras.supernet import Supernet
+from fpnas_keras.method.architecture_search import _loss_and_accuracy
+from fpnas_keras.method.distributions import JointLogits
+from fpnas_keras.networks.supernet import Supernet
+from fpnas_keras.runs.callbacks import StopOnDivergence
 
 
 def tiny_images(count=60, seed=0):

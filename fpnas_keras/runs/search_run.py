@@ -12,8 +12,9 @@ import numpy as np
 
 from fpnas_keras.architecture import Architecture, Part
 from fpnas_keras.cost import COSTS, MacsCost, make_cost
-from fpnas_keras.files import KINDS, check_fields, check_format, flag_values, read_json, short
-from fpnas_keras.ranking import FORMAT
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import KINDS, abbreviate, check_fields, check_format, flag_values, read_json
+from fpnas_keras.runs.ranking import FORMAT
 
 UNITS = {name: cost.unit for name, cost in COSTS.items()}
 PHASES = {"warm_up": "warm-up", "factorized": "factorized", "joint": "joint"}
@@ -63,10 +64,10 @@ class Search(NamedTuple):
 
 
 def read(directory: pathlib.Path) -> Search:
-    """Reads the files of a run directory, or raises `ValueError`."""
+    """Reads the files of a run directory, or raises `UserError`."""
     for name in ("flags.txt", "metrics.csv"):
         if not (directory / name).is_file():
-            raise ValueError(
+            raise UserError(
                 "`search_dir` must be the run directory of a search, with flags.txt and "
                 f"metrics.csv. Received: {directory}, which lacks {name}"
             )
@@ -94,13 +95,13 @@ def _read_flags(path):
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8. Received: {error}") from None
+        raise UserError(f"{path} must be text in UTF-8. Received: {error}") from None
     values = flag_values(lines)
     for name in ("space", "data", "cost", "epochs"):
         if name not in values:
-            raise ValueError(f"{path} must hold the flags of a search. It lacks --{name}")
+            raise UserError(f"{path} must hold the flags of a search. It lacks --{name}")
     if values["cost"] not in UNITS:
-        raise ValueError(
+        raise UserError(
             f"--cost in {path} must be one of {', '.join(UNITS)}. Received: {values['cost']}"
         )
     return values
@@ -113,7 +114,7 @@ def _number(values, name, kind, path):
             return number
     except ValueError:
         pass
-    raise ValueError(
+    raise UserError(
         f"--{name} in {path} must be a number above 0. Received: --{name}={values[name]}"
     )
 
@@ -125,38 +126,38 @@ def _read_metrics(path):
         try:
             missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
             if reader.fieldnames and missing:
-                raise ValueError(
+                raise UserError(
                     f"it lacks the columns {', '.join(missing)}. "
-                    f"Received: {short(','.join(reader.fieldnames))}"
+                    f"Received: {abbreviate(','.join(reader.fieldnames))}"
                 )
             for row in reader:
                 row = {name: _cell(row, name) for name in _COLUMNS}
                 _check_step(rows, row)
                 rows.append(row)
             if not rows:
-                raise ValueError("no epoch has ended yet")
+                raise UserError("no epoch has ended yet")
         except (ValueError, csv.Error) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not the metrics of a search: line {reader.line_num}: {error}"
             ) from None
     return rows
 
 
 def _cell(row, name):
-    kind, received = _COLUMNS[name], short(row[name])
+    kind, received = _COLUMNS[name], abbreviate(row[name])
     if name == "phase" and row[name] not in PHASES:
-        raise ValueError(f"`phase` must be one of {', '.join(PHASES)}. Received: {received}")
+        raise UserError(f"`phase` must be one of {', '.join(PHASES)}. Received: {received}")
     try:
         # A search that diverged has NaN among its metrics.
         return kind(row[name])
     except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be {KINDS[kind]}. Received: {received}") from None
+        raise UserError(f"`{name}` must be {KINDS[kind]}. Received: {received}") from None
 
 
 def _check_step(rows, row):
     before = rows[-1]["step"] if rows else 0
     if not before < row["step"] < 1e15:
-        raise ValueError(
+        raise UserError(
             f"`step` must rise from line to line. Received: {row['step']} after {before}"
         )
 
@@ -170,10 +171,10 @@ def _read_probabilities(path):
                 check_fields(row, "it", step=int, epoch=int, blocks=list)
                 _check_step(rows, row)
                 if _choices(row) != _choices(rows[0] if rows else row):
-                    raise ValueError("it must have the blocks and choices of line 1")
+                    raise UserError("it must have the blocks and choices of line 1")
                 rows.append(row)
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not the probabilities of a search: line {len(rows) + 1}: {error}"
             ) from None
     return rows
@@ -185,14 +186,16 @@ def _choices(row):
         variables = block.values() if isinstance(block, dict) else [block]
         for each in variables:
             if not isinstance(each, dict) or not each:
-                raise ValueError(
+                raise UserError(
                     "a block must hold {variable: {choice: probability}}. "
-                    f"Received: {short(block)}"
+                    f"Received: {abbreviate(block)}"
                 )
             for value in each.values():
                 # A search that diverged has NaN.
                 if type(value) not in (int, float) or value < 0 or value > 1:
-                    raise ValueError(f"a probability must be from 0 to 1. Received: {short(value)}")
+                    raise UserError(
+                        f"a probability must be from 0 to 1. Received: {abbreviate(value)}"
+                    )
     return [{name: list(each) for name, each in block.items()} for block in row["blocks"]]
 
 
@@ -212,9 +215,9 @@ def _read_ranking(path):
         check_fields(data, "the ranking", format=int, images=int, cost_unit=str, architectures=list)
         check_format(data, FORMAT)
         if data["cost_unit"] not in UNITS.values():
-            raise ValueError(
+            raise UserError(
                 f"`cost_unit` must be one of {', '.join(dict.fromkeys(UNITS.values()))}. "
-                f"Received: {short(data['cost_unit'])}"
+                f"Received: {abbreviate(data['cost_unit'])}"
             )
         for index, each in enumerate(data["architectures"]):
             numbers = {"accuracy": float, "loss": float, "cost": float, "macs": int, "params": int}

@@ -20,10 +20,11 @@ import numpy as np
 import tensorflow as tf
 from absl import flags, logging
 
-from fpnas_keras.callbacks import MetricsFile
-from fpnas_keras.cli import Interrupted
+from fpnas_keras.commands import Interrupted
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.run_directory import Run
+from fpnas_keras.runs.callbacks import MetricsFile
+from fpnas_keras.runs.run_directory import Run
 
 flags.DEFINE_string(
     "checkpoint_every",
@@ -117,7 +118,7 @@ class Checkpoints(keras.callbacks.Callback):
 
         Raises:
             Interrupted: After SIGTERM or SIGINT, when the state is saved.
-            ValueError: When a weight is no longer finite.
+            UserError: When a weight is no longer finite.
         """
         if self.steps_per_epoch is None:
             self.steps_per_epoch = int(batches.cardinality())
@@ -142,7 +143,7 @@ class Checkpoints(keras.callbacks.Callback):
             variables = _variables(model)
             shapes = [tuple(variable.shape) for variable in variables]
             if shapes != [each.shape for each in self._arrays]:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint of step {self.step} in {self.directory} is of another version "
                     "of the program or of other data. Remove it or choose another directory."
                 )
@@ -236,7 +237,7 @@ class Checkpoints(keras.callbacks.Callback):
         arrays = [keras.ops.convert_to_numpy(variable) for variable in variables]
         for variable, value in zip(variables, arrays):
             if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise ValueError(
+                raise UserError(
                     f"training diverged: {variable.path} is not finite at step {self.step}; try a "
                     "lower `learning_rate`" + self._last()
                 )
@@ -277,11 +278,11 @@ def _variables(model):
 
 
 def _read(path):
-    """The arrays and the state of a checkpoint, or a `ValueError` when it is damaged."""
+    """The arrays and the state of a checkpoint, or a `UserError` when it is damaged."""
     # An `OSError` is not damage: it ends the run, and nothing is lost.
     content = path.read_bytes()
     if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
-        raise ValueError("its content is not what was written")
+        raise UserError("its content is not what was written")
     with np.load(io.BytesIO(content[_DIGEST:]), allow_pickle=False) as archive:
         state, *arrays = [archive[f"arr_{index}"] for index in range(len(archive.files))]
     return arrays, json.loads(str(state))

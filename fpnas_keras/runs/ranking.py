@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.data import Images, split, test_batches
+from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.network import recalibrate
-from fpnas_keras.searcher import ArchitectureSearch
+from fpnas_keras.method.architecture_search import ArchitectureSearch
+from fpnas_keras.networks.plain_network import recalibrate
 
 FORMAT = 1
 # Of a batch, at most: 250 images of 28 pixels or 39 of 224.
@@ -74,7 +75,7 @@ def rank(
         recalibration_images: Most images for the statistics.
 
     Raises:
-        ValueError: When an architecture is not in the space.
+        UserError: When an architecture is not in the space.
     """
     choices = {name: _choices(search.space, name, each) for name, each in architectures.items()}
     names = {each.tobytes(): name for name, each in reversed(choices.items())}.values()
@@ -136,7 +137,7 @@ def _choices(space, name, architecture):
     try:
         return space.choices(architecture)
     except ValueError as error:
-        raise ValueError(f"{name} is not of the search: {error}") from None
+        raise UserError(f"{name} is not of the search: {error}") from None
 
 
 def _batches(images, indices):

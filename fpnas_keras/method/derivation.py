@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import CostTable, text
+from fpnas_keras.cost import CostTable, format_cost
+from fpnas_keras.errors import UserError
 from fpnas_keras.spaces import Space
 
 # Labels kept after each block in the first pass; each further pass keeps more.
@@ -69,7 +70,7 @@ def most_probable(
             dropped, with a warning.
 
     Raises:
-        ValueError: When no architecture is within the budget.
+        UserError: When no architecture is within the budget.
 
     Example:
 
@@ -78,9 +79,9 @@ def most_probable(
     ```
     """
     if budget < table.least():
-        raise ValueError(
-            f"`budget` must be at least {text(table.least())}, the least cost in the space. "
-            f"Received: budget={text(budget)}"
+        raise UserError(
+            f"`budget` must be at least {format_cost(table.least())}, the least cost in the space. "
+            f"Received: budget={format_cost(budget)}"
         )
     budget = min(budget, table.largest())  # which may be infinite
     chain = _Chain(np.asarray(log_probabilities, np.float64), table, least)
@@ -98,8 +99,8 @@ def most_probable(
     if not best.entries:
         reason = "there is no" if upper == -math.inf else f"in {seconds:g} s there was found no"
         warnings.warn(
-            f"{reason} architecture that costs from {text(least)} to {text(budget)}; the "
-            f"most probable one up to {text(budget)} is taken",
+            f"{reason} architecture that costs from {format_cost(least)} to {format_cost(budget)}; the "
+            f"most probable one up to {format_cost(budget)} is taken",
             stacklevel=2,
         )
         left = max(0.0, deadline - time.monotonic())

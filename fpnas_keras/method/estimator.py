@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from fpnas_keras.errors import UserError
+
 # How far (e to that power) a score of a `StreamingSum` may be above its reference.
 SLACK = 30.0
 
@@ -31,7 +33,7 @@ class AdaptiveSamples:
         maximum: Most samples a step.
 
     Raises:
-        ValueError: When a value is out of its range.
+        UserError: When a value is out of its range.
 
     Reference: FP-NAS (arXiv:2011.10949), "adaptive sampling".
     """
@@ -42,9 +44,9 @@ class AdaptiveSamples:
 
     def __post_init__(self):
         if not 0 < self.scale < float("inf"):
-            raise ValueError(f"`scale` must be above 0 and finite. Received: scale={self.scale}")
+            raise UserError(f"`scale` must be above 0 and finite. Received: scale={self.scale}")
         if not 1 <= self.minimum <= self.maximum:
-            raise ValueError(
+            raise UserError(
                 "`minimum` must be from 1 to `maximum`. "
                 f"Received: minimum={self.minimum}, maximum={self.maximum}"
             )
@@ -76,7 +78,7 @@ class CostController:
         anneal_steps: Steps until the goal is the target.
 
     Raises:
-        ValueError: When a value is out of its range.
+        UserError: When a value is out of its range.
     """
 
     two_sided: bool = True
@@ -88,9 +90,7 @@ class CostController:
         for name in ("proportional_gain", "integral_gain", "anneal_steps"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"`{name}` must be at least 0 and finite. Received: {name}={value}"
-                )
+                raise UserError(f"`{name}` must be at least 0 and finite. Received: {name}={value}")
 
     def goal(self, start: float, target: float, step: tf.Tensor) -> tf.Tensor:
         """The cost to hold after `step` steps, float64, between `start` and `target`."""

@@ -1,7 +1,7 @@
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.layers import (
+from fpnas_keras.networks.sliced_layers import (
     SlicedBatchNorm,
     SlicedConv,
     SlicedDepthwiseConv,

@@ -11,7 +11,8 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from fpnas_keras import data
-from fpnas_keras.files import flag_values, reason
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import flag_values, summarize_error
 
 flags.DEFINE_string(
     "data",
@@ -55,7 +56,7 @@ def load_data(split: str, image_size: int) -> data.Images:
         return images
     count = len(images.y)
     if FLAGS.train_images >= count:
-        raise ValueError(
+        raise UserError(
             f"`train_images` must be below the {count} training images of {FLAGS.data}. "
             f"Received: train_images={FLAGS.train_images}"
         )
@@ -76,12 +77,12 @@ def load_data_for(
         split: "train" or "test".
 
     Raises:
-        ValueError: When the data has other images or another number of classes.
+        UserError: When the data has other images or another number of classes.
     """
     images = load_data(split, input_shape[0])
     received = (images.image_shape, len(images.class_names))
     if received != (input_shape, num_classes):
-        raise ValueError(
+        raise UserError(
             f"{owner} is for images of {input_shape} and {num_classes} classes. Received: "
             f"data={FLAGS.data} with images of {received[0]} and {received[1]} classes"
         )
@@ -92,7 +93,7 @@ def take_data_flags(flag_file: pathlib.Path) -> None:
     """Takes the flags that name the data from the flag file of a run, but for those given.
 
     Raises:
-        ValueError: When the file is not a flag file, or `train_images` is given and is another:
+        UserError: When the file is not a flag file, or `train_images` is given and is another:
             which images trained the run's weights would not be known.
     """
     given = {name for name in _DATA_FLAGS if FLAGS[name].present}
@@ -105,9 +106,9 @@ def take_data_flags(flag_file: pathlib.Path) -> None:
                 FLAGS[name].parse(values[name])
         theirs = int(values["train_images"]) if "train_images" in values else None
     except (ValueError, flags.Error) as error:
-        raise ValueError(f"{flag_file} is not the flag file of a run: {error}") from None
+        raise UserError(f"{flag_file} is not the flag file of a run: {error}") from None
     if "train_images" in given and count != theirs:
-        raise ValueError(
+        raise UserError(
             f"`train_images` must be that of {flag_file}, {theirs}. Received: train_images={count}"
         )
 
@@ -159,7 +160,7 @@ def run(main: Callable[[], None]) -> None:
             if several and isinstance(error, _UNREACHED):
                 print(
                     "error: another worker is not reached any more. Start all workers again with "
-                    f"the same command; they go on from the last checkpoint. ({reason(error)})",
+                    f"the same command; they go on from the last checkpoint. ({summarize_error(error)})",
                     file=sys.stderr,
                 )
                 # Kubernetes' TFJob restarts what ends with this code.
@@ -185,4 +186,4 @@ def _parse_flags(argv):
 def _check_finite():
     for name, value in FLAGS.flag_values_dict().items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number. Received: {name}={value}")
+            raise UserError(f"`{name}` must be a finite number. Received: {name}={value}")

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from fpnas_keras.architecture import Block, Part, Stem, expanded_filters, output_size
-from fpnas_keras.files import check_format, check_keys, read_json, short
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import abbreviate, check_format, check_keys, read_json
 
 FORMAT = 1
 KEYS = (
@@ -36,14 +37,14 @@ def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
         Milliseconds by name, and what names a part of a network has there.
 
     Raises:
-        ValueError: When the file is no latency table; the message names it.
+        UserError: When the file is no latency table; the message names it.
     """
     suffix = pathlib.Path(path).suffix
     if suffix in (".yaml", ".yml", ".csv"):
         return _load_published(path, suffix)
     table = read(path)
     if not table["complete"]:
-        raise ValueError(
+        raise UserError(
             f"the latency table {path} is not finished: give the command that measured it again, "
             "and it goes on"
         )
@@ -54,7 +55,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """All that a `.json` table holds.
 
     Raises:
-        ValueError: When the file is no latency table; the message names it.
+        UserError: When the file is no latency table; the message names it.
     """
 
     def checked(data):
@@ -62,13 +63,15 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         check_format(data, FORMAT)
         _check_entries(data["entries"], "`entries`")
         if not isinstance(data["measured"], dict):
-            raise ValueError(
-                f"`measured` must be an object with keys. Received: {short(data['measured'])}"
+            raise UserError(
+                f"`measured` must be an object with keys. Received: {abbreviate(data['measured'])}"
             )
         for name, times in data["measured"].items():
             if not isinstance(times, list):
-                raise ValueError(f"`measured` must hold lists. Received: {short(name)}: {times}")
-            _check_entries(dict(enumerate(times)), f"`measured` of {short(name)}")
+                raise UserError(
+                    f"`measured` must hold lists. Received: {abbreviate(name)}: {times}"
+                )
+            _check_entries(dict(enumerate(times)), f"`measured` of {abbreviate(name)}")
         return data
 
     return read_json(path, "a latency table", checked)
@@ -114,12 +117,12 @@ def _shape(size, channels):
 
 def _check_entries(entries, where):
     if not isinstance(entries, Mapping):
-        raise ValueError(f"{where} must be an object with keys. Received: {short(entries)}")
+        raise UserError(f"{where} must be an object with keys. Received: {abbreviate(entries)}")
     for name, value in entries.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:
-            raise ValueError(
-                f"{where} must be milliseconds from 0. Received: {short(name)}: {short(value)}"
+            raise UserError(
+                f"{where} must be milliseconds from 0. Received: {abbreviate(name)}: {abbreviate(value)}"
             )
 
 
@@ -131,24 +134,24 @@ def _load_published(path, suffix):
         if not isinstance(rows, dict) or not all(
             isinstance(row, dict) and "mean" in row for row in rows.values()
         ):
-            raise ValueError("it must hold an object `name: {mean: milliseconds}` for each entry")
+            raise UserError("it must hold an object `name: {mean: milliseconds}` for each entry")
         entries = {str(name): row["mean"] for name, row in rows.items()}
         _check_entries(entries, "`mean`")
         for kind, is_of_kind in _PUBLISHED.items():
             if any(is_of_kind(name) for name in entries):
                 return entries, kind
-        raise ValueError("no entry is named `expanded_conv-input:...` or `MBConv-input:...`")
+        raise UserError("no entry is named `expanded_conv-input:...` or `MBConv-input:...`")
     except OSError as error:
-        raise ValueError(f"cannot read the latency table {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the latency table {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())  # which YAML spreads over lines
-        raise ValueError(f"{path} is not a latency table: {reason}") from None
+        raise UserError(f"{path} is not a latency table: {reason}") from None
 
 
 def _csv_rows(text):
     rows = csv.DictReader(text.splitlines())
     if not {"name", "mean"} <= set(rows.fieldnames or ()):
-        raise ValueError(f"it must have the columns name and mean. Received: {rows.fieldnames}")
+        raise UserError(f"it must have the columns name and mean. Received: {rows.fieldnames}")
     return {row["name"]: {"mean": float(row["mean"])} for row in rows}
 
 

@@ -6,8 +6,9 @@ import pathlib
 import keras
 
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.files import reason
-from fpnas_keras.network import load_model
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import summarize_error
+from fpnas_keras.networks.plain_network import load_model
 
 _IMAGENET_CLASSES = 1000
 
@@ -48,11 +49,11 @@ def load_teacher(
         num_classes: Number of the student's classes.
 
     Raises:
-        ValueError: When there is no such teacher, or it is for other images or classes.
+        UserError: When there is no such teacher, or it is for other images or classes.
     """
     if name.endswith(".keras"):
         if weights is not None:
-            raise ValueError(
+            raise UserError(
                 f"a .keras file has its weights; `teacher_weights` is for architectures and "
                 f"keras.applications. Received: teacher={name}, teacher_weights={weights}"
             )
@@ -63,7 +64,7 @@ def load_teacher(
         model = _application(name, weights, input_shape, num_classes)
     received = (model.input_shape[1:], model.output_shape[-1])
     if received != (input_shape, num_classes):
-        raise ValueError(
+        raise UserError(
             f"the teacher {name} must be for images of {input_shape} and {num_classes} classes. "
             f"Received: images of {received[0]} and {received[1]} classes"
         )
@@ -72,7 +73,7 @@ def load_teacher(
 
 def _architecture_with_weights(name, weights):
     if weights is None:
-        raise ValueError(f"the architecture {name} needs `teacher_weights`, a .weights.h5 file")
+        raise UserError(f"the architecture {name} needs `teacher_weights`, a .weights.h5 file")
     model = Architecture.load(name).build()
     _load_weights(model, weights, name)
     return model
@@ -80,13 +81,13 @@ def _architecture_with_weights(name, weights):
 
 def _load_weights(model, weights, name):
     if not pathlib.Path(weights).is_file():
-        raise ValueError(
+        raise UserError(
             f"`teacher_weights` must be an existing file. Received: teacher_weights={weights}"
         )
     try:
         model.load_weights(weights)
     except Exception as error:  # Keras raises what its many readers raise.
-        raise ValueError(f"{weights} has no weights of {name}: {reason(error)}") from None
+        raise UserError(f"{weights} has no weights of {name}: {summarize_error(error)}") from None
 
 
 def application_names() -> list[str]:
@@ -98,16 +99,16 @@ def application_names() -> list[str]:
 
 def _application(name, weights, input_shape, num_classes):
     if name not in application_names():
-        raise ValueError(
+        raise UserError(
             "`teacher` must be a .keras file, an architecture (.json) or one of keras.applications "
             f"({', '.join(application_names())}). Received: teacher={name}"
         )
     if input_shape[-1] not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"the teacher {name} is for images of 1 or 3 channels. Received: {input_shape[-1]}"
         )
     if not weights and num_classes != _IMAGENET_CLASSES:
-        raise ValueError(
+        raise UserError(
             f"the teacher {name} has ImageNet's {_IMAGENET_CLASSES} classes without "
             f"`teacher_weights`. Received: {num_classes} classes"
         )
@@ -119,7 +120,7 @@ def _application(name, weights, input_shape, num_classes):
             classifier_activation=None,
         )
     except Exception as error:  # what the download raises
-        raise ValueError(f"cannot load the teacher {name}: {reason(error)}") from None
+        raise UserError(f"cannot load the teacher {name}: {summarize_error(error)}") from None
     if weights:
         _load_weights(network, weights, name)
     images = keras.Input(input_shape, name="image")
@@ -148,7 +149,7 @@ def _to_logits(model, name):
     while isinstance(last, keras.Model):
         last = last.outputs[0]._keras_history.operation
     if not isinstance(last, keras.layers.Layer):
-        raise ValueError(
+        raise UserError(
             f"the teacher {name} must end in a layer that gives logits, or in a softmax layer. "
             f"Received: it ends in the operation {type(last).__name__}"
         )
@@ -158,7 +159,7 @@ def _to_logits(model, name):
     elif function in (None, keras.activations.linear):
         logits = model.output
     else:
-        raise ValueError(
+        raise UserError(
             f"the teacher {name} must end in logits or in a softmax. Received: its last layer has "
             f"the activation {keras.activations.serialize(function)}"
         )

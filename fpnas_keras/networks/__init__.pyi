@@ -1,0 +1,2 @@
+from .plain_network import NetworkBuilder, build_network, load_model, recalibrate
+from .supernet import Supernet
