@@ -1,2 +1,3 @@
+from .conventions import check_floatx
 from .plain_network import NetworkBuilder, build_network, load_model, recalibrate
 from .supernet import Supernet

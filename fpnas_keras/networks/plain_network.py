@@ -17,10 +17,15 @@ from fpnas_keras.architecture import (
 )
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
-from fpnas_keras.networks.sliced_layers import BN_EPSILON, conv_initializer, rescaling
+from fpnas_keras.networks.conventions import (
+    BN_EPSILON,
+    check_floatx,
+    make_conv_initializer,
+    make_rescaling,
+)
 
 
-def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
+def build_network(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
     """Builds the network of an architecture with fresh weights.
 
     Args:
@@ -31,6 +36,7 @@ def build(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
         A functional model: float32 images of pixels 0..255, shape
         `(batch,) + input_shape`, to logits, shape `(batch, num_classes)`.
     """
+    check_floatx()
     return NetworkBuilder(bn_momentum=bn_momentum).network(architecture)
 
 
@@ -96,7 +102,7 @@ class NetworkBuilder:
         self.bn_momentum = bn_momentum
 
     def network(self, architecture: Architecture) -> keras.Model:
-        """A whole network; see `build`."""
+        """A whole network; see `build_network`."""
         images = self.library.Input(architecture.input_shape, name="image")
         x = self.stem(images, architecture.stem)
         for index, block in enumerate(architecture.blocks):
@@ -149,7 +155,7 @@ class NetworkBuilder:
 
     def rescale(self, images: keras.KerasTensor) -> keras.KerasTensor:
         """Pixels 0..255 -> -1..1."""
-        return rescaling(self.library)(images)
+        return make_rescaling(self.library)(images)
 
     def activation(self, x: keras.KerasTensor, function: str, name: str) -> keras.KerasTensor:
         """Applies an activation, which has Keras 3's meaning, as a layer of that name."""
@@ -166,7 +172,7 @@ class NetworkBuilder:
             strides,
             "same",
             use_bias=use_bias,
-            kernel_initializer=conv_initializer(self.library),
+            kernel_initializer=make_conv_initializer(self.library),
             name=name,
         )
 
@@ -182,7 +188,7 @@ class NetworkBuilder:
             block.strides,
             "same",
             use_bias=False,
-            depthwise_initializer=conv_initializer(self.library),
+            depthwise_initializer=make_conv_initializer(self.library),
             name=name,
         )(x)
         return self._bn(x, name, block.activation)

@@ -7,25 +7,11 @@ that one graph runs every architecture at that architecture's price.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
 
-BN_EPSILON = 1e-3
-
-
-def rescaling(library: Any = keras) -> keras.layers.Rescaling:
-    """The first layer of every network, of Keras or tf_keras: pixels 0..255 to -1..1."""
-    return library.layers.Rescaling(1 / 127.5, -1.0, name="rescaling")
-
-
-def conv_initializer(library: Any = keras) -> keras.initializers.Initializer:
-    """A fresh initializer for convolutions: variance 2 / fan_out, as MobileNets have it.
-
-    It suits depthwise kernels too, whose fan_out Keras takes to be one channel's.
-    """
-    return library.initializers.VarianceScaling(2.0, "fan_out")
+from fpnas_keras.networks.conventions import BN_EPSILON, make_conv_initializer
 
 
 class SlicedConv(keras.layers.Layer):
@@ -48,7 +34,7 @@ class SlicedConv(keras.layers.Layer):
 
     def build(self, input_shape: object = None) -> None:
         self.kernel = self.add_weight(
-            name="kernel", shape=self.shape, initializer=conv_initializer()
+            name="kernel", shape=self.shape, initializer=make_conv_initializer()
         )
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=self.shape[-1:], initializer="zeros")
@@ -86,7 +72,7 @@ class SlicedDepthwiseConv(keras.layers.Layer):
 
     def build(self, input_shape: object = None) -> None:
         self.kernel = self.add_weight(
-            name="kernel", shape=self.shape, initializer=conv_initializer()
+            name="kernel", shape=self.shape, initializer=make_conv_initializer()
         )
         self.built = True
 

@@ -7,12 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.architecture import attention_filters, expanded_filters
+from fpnas_keras.networks.conventions import make_rescaling
 from fpnas_keras.networks.sliced_layers import (
     SlicedBatchNorm,
     SlicedConv,
     SlicedDepthwiseConv,
     activate,
-    rescaling,
     switch,
 )
 from fpnas_keras.spaces import VARIABLES, SearchBlock, Space
@@ -35,7 +35,7 @@ class Supernet(keras.layers.Layer):
         super().__init__(**kwargs)
         self.recompute = recompute
         stem, head = space.stem, space.head
-        self.rescaling = rescaling()
+        self.rescaling = make_rescaling()
         self.stem = SlicedConv(
             space.input_shape[2], stem.filters, stem.kernel_size, stem.strides, name="stem"
         )

@@ -1,0 +1,50 @@
+"""What the supernet and the plain networks have in common: data format, precision, initial values.
+
+Both forms of a network import these from here, so that they compute the same function.
+"""
+
+from typing import Any
+
+import keras
+
+from fpnas_keras.errors import UserError
+
+BN_EPSILON = 1e-3
+# Every layer says so itself: a user's `keras.json` may have another default.
+DATA_FORMAT = "channels_last"
+
+
+def check_floatx() -> None:
+    """Checks Keras' default float type, which the user may have changed in `keras.json`.
+
+    Weights, images and logits are float32. Mixed precision is chosen with a dtype policy
+    (`keras.config.set_dtype_policy`) and leaves this type as it is.
+
+    Raises:
+        UserError: When the type is not float32.
+    """
+    if keras.config.floatx() != "float32":
+        raise UserError(
+            "Keras' floatx must be float32; set it in keras.json or with keras.config.set_floatx. "
+            f"Received: floatx={keras.config.floatx()}"
+        )
+
+
+def make_rescaling(library: Any = keras) -> keras.layers.Rescaling:
+    """The first layer of every network: pixels 0..255 to -1..1.
+
+    Args:
+        library: `keras` or `tf_keras`.
+    """
+    return library.layers.Rescaling(1 / 127.5, -1.0, name="rescaling")
+
+
+def make_conv_initializer(library: Any = keras) -> keras.initializers.Initializer:
+    """A new initializer of convolution kernels with the variance 2 / fan_out, as in MobileNets.
+
+    It also serves depthwise kernels: Keras counts one output channel in their fan_out.
+
+    Args:
+        library: `keras` or `tf_keras`.
+    """
+    return library.initializers.VarianceScaling(2.0, "fan_out")
