@@ -13,8 +13,8 @@ import pytest
 from helpers import ROOT, make_tiny_space, write_latency_table
 from matplotlib.figure import Figure
 
-from fpnas_keras import report
-from fpnas_keras.cost import LatencyCost, MacsCost, text
+from fpnas_keras.cost import LatencyCost, MacsCost, format_cost
+from fpnas_keras.report import write_report, writer
 
 SPACE = make_tiny_space()
 ARCHITECTURE = SPACE.architecture(np.array([block.entries[-1] for block in SPACE.blocks]))
@@ -128,12 +128,12 @@ def reported(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Empty plots, where a test is about the text of the page: drawing takes a second."""
-    drawings = report.drawings
+    drawings = writer.drawings
 
     def blank(search, theme):
         return Figure((1, 1))
 
-    monkeypatch.setattr(report, "drawings", lambda search: dict.fromkeys(drawings(search), blank))
+    monkeypatch.setattr(writer, "drawings", lambda search: dict.fromkeys(drawings(search), blank))
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def unfinished(tmp_path):
 
 
 def page(directory):
-    path = report.write(directory)
+    path = write_report(directory)
     assert path == directory / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -181,8 +181,10 @@ def test_everything_is_in_the_page(reported):
 def test_network_from_image_to_classes(reported):
     seen = words(reported[1])
     costs = [MacsCost()(part) for part in ARCHITECTURE.parts()]
-    assert f"{text(sum(costs))} MACs in all" in seen
-    places = [seen.index(f"{text(cost)} MACs {cost / sum(costs):.1%}") for cost in costs if cost]
+    assert f"{format_cost(sum(costs))} MACs in all" in seen
+    places = [
+        seen.index(f"{format_cost(cost)} MACs {cost / sum(costs):.1%}") for cost in costs if cost
+    ]
     assert places == sorted(places)
     drawn = seen[seen.index("MACs in all") :]
     for index, block in enumerate(ARCHITECTURE.blocks):
@@ -213,7 +215,7 @@ def test_page_needs_nothing_else(reported):
         source.count("<picture>") == source.count("(prefers-color-scheme: dark)") - 1 == len(PLOTS)
     )
     assert len(re.findall(r'<img [^>]*alt="[^"]{20,}"', source)) == len(PLOTS)
-    assert source.count("<th ") == len(re.findall(r"<th scope=(?:col|row)>", source))
+    assert source.count("<th ") == len(re.findall(r'<th scope="(?:col|row)">', source))
 
 
 def test_what_files_hold_is_text(run):
@@ -277,7 +279,7 @@ def test_latency_run(run, undrawn):
     seen = words(page(run))
     total = sum(map(LatencyCost(table), ARCHITECTURE.parts()))
     assert "1.25 ms 83.3% of the target 1.5" in seen
-    assert f"{text(total)} ms in all" in seen and "0.125 ms" in seen
+    assert f"{format_cost(total)} ms in all" in seen and "0.125 ms" in seen
     table.unlink()
     assert f"{ARCHITECTURE.macs():,} MACs in all" in words(page(run))
 
@@ -287,7 +289,7 @@ def test_latency_table_of_another_space(run, undrawn):
     write_latency_table(run / "latency_table.json", other, lambda part: 0.125)
     write_flags(run, cost="latency", target="1.5", latency_table="phone.json")
     with pytest.raises(ValueError, match=r"architecture.json .* latency table lacks"):
-        report.write(run)
+        write_report(run)
 
 
 def test_parameters_run(run, undrawn):
@@ -359,7 +361,7 @@ def test_same_files_same_bytes(reported, run):
 def test_bad_file_is_refused_by_name(run, name, content, message):
     (run / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        report.write(run)
+        write_report(run)
     assert str(run / name) in str(caught.value) and "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
 
@@ -376,13 +378,13 @@ def test_bad_file_is_refused_by_name(run, name, content, message):
 def test_bad_metrics_are_refused_by_column(run, change, message):
     write_metrics(run, **change)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        report.write(run)
+        write_report(run)
     assert str(run / "metrics.csv") in str(caught.value)
 
 
 def test_directory_that_holds_no_search(tmp_path):
     with pytest.raises(ValueError, match=r"`search_dir` must be .* lacks flags.txt"):
-        report.write(tmp_path)
+        write_report(tmp_path)
 
 
 def test_command_line(unfinished):

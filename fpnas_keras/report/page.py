@@ -1,9 +1,10 @@
-"""The page of the report, with everything in it."""
+"""The page of the report: the values and texts that `templates/report.html` shows."""
 
-import html
 import math
 import pathlib
-import string
+from typing import NamedTuple
+
+import jinja2
 
 from fpnas_keras.architecture import Head, Stem, expanded_filters
 from fpnas_keras.cost import format_cost
@@ -11,6 +12,13 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.report.plots import DARK, LIGHT
 from fpnas_keras.runs.search_run import PHASES, Search
 
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("fpnas_keras.report"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 _LABELS = {
     "num_architectures": "architectures in the space",
     "num_logits": "logits",
@@ -33,53 +41,81 @@ _LABELS = {
 }
 
 
-def make_page(search: Search, pictures: dict[str, tuple[str, str, int]]) -> str:
-    """The HTML of the page.
+class Plot(NamedTuple):
+    """A plot as the page shows it.
+
+    Attributes:
+        light: Data URI of the picture for a light page.
+        dark: Data URI of the picture for a dark page.
+        width: Width in CSS pixels.
+    """
+
+    light: str
+    dark: str
+    width: int
+
+
+def make_page(search: Search, plots: dict[str, Plot]) -> str:
+    """Makes the page of a search.
 
     Args:
-        search: What it tells of.
-        pictures: By name, the plot for light and for dark as data URIs, and its width in pixels.
+        search: The search.
+        plots: The plots, by name, as `plots.drawings` names them.
+
+    Returns:
+        The page as HTML. It refers to no other file.
     """
     name = pathlib.Path(search.flags["space"]).stem
-    sections = [
-        ("course", "Course of the search", _course_section(search, pictures)),
-        ("network", "The network that was found", _network_section(search)),
-        ("ranking", "Accuracy against cost", _ranking_section(search, pictures)),
-        ("probabilities", "Probability of each choice", _probability_section(search, pictures)),
-        ("totals", "Totals", _totals_section(search)),
-        ("flags", "Flags", _table(("flag", "value"), sorted(search.flags.items()))),
-    ]
-    sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
-    body = "".join(
-        f'<section id="{key}"><h2>{title}</h2>{content}</section>\n'
-        for key, title, content in sections
-    )
-    colors = [
-        "".join(f"--{key.replace('_', '-')}:{value};" for key, value in theme.items())
-        for theme in (LIGHT, DARK)
-    ]
-    return _PAGE.substitute(
-        title=html.escape(f"Search of {name}"),
-        style=_STYLE.substitute(light=colors[0], dark=colors[1]),
-        summary=_summary_section(search, name),
-        links=links,
-        sections=body,
+    return _TEMPLATES.get_template("report.html").render(
+        title=f"Search of {name}",
+        data=search.flags["data"],
+        directory=search.directory.resolve().name,
+        light=LIGHT,
+        dark=DARK,
+        unfinished=search.summary is None,
+        missing=_missing(search),
+        tiles=_tiles(search),
+        sections={
+            "course": _course(search, plots),
+            "network": _network(search),
+            "ranking": _ranking(search, plots),
+            "probabilities": _probabilities(search, plots),
+            "totals": _totals(search),
+            "flags": sorted(search.flags.items()),
+        },
     )
 
 
-def _summary_section(search, name):
-    """Title, one sentence and the totals that matter most."""
+def _missing(search):
+    """What the run directory lacks: pairs of content and file name."""
+    contents = (
+        ("the network that was found", "architecture.json", search.architecture),
+        ("accuracy against cost", "ranking.json", search.ranking),
+        ("the probabilities", "probabilities.jsonl", search.probabilities),
+    )
+    return [(what, file) for what, file, content in contents if not content]
+
+
+def _tiles(search):
+    """The most important totals: label, value and note of each."""
     last, summary = search.epochs[-1], search.summary
-    where = f"on {search.flags['data']}, {search.directory.resolve().name}"
     done = f"{last['epoch']:,} of {search.planned_epochs:,} epochs"
-    if summary:
-        cost, label = summary["found_cost"], "found cost"
+    if summary is None:
         tiles = [
-            ("samples", summary["total_samples"], f"{summary['total_evaluated']:,} evaluated"),
-            ("steps", summary["steps"], done),
+            _cost_tile(search, "expected cost", last["expected_cost"]),
+            ("samples", f"{last['total_samples']:,}", ""),
+            ("steps", f"{last['step']:,}", done),
+            ("time", _duration(last["seconds"]), ""),
         ]
-        usage = [
+    else:
+        tiles = [
+            _cost_tile(search, "found cost", summary["found_cost"]),
+            (
+                "samples",
+                f"{summary['total_samples']:,}",
+                f"{summary['total_evaluated']:,} evaluated",
+            ),
+            ("steps", f"{summary['steps']:,}", done),
             (
                 "time",
                 _duration(summary["wall_seconds"]),
@@ -87,96 +123,53 @@ def _summary_section(search, name):
             ),
             ("memory", f"{summary['peak_memory_mb'] / 1000:.1f} GB", "at its peak"),
         ]
-    else:
-        cost, label = last["expected_cost"], "expected cost"
-        tiles = [("samples", last["total_samples"], ""), ("steps", last["step"], done)]
-        usage = [("time", _duration(last["seconds"]), "")]
-    target = "no target"
+    return [dict(zip(("label", "value", "note"), tile)) for tile in tiles]
+
+
+def _cost_tile(search, label, cost):
+    note = "no target"
     if search.target is not None:
-        target = f"{cost / search.target:.1%} of the target {format_cost(search.target)}"
-    tiles = [(label, f"{format_cost(cost)} {search.unit}", target)] + [
-        (label, f"{value:,}", note) for label, value, note in tiles
-    ]
-    return (
-        f"<h1>Search of {html.escape(name)}</h1><p>{html.escape(where)}</p>"
-        f"{_left_out(search)}<dl class=tiles>{''.join(_tile(*each) for each in tiles + usage)}</dl>"
-    )
+        note = f"{cost / search.target:.1%} of the target {format_cost(search.target)}"
+    return label, f"{format_cost(cost)} {search.unit}", note
 
 
-def _tile(label, value, note):
-    label, value, note = map(html.escape, (label, value, note))
-    return f"<div><dt>{label}</dt><dd>{value}</dd><dd class=note>{note}</dd></div>"
-
-
-def _left_out(search):
-    """What the page lacks, and why."""
-    notes = []
-    if search.summary is None:
-        notes.append("The search has not ended: this is how it stands after its last epoch.")
-    missing = [
-        f"{what} (no {file})"
-        for what, file, content in (
-            ("the network that was found", "architecture.json", search.architecture),
-            ("accuracy against cost", "ranking.json", search.ranking),
-            ("the probabilities", "probabilities.jsonl", search.probabilities),
-        )
-        if not content
-    ]
-    if missing:
-        notes.append(f"Left out: {', '.join(missing)}.")
-    return f"<p class=notice>{' '.join(notes)}</p>" if notes else ""
-
-
-def _course_section(search, pictures):
+def _course(search, plots):
+    """The phases, and a plot of each group of metrics over the steps."""
     first, last = search.epochs[0], search.epochs[-1]
-    phases = ", ".join(
-        f'<span class="phase" style="background:var(--{name.replace("_", "-")})">{PHASES[name]}'
-        f"</span> to step {end:,}"
-        for name, _, end in search.phases
-    )
 
-    def course(column, digits=".3g"):
-        return f"from {first[column]:{digits}} to {last[column]:{digits}}"
+    def course(column, form="{:.3g}".format):
+        return f"from {form(first[column])} to {form(last[column])}"
 
-    costs = f"from {format_cost(first['expected_cost'])} to {format_cost(last['expected_cost'])} {search.unit}"
-    target = f", target {format_cost(search.target)}" if search.target is not None else ""
-    plots = {
-        "entropy": (
+    costs = f"{course('expected_cost', format_cost)} {search.unit}"
+    target = "" if search.target is None else f", target {format_cost(search.target)}"
+    figures = [
+        (
+            "entropy",
             "Entropy and samples",
             f"Entropy {course('entropy')} nats; samples a step {course('samples')}.",
         ),
-        "cost": ("Expected cost", f"Expected cost {costs}{target}."),
-        "loss": (
+        ("cost", "Expected cost", f"Expected cost {costs}{target}."),
+        (
+            "loss",
             "Loss and accuracy, means of the samples",
             f"Loss of the weights part {course('train_loss')}, of the architecture part "
             f"{course('validation_loss')}.",
         ),
+    ]
+    return {
+        "phases": [
+            {"key": key, "name": PHASES[key], "end": f"{end:,}"} for key, _, end in search.phases
+        ],
+        "figures": [
+            {"plot": plots[name], "title": title, "alt": alt} for name, title, alt in figures
+        ],
     }
-    figures = "".join(
-        f"<figure><figcaption>{title}</figcaption>{_picture(pictures[name], alt)}</figure>"
-        for name, (title, alt) in plots.items()
-    )
-    return f"<p>Phases: {phases}.</p><div class=course>{figures}</div>"
 
 
-def _picture(picture, alt):
-    light, dark, width = picture
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" width="{width}" alt="{html.escape(alt)}"></picture>'
-    )
-
-
-def _wide(content, label):
-    """A box that scrolls on its own where the page is narrower."""
-    return (
-        f'<div class=wide tabindex=0 role=region aria-label="{html.escape(label)}">{content}</div>'
-    )
-
-
-def _network_section(search):
+def _network(search):
+    """The derived network from image to classes, with the cost of each part."""
     if search.architecture is None:
-        return ""
+        return None
     parts = search.architecture.parts()
     try:
         costs = [search.cost(part) for part in parts]
@@ -185,27 +178,25 @@ def _network_section(search):
             f"architecture.json in {search.directory} has a part that its latency table lacks: "
             f"{error}"
         ) from None
-    unit, total, largest = search.cost.unit, sum(costs), max(costs)
+    total, largest = sum(costs), max(costs)
     names = ["stem", *(f"block {index}" for index in range(len(parts) - 2)), "head"]
-    rows = []
-    for name, part, cost in zip(names, parts, costs):
-        kind = "skipped" if getattr(part.layers, "skip", False) else "part"
-        rows.append(
-            f"<li class=tensor>{_shape(part)}</li>"
-            f"<li class={kind}><b>{name}</b> <span class=what>{_describe(part)}</span> "
-            f"<i class=bar><i style='width:{100 * cost / (largest or 1):.1f}%'></i></i> "
-            f"<span class=cost>{format_cost(cost)} {unit}</span> "
-            f"<span class=share>{cost / (total or 1):.1%}</span></li>"
-        )
-    return (
-        f"<p>{format_cost(total)} {unit} in all. Bars: {unit} of each part. Between the parts: height x "
-        f"width x channels.</p><ol class=network>{''.join(rows)}"
-        f"<li class=tensor>{search.architecture.num_classes:,} classes</li></ol>"
-    )
-
-
-def _shape(part):
-    return f"{part.size[0]} &times; {part.size[1]} &times; {part.channels}"
+    return {
+        "total": format_cost(total),
+        "unit": search.cost.unit,
+        "num_classes": f"{search.architecture.num_classes:,}",
+        "parts": [
+            {
+                "name": name,
+                "shape": " \u00d7 ".join(map(str, (*part.size, part.channels))),
+                "description": _describe(part),
+                "skipped": getattr(part.layers, "skip", False),
+                "cost": format_cost(cost),
+                "bar": f"{100 * cost / (largest or 1):.1f}%",
+                "share": f"{cost / (total or 1):.1%}",
+            }
+            for name, part, cost in zip(names, parts, costs)
+        ],
+    }
 
 
 def _describe(part):
@@ -213,16 +204,14 @@ def _describe(part):
     layers = part.layers
     if isinstance(layers, Head):
         dense = f", dense layer of {layers.dense_units}" if layers.dense_units else ""
-        return (
-            f"1&times;1 to {layers.filters} channels, {layers.activation}, average pooling{dense}"
-        )
+        return f"1\u00d71 to {layers.filters} channels, {layers.activation}, average pooling{dense}"
     stride = f", stride {layers.strides}" if layers.strides > 1 else ""
-    kernel = f"{layers.kernel_size}&times;{layers.kernel_size}"
+    kernel = f"{layers.kernel_size}\u00d7{layers.kernel_size}"
     if isinstance(layers, Stem):
         return f"{kernel} convolution{stride}, {layers.activation}"
     keeps_shape = layers.strides == 1 and layers.filters == part.channels
     if layers.skip:
-        return "skipped" if keeps_shape else f"skipped, with a 1&times;1 projection{stride}"
+        return "skipped" if keeps_shape else f"skipped, with a 1\u00d71 projection{stride}"
     if layers.expansion != 1:
         expanded = expanded_filters(part.channels, layers.expansion)
         kernel += f", expansion {layers.expansion:g} to {expanded} channels"
@@ -233,74 +222,74 @@ def _describe(part):
     return f"{kernel}, {layers.activation}{attention}{stride}{adds_input}"
 
 
-def _ranking_section(search, pictures):
-    if "pareto" not in pictures:
-        return ""
-    networks, images = search.ranking["architectures"], search.ranking["images"]
+def _ranking(search, plots):
+    """The ranked networks: a plot and the rows of a table."""
+    if "pareto" not in plots:
+        return None
+    networks, unit = search.ranking["architectures"], search.ranking["cost_unit"]
     best = max(networks, key=lambda each: each["accuracy"])
-    alt = (
-        f"{len(networks)} networks, cost against accuracy; the best, {best['name']}, reaches "
-        f"{best['accuracy']:.2%} at {format_cost(best['cost'])} {search.ranking['cost_unit']}."
-    )
-    head = ("rank", "network", "accuracy", "loss", f"cost ({search.ranking['cost_unit']})")
-    head += ("MACs", "parameters", "log p", "on the Pareto front")
-    rows = [
-        (
-            *(str(each["rank"]), each["name"], f"{each['accuracy']:.2%}", f"{each['loss']:.4f}"),
-            *(format_cost(each["cost"]), f"{each['macs']:,}", f"{each['params']:,}"),
-            "" if each["log_prob"] is None else f"{each['log_prob']:.2f}",
-            "yes" if each["pareto"] else "",
-        )
-        for each in sorted(networks, key=lambda each: each["rank"])
-    ]
+    head = ("rank", "network", "accuracy", "loss", f"cost ({unit})", "MACs", "parameters")
+    return {
+        "count": f"{len(networks):,}",
+        "images": f"{search.ranking['images']:,}",
+        "plot": plots["pareto"],
+        "alt": (
+            f"{len(networks)} networks, cost against accuracy; the best, {best['name']}, reaches "
+            f"{best['accuracy']:.2%} at {format_cost(best['cost'])} {unit}."
+        ),
+        "head": (*head, "log p", "on the Pareto front"),
+        "rows": [_ranking_row(each) for each in sorted(networks, key=lambda each: each["rank"])],
+    }
+
+
+def _ranking_row(network):
+    log_prob = network["log_prob"]
     return (
-        f"<p>{len(networks):,} networks with the shared weights, on {images:,} images. "
-        "Pareto front: nothing cheaper is as accurate.</p>"
-        f"{_wide(_picture(pictures['pareto'], alt), 'Plot of accuracy against cost')}"
-        f"<details><summary>All {len(networks):,}, as a table</summary>"
-        f"{_table(head, rows)}</details>"
+        str(network["rank"]),
+        network["name"],
+        f"{network['accuracy']:.2%}",
+        f"{network['loss']:.4f}",
+        format_cost(network["cost"]),
+        f"{network['macs']:,}",
+        f"{network['params']:,}",
+        "" if log_prob is None else f"{log_prob:.2f}",
+        "yes" if network["pareto"] else "",
     )
 
 
-def _probability_section(search, pictures):
-    if "probabilities" not in pictures:
-        return ""
+def _probabilities(search, plots):
+    """The probability of each choice: a plot over the steps and the rows of a table."""
+    if "probabilities" not in plots:
+        return None
     last = search.probabilities[-1]
-    rows = [
-        (
-            f"block {index}",
-            name,
-            ", ".join(
-                f"{choice}: {value:.1%}"
-                for choice, value in sorted(choices.items(), key=lambda item: -item[1])
-            ),
-        )
-        for index, block in enumerate(last["blocks"])
-        for name, choices in block.items()
-    ]
-    alt = (
-        f"Heat maps over the steps, one a block, of the probability of each choice; the table "
-        f"below has the values after step {last['step']:,}."
-    )
-    head = ("block", "variable", "choices, most probable first")
-    return (
-        "<p>After each epoch. For what a skipped block lacks, as its kernel size, it holds where "
-        "the block is not skipped. Blocks that share their choices are one here; what has one "
-        "choice alone is left out.</p>"
-        f"{_wide(_picture(pictures['probabilities'], alt), 'Heat maps of the probabilities')}"
-        f"<details><summary>After step {last['step']:,}, as a table</summary>"
-        f"{_table(head, rows)}</details>"
-    )
+    step = f"{last['step']:,}"
+    return {
+        "step": step,
+        "plot": plots["probabilities"],
+        "alt": (
+            "Heat maps over the steps, one a block, of the probability of each choice; the table "
+            f"below has the values after step {step}."
+        ),
+        "rows": [
+            (f"block {index}", name, _list_choices(choices))
+            for index, block in enumerate(last["blocks"])
+            for name, choices in block.items()
+        ],
+    }
 
 
-def _totals_section(search):
-    if search.summary is None:
-        return ""
-    rows = [
+def _list_choices(choices):
+    """Choices and their probabilities, the most probable first."""
+    ranked = sorted(choices.items(), key=lambda item: -item[1])
+    return ", ".join(f"{choice}: {probability:.1%}" for choice, probability in ranked)
+
+
+def _totals(search):
+    """Labels and values of the summary; empty while there is none."""
+    return [
         (_LABELS.get(key, key.replace("_", " ")), _value(value))
-        for key, value in search.summary.items()
+        for key, value in (search.summary or {}).items()
     ]
-    return _table(("total", "value"), rows)
 
 
 def _value(value):
@@ -331,111 +320,3 @@ def _duration(seconds):
     if hours:
         return f"{hours:,} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def _table(head, rows):
-    """A table of text, whose first column names the rows."""
-    heads = "".join(f"<th scope=col>{html.escape(each)}</th>" for each in head)
-    body = "".join(
-        f"<tr><th scope=row>{html.escape(first)}</th>"
-        + "".join(f"<td>{html.escape(each)}</td>" for each in rest)
-        + "</tr>\n"
-        for first, *rest in rows
-    )
-    table = f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
-    return _wide(table, f"Table: {head[0]}, {head[1]}")
-
-
-_STYLE = string.Template("""
-:root { color-scheme: light dark; $light }
-@media (prefers-color-scheme: dark) { :root { $dark } }
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
-}
-main { max-width: 1200px; margin: 0 auto; padding: 24px 20px 64px; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 0 0 8px; }
-h1 + p { color: var(--muted); margin: 4px 0 16px; overflow-wrap: anywhere; }
-section { border-top: 1px solid var(--line); margin-top: 32px; padding-top: 20px; }
-section > p { color: var(--muted); max-width: 90ch; margin: 0 0 12px; }
-a, summary { color: var(--first); }
-nav { display: flex; flex-wrap: wrap; gap: 4px 20px; margin-top: 16px; }
-:focus-visible { outline: 2px solid var(--first); outline-offset: 2px; }
-.notice {
-  background: var(--raised); border-left: 4px solid var(--second); padding: 8px 12px;
-  margin: 0 0 16px;
-}
-.tiles {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
-  margin: 0;
-}
-.tiles div { background: var(--raised); border-radius: 8px; padding: 12px 14px; }
-.tiles dt, .tiles .note { color: var(--muted); font-size: 0.85rem; font-weight: 400; }
-.tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600; line-height: 1.3; }
-.phase { color: var(--ink); padding: 1px 8px; border-radius: 4px; }
-.course {
-  display: grid; gap: 24px 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr));
-}
-figure { margin: 0; }
-figcaption { font-weight: 600; margin-bottom: 4px; }
-img { display: block; max-width: 100%; height: auto; }
-.wide { overflow-x: auto; }
-.wide img { max-width: none; }
-summary { cursor: pointer; margin: 12px 0; }
-table, .network { font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; }
-th, td {
-  text-align: left; vertical-align: top; padding: 5px 24px 5px 0;
-  border-bottom: 1px solid var(--line);
-}
-thead th { color: var(--muted); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 500; }
-.network { list-style: none; margin: 0; padding: 0; }
-.tensor {
-  color: var(--muted); font-size: 0.8rem; line-height: 22px; padding-left: 14px;
-  margin-left: 20px; border-left: 2px solid var(--line);
-}
-.part, .skipped {
-  display: grid; grid-template-columns: 4.5rem minmax(0, 1fr) 20% 8.5rem 3.5rem;
-  gap: 4px 12px; align-items: center; background: var(--raised); padding: 5px 12px;
-  border: 1px solid var(--line); border-left: 4px solid var(--first); border-radius: 6px;
-}
-.skipped { background: none; border-style: dashed; border-left: 4px solid var(--line); }
-.skipped, .share { color: var(--muted); }
-.bar { background: var(--ground); height: 10px; border-radius: 3px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--first); }
-.skipped .bar { background: none; }
-.cost, .share { text-align: right; }
-@media (max-width: 760px) {
-  main { padding: 16px 14px 48px; }
-  .part, .skipped { grid-template-columns: 4rem minmax(0, 1fr) auto; }
-  .what { grid-row: 2; grid-column: 1 / -1; }
-  .bar { grid-row: 3; grid-column: 1 / -1; }
-  .skipped .bar { display: none; }
-}
-""")
-
-_PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-<header>
-$summary
-<nav aria-label="Sections">$links</nav>
-</header>
-$sections</main>
-</body>
-</html>
-""")
