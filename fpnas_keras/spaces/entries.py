@@ -1,74 +1,88 @@
-"""The entries of several blocks as one array, for distributions and tables in the graph."""
+"""The entries of all search blocks of a space as arrays of one shape."""
 
 from collections.abc import Sequence
 
 import numpy as np
-import tensorflow as tf
+import numpy.typing as npt
 
-from fpnas_keras.spaces.space import VARIABLES, SearchBlock
-
-
-class RowMajor:
-    """Numbers all combinations of choices, row-major in a block and block after block.
-
-    Args:
-        cardinalities: Number of choices, integers of shape `(blocks, variables)`.
-    """
-
-    def __init__(self, cardinalities: np.ndarray):
-        ones = np.ones_like(cardinalities[:, :1])
-        reverse = np.concatenate([cardinalities[:, 1:], ones], axis=1)[:, ::-1]
-        self.place_values = np.cumprod(reverse, axis=1)[:, ::-1].astype(np.int32)
-        self.sizes = cardinalities.prod(axis=1)
-        self.first = np.cumsum([0, *self.sizes[:-1]]).astype(np.int32)
-
-    def __call__(self, choices: tf.Tensor) -> tf.Tensor:
-        """Numbers, int32 of shape `(..., blocks)`, of choices `(..., blocks, variables)`."""
-        return self.first + tf.reduce_sum(tf.cast(choices, tf.int32) * self.place_values, axis=-1)
+from fpnas_keras.spaces.search_block import VARIABLES, SearchBlock
 
 
 class Entries:
-    """What can be chosen in each of some blocks, padded to one shape.
+    """Numbers all that can be chosen in each search block of a space.
+
+    An entry is one of the different blocks that a search block can become; see `SearchBlock`. An
+    architecture is one entry for each search block: integers of shape `(blocks,)`. Distributions,
+    samples and costs work on entries. Networks need choices, the index of the choice of each
+    variable: integers of shape `(blocks, variables)`.
+
+    The arrays are padded to the search block with the most entries. Graph code gathers from them:
+
+    ```python
+    flat_choices = tf.constant(entries.choices.reshape(-1, len(VARIABLES)))
+    tf.gather(flat_choices, drawn + entries.offsets)
+    ```
 
     Args:
-        blocks: The blocks.
+        search_blocks: The search blocks.
 
     Attributes:
-        choices: Index of the choice of each variable in each entry, int32 of
-            shape `(blocks, entries, variables)`, 0 where there is no entry.
-        exists: bool of shape `(blocks, entries)`.
+        choices: Choices of each entry, int32 of shape `(blocks, entries, variables)`; 0 in the
+            padding and for irrelevant variables.
+        counts: Number of entries of each search block, int32 of shape `(blocks,)`.
+        exists: Whether there is such an entry, or else padding; bool of shape `(blocks, entries)`.
+        offsets: Where each search block begins in a flattened array of shape `(blocks, entries)`,
+            int32 of shape `(blocks,)`.
+
+    Example:
+
+    >>> entries = Entries([SearchBlock(filters=(8, 16), kernel_size=(3, 5))])
+    >>> entries.to_choices([2])  # 16 filters, kernel size 3
+    array([[0, 1, 0, 0, 0, 0]], dtype=int32)
+    >>> entries.from_choices([[0, 1, 0, 0, 0, 0]])
+    array([2], dtype=int32)
     """
 
-    def __init__(self, blocks: Sequence[SearchBlock]):
-        counts = np.array([len(block.entries) for block in blocks])
-        self.choices = np.zeros((len(blocks), counts.max(), len(VARIABLES)), np.int32)
-        for own, block in zip(self.choices, blocks):
-            own[: len(block.entries)] = block.entries
-        self.exists = np.arange(counts.max()) < counts[:, None]
-        self._row_major = RowMajor(np.array([block.cardinalities for block in blocks]))
-        self._entry_of_row = np.zeros(self._row_major.sizes.sum(), np.int32)
-        for block, (own, count) in enumerate(zip(self.choices, counts)):
-            rows = own[:count] @ self._row_major.place_values[block] + self._row_major.first[block]
-            self._entry_of_row[rows] = np.arange(count)
+    def __init__(self, search_blocks: Sequence[SearchBlock]):
+        self.counts = np.array([len(each.entries) for each in search_blocks], np.int32)
+        widest = int(self.counts.max())
+        self.choices = np.zeros((len(search_blocks), widest, len(VARIABLES)), np.int32)
+        for padded, search_block in zip(self.choices, search_blocks):
+            padded[: len(search_block.entries)] = search_block.entries
+        self.exists = np.arange(widest) < self.counts[:, None]
+        self.offsets = np.arange(len(search_blocks), dtype=np.int32) * widest
+        self._cardinalities = [each.cardinalities for each in search_blocks]
 
-    def index(self, choices: tf.Tensor) -> tf.Tensor:
-        """Number of the entry with the given choices in each block.
+    def to_choices(self, entries: npt.ArrayLike) -> np.ndarray:
+        """The choices of architectures.
 
         Args:
-            choices: Integers of shape `(..., blocks, variables)`, 0 where
-                irrelevant.
+            entries: Integers of shape `(..., blocks)`.
+
+        Returns:
+            int32 of shape `(..., blocks, variables)`.
+        """
+        return self.choices[np.arange(len(self.choices)), np.asarray(entries)]
+
+    def from_choices(self, choices: npt.ArrayLike) -> np.ndarray:
+        """The inverse of `to_choices`.
+
+        Args:
+            choices: Integers of shape `(..., blocks, variables)`, 0 for irrelevant variables.
 
         Returns:
             int32 of shape `(..., blocks)`.
+
+        Raises:
+            ValueError: If there is no entry with these choices.
         """
-        return tf.gather(tf.constant(self._entry_of_row), self._row_major(choices))
-
-    def flat(self, index: tf.Tensor) -> tf.Tensor:
-        """Positions of entries in a flattened array of shape `(blocks, entries)`."""
-        blocks, entries = self.exists.shape
-        return index + np.arange(blocks, dtype=np.int32) * entries
-
-    def gather(self, index: tf.Tensor) -> tf.Tensor:
-        """The inverse of `index`: the choices of entries."""
-        choices = self.choices.reshape(self.exists.size, -1)
-        return tf.gather(tf.constant(choices), self.flat(index))
+        choices = np.asarray(choices)
+        entries = np.zeros(choices.shape[:-1], np.int32)
+        for index, (cardinalities, count) in enumerate(zip(self._cardinalities, self.counts)):
+            # Entries are in row-major order, so the row-major numbers of their choices are sorted.
+            known = np.ravel_multi_index(self.choices[index, :count].T, cardinalities)
+            own = np.ravel_multi_index(np.moveaxis(choices[..., index, :], -1, 0), cardinalities)
+            entries[..., index] = np.minimum(np.searchsorted(known, own), count - 1)
+        if not np.array_equal(self.to_choices(entries), choices):
+            raise ValueError("`choices` must be choices of entries, 0 for irrelevant variables.")
+        return entries

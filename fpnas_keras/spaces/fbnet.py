@@ -23,7 +23,8 @@ Architecture Search", CVPR 2019, arXiv:1812.03443.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SearchBlock, Space
+from fpnas_keras.spaces.search_block import SearchBlock
+from fpnas_keras.spaces.space import Space
 
 # Filters, blocks, stride of the first.
 STAGES = ((16, 1, 1), (24, 4, 2), (32, 4, 2), (64, 4, 2), (112, 4, 1), (184, 4, 2), (352, 1, 1))

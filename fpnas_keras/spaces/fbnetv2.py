@@ -26,7 +26,8 @@ Dimensions", CVPR 2020, arXiv:2004.05565; the space "fine" is FP-NAS', arXiv:201
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SearchBlock, Space
+from fpnas_keras.spaces.search_block import SearchBlock
+from fpnas_keras.spaces.space import Space
 
 # Filters, blocks that share their choices, stride of the first.
 GROUPS = (

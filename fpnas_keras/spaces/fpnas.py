@@ -29,7 +29,8 @@ arXiv:2011.10949.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import Space, stage
+from fpnas_keras.spaces.search_block import stage
+from fpnas_keras.spaces.space import Space
 
 # Filters, blocks, stride of the first.
 STAGES = (

@@ -1,4 +1,4 @@
-"""Search spaces from files of the user: plain JSON, or Python."""
+"""Reads search spaces from the user's files: JSON or Python."""
 
 import pathlib
 import runpy
@@ -6,22 +6,24 @@ import runpy
 from fpnas_keras.architecture import Head, Stem
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_format, check_keys, read_fields, read_json, read_list
-from fpnas_keras.spaces.space import SearchBlock, Space
+from fpnas_keras.spaces.search_block import SearchBlock
+from fpnas_keras.spaces.space import Space
 
 FORMAT = 1
 SUFFIXES = (".json", ".py")
 
 
 def load(path: str, input_shape: tuple[int, int, int], num_classes: int) -> Space:
-    """Reads a space; its name is that of the file.
+    """Reads a space. The name of the file is the name of the space.
 
     A JSON file holds
 
         {"format": 1, "stem": {...}, "blocks": [...], "head": {...}}
 
-    with stem and head as in `architecture.json`, and for each block the arguments of
-    `SearchBlock`, with "same" for filters that are kept; what is left out has its default.
-    A Python file is run, and its function `space(input_shape, num_classes)` returns the space.
+    with the stem and the head as in `architecture.json`, and the arguments of `SearchBlock` for
+    each block. `"filters": ["same"]` keeps the channels. A key that is left out has its default.
+
+    A Python file is run. Its function `space(input_shape, num_classes)` returns the space.
 
     Args:
         path: The file.
@@ -29,7 +31,7 @@ def load(path: str, input_shape: tuple[int, int, int], num_classes: int) -> Spac
         num_classes: Number of classes.
 
     Raises:
-        UserError: When the file holds no space; the message names it and the key.
+        UserError: If the file does not define a space; the message names the file and the key.
     """
     name = pathlib.Path(path).stem
 
@@ -51,13 +53,13 @@ def load(path: str, input_shape: tuple[int, int, int], num_classes: int) -> Spac
 
 
 def _run(path, input_shape, num_classes):
-    """The space that a Python file makes."""
+    """Runs a Python file and gets its space."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"cannot read the space file {path}: there is no such file")
     try:
         function = runpy.run_path(path).get("space")
         space = function(input_shape, num_classes) if callable(function) else None
-    except (Exception, SystemExit) as error:  # Any code can be in it.
+    except (Exception, SystemExit) as error:  # The file can hold any code.
         raise UserError(f"the space file {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(space, Space):
         raise UserError(

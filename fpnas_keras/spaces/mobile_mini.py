@@ -17,7 +17,8 @@ At 32 pixels and 10 classes: 4.9e12 architectures of 0.74M to 11.4M MACs.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import Space, stage
+from fpnas_keras.spaces.search_block import stage
+from fpnas_keras.spaces.space import Space
 
 STAGES = (
     (2, (12, 16, 20)),

@@ -22,7 +22,8 @@ Reference: Howard et al., "Searching for MobileNetV3", arXiv:1905.02244; Cai et 
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SearchBlock, Space, stage
+from fpnas_keras.spaces.search_block import SearchBlock, stage
+from fpnas_keras.spaces.space import Space
 
 # Filters, stride of the first block, activation, splits.
 STAGES = (

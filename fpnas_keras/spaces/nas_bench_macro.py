@@ -19,7 +19,8 @@ CVPR 2021, arXiv:2103.11922.
 """
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.spaces.space import SearchBlock, Space
+from fpnas_keras.spaces.search_block import SearchBlock
+from fpnas_keras.spaces.space import Space
 
 STAGES = ((2, 64), (3, 128), (3, 256))
 OPERATIONS = (
