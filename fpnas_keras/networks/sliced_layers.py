@@ -1,31 +1,39 @@
-"""Keras layers that are sliced: the parts of the shared weights.
+"""Keras layers of the supernet. Each call uses a slice of their weights.
 
-A sliced layer stores its weights at their largest size and uses the leading
-channels (and the middle of the kernel) that tensors ask for at call time, so
-that one graph runs every architecture at that architecture's price.
+A sliced layer stores its weights at the largest size that the space contains. A call uses the
+leading channels and the middle of the kernel. The sizes are tensors, so one graph runs every
+architecture, and a call costs what that architecture costs.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
+from fpnas_keras.errors import UserError
 from fpnas_keras.networks.conventions import BN_EPSILON, make_conv_initializer
 
 
 class SlicedConv(keras.layers.Layer):
-    """A convolution that uses as many input and output channels as it is asked for.
+    """A convolution with "same" padding that uses some of its input and output channels.
 
     Args:
-        filters_in: Most channels in.
-        filters: Most channels out.
+        filters_in: Largest number of input channels.
+        filters: Largest number of output channels.
         kernel_size: Side of the kernel.
         strides: Stride.
-        use_bias: Whether a bias is added.
+        use_bias: Whether to add a bias.
     """
 
-    def __init__(self, filters_in, filters, kernel_size=1, strides=1, use_bias=False, **kwargs):
+    def __init__(
+        self,
+        filters_in: int,
+        filters: int,
+        kernel_size: int = 1,
+        strides: int = 1,
+        use_bias: bool = False,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.shape = (kernel_size, kernel_size, filters_in, filters)
         self.strides = strides
@@ -41,30 +49,39 @@ class SlicedConv(keras.layers.Layer):
         self.built = True
 
     def call(self, x: tf.Tensor, filters: tf.Tensor | int | None = None) -> tf.Tensor:
-        """Convolves the channels that `x` has to the first `filters` outputs (all if `None`)."""
+        """Convolves all channels of `x`.
+
+        Args:
+            x: Features, `(batch, height, width, channels)`, with at most `filters_in` channels.
+            filters: Number of output channels, all of them by default.
+
+        Returns:
+            Features with `filters` channels.
+        """
         filters = self.shape[-1] if filters is None else filters
         kernel_size, filters_in = self.shape[0], tf.shape(x)[-1]
         if kernel_size == self.strides == 1:
-            # oneDNN's 1x1 convolutions reorder their weights and are slower, most of all backwards.
-            kernel = _cut(tf.reshape(self.kernel, self.shape[2:]), (0, 0), (filters_in, filters))
+            # oneDNN's 1x1 convolutions reorder their weights. A matrix product is faster, above
+            # all in the backward pass.
+            kernel = _slice(tf.reshape(self.kernel, self.shape[2:]), (0, 0), (filters_in, filters))
             y = tf.matmul(tf.reshape(x, (-1, filters_in)), kernel)
             x = tf.reshape(y, (-1, *x.shape[1:3], filters))
         else:
             size = (kernel_size, kernel_size, filters_in, filters)
-            x = tf.nn.conv2d(x, _cut(self.kernel, (0,) * 4, size), self.strides, "SAME")
-        return x + _cut(self.bias, (0,), (filters,)) if self.use_bias else x
+            x = tf.nn.conv2d(x, _slice(self.kernel, (0,) * 4, size), self.strides, "SAME")
+        return x + _slice(self.bias, (0,), (filters,)) if self.use_bias else x
 
 
 class SlicedDepthwiseConv(keras.layers.Layer):
-    """A depthwise convolution with the middle of its kernel, on the channels it gets.
+    """A depthwise convolution with "same" padding that uses the middle of its kernel.
 
     Args:
-        filters: Most channels.
+        filters: Largest number of channels.
         kernel_size: Largest side of the kernel, odd.
         strides: Stride.
     """
 
-    def __init__(self, filters, kernel_size, strides=1, **kwargs):
+    def __init__(self, filters: int, kernel_size: int, strides: int = 1, **kwargs):
         super().__init__(**kwargs)
         self.shape = (kernel_size, kernel_size, filters, 1)
         self.strides = strides
@@ -77,74 +94,37 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         self.built = True
 
     def call(self, x: tf.Tensor, kernel_size: tf.Tensor | int) -> tf.Tensor:
-        """Convolves with the middle `kernel_size` square of the kernel."""
+        """Convolves all channels of `x`.
+
+        Args:
+            x: Features, `(batch, height, width, channels)`, with at most `filters` channels.
+            kernel_size: Side of the square in the middle of the kernel that is used, odd.
+
+        Returns:
+            Features with as many channels as `x`.
+        """
         first = (self.shape[0] - kernel_size) // 2
         size = (kernel_size, kernel_size, tf.shape(x)[-1], 1)
-        kernel = _cut(self.kernel, (first, first, 0, 0), size)
+        kernel = _slice(self.kernel, (first, first, 0, 0), size)
         return _depthwise_conv(x, kernel, self.strides, self.shape[0])
 
 
-def _depthwise_conv(x, kernel, stride, largest_kernel_size):
-    """`tf.nn.depthwise_conv2d` whose gradient is faster for kernels larger than 3.
-
-    For the gradient of those oneDNN takes a grouped convolution, twice as slow as TensorFlow's
-    own code, which is the one that runs where the padding is explicit.
-    """
-    strides = [1, stride, stride, 1]
-
-    def conv(x, kernel):
-        return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME")
-
-    if largest_kernel_size <= 3:
-        return conv(x, kernel)
-
-    @tf.custom_gradient
-    def conv_with_gradient(x, kernel):
-        def kernel_gradient(dy, padding):
-            return tf.nn.depthwise_conv2d_backprop_filter(
-                x, tf.shape(kernel), dy, strides, padding=padding
-            )
-
-        def gradient(dy):
-            dx = tf.nn.depthwise_conv2d_backprop_input(
-                tf.shape(x), kernel, dy, strides, padding="SAME"
-            )
-            # The size of the kernel is a tensor; its padding must be known beforehand.
-            paddings = ["SAME"] + [
-                [[0, 0], *(_same_padding(n, size, stride) for n in x.shape[1:3]), [0, 0]]
-                for size in range(5, largest_kernel_size + 1, 2)
-            ]
-            branches = [functools.partial(kernel_gradient, dy, each) for each in paddings]
-            return dx, switch(tf.maximum(tf.shape(kernel)[0] // 2 - 1, 0), branches)
-
-        return conv(x, kernel), gradient
-
-    # Identities, since tensors of other graphs must not get into the gradient.
-    return conv_with_gradient(tf.identity(x), tf.identity(kernel))
-
-
-def _same_padding(size, kernel_size, stride):
-    """Pixels before and after, as "SAME" has it."""
-    total = max(0, (-(-size // stride) - 1) * stride + kernel_size - size)
-    return [total // 2, total - total // 2]
-
-
 class SlicedBatchNorm(keras.layers.Layer):
-    """Batch normalization with the batch's statistics, always.
+    """Batch normalization that always uses the statistics of the batch.
 
-    Moving averages would mix the statistics of different architectures.
+    It has no moving averages: they would mix the statistics of different architectures.
 
     Args:
-        filters: Most channels.
+        filters: Largest number of channels.
     """
 
-    def __init__(self, filters, **kwargs):
+    def __init__(self, filters: int, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
         self.build()
 
     def build(self, input_shape: object = None) -> None:
-        # float32 under any policy: the fused op wants its scale and offset so.
+        # float32 under any dtype policy, as the fused operation requires.
         self.gamma = self.add_weight(
             name="gamma", shape=(self.filters,), initializer="ones", autocast=False
         )
@@ -154,34 +134,80 @@ class SlicedBatchNorm(keras.layers.Layer):
         self.built = True
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        scale, offset = (_cut(each, (0,), (tf.shape(x)[-1],)) for each in (self.gamma, self.beta))
-        # Keras' own layer is not the fused op on CPU.
+        """Normalizes features with at most `filters` channels."""
+        size = (tf.shape(x)[-1],)
+        # Keras' own layer does not use the fused operation on a CPU.
         return tf.compat.v1.nn.fused_batch_norm(
-            x, scale, offset, epsilon=BN_EPSILON, is_training=True
+            x,
+            _slice(self.gamma, (0,), size),
+            _slice(self.beta, (0,), size),
+            epsilon=BN_EPSILON,
+            is_training=True,
         )[0]
 
 
-def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
-    """The activation `names[index]`.
+def copy_slices(shared: keras.layers.Layer, layer: keras.layers.Layer) -> None:
+    """Gives a layer of a plain network the slices of a supernet layer's weights.
 
-    Its gradient starts from `x` alone: what a conditional keeps for the backward pass costs
-    memory, in the graph most of all.
+    Args:
+        shared: The layer of the supernet: a sliced layer, or a dense one, which is never sliced.
+        layer: The layer of the plain network.
+
+    Raises:
+        UserError: When the layers have different weights, or a weight of `layer` is larger.
+    """
+    weights = {variable.name: variable for variable in shared.weights}
+    names = [variable.name for variable in layer.trainable_variables]
+    if sorted(names) != sorted(weights):
+        raise UserError(
+            f"the layer `{layer.name}` must have the weights {', '.join(weights)}, as in the "
+            f"supernet. Received: weights={names}"
+        )
+    for variable in layer.trainable_variables:
+        value, shape = weights[variable.name].numpy(), tuple(variable.shape)
+        if len(shape) != value.ndim or any(n > m for n, m in zip(shape, value.shape)):
+            raise UserError(
+                f"the weight `{variable.name}` of the layer `{layer.name}` must fit into the "
+                f"supernet's, which has the shape {value.shape}. Received: shape={shape}"
+            )
+        if value.ndim == 4:  # a convolution kernel
+            first = (value.shape[0] - shape[0]) // 2
+            value = value[first:, first:]
+        variable.assign(value[tuple(slice(n) for n in shape)])
+
+
+def switch(index: tf.Tensor, branches: Sequence[Callable[[], tf.Tensor]]) -> tf.Tensor:
+    """Runs `branches[index]`. A single branch runs without a conditional."""
+    return branches[0]() if len(branches) == 1 else tf.switch_case(index, branches)
+
+
+def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
+    """Applies the activation `names[index]`.
+
+    The gradient is computed from `x` alone. Otherwise the conditional would keep what each
+    activation keeps for the backward pass, and need much more memory.
+
+    Args:
+        x: Features.
+        index: int32 scalar.
+        names: Names of Keras' activations.
     """
 
     @tf.custom_gradient
     def activated(x, index):
         def gradient(dy):
-            branches = [functools.partial(_activation_gradient, name, x, dy) for name in names]
+            branches = [lambda name=name: _activation_gradient(name, x, dy) for name in names]
             return switch(index, branches), None
 
-        functions = [keras.activations.get(name) for name in names]
-        return switch(index, [functools.partial(each, x) for each in functions]), gradient
+        branches = [lambda name=name: keras.activations.get(name)(x) for name in names]
+        return switch(index, branches), gradient
 
-    # Identities, since tensors of other graphs must not get into the gradient.
+    # `tf.identity` makes tensors of the current graph. The gradient must not capture others.
     return activated(tf.identity(x), tf.identity(index))
 
 
 def _activation_gradient(name, x, dy):
+    """Gradient with respect to `x` of an activation of `x`, given that of its output."""
     if name == "relu":
         return tf.raw_ops.ReluGrad(gradients=dy, features=x)
     if name == "relu6":
@@ -196,22 +222,71 @@ def _activation_gradient(name, x, dy):
     return tape.gradient(y, x, dy)
 
 
-def _cut(weight, begin, size):
-    """A part of a weight. Its gradient is padded, 3 to 10 times faster than `StridedSliceGrad`."""
-    begin = tf.stack(begin)  # a tensor of this graph, as in `activate`
+def _slice(weight, begin, size):
+    """`tf.slice` of a weight, with a faster gradient.
+
+    The gradient pads with zeros, which is 3 to 10 times faster than TensorFlow's own gradient of
+    strided slices.
+    """
+    begin = tf.stack(begin)  # a tensor of the current graph, as in `activate`
 
     @tf.custom_gradient
-    def cut(weight):
+    def sliced(weight):
         def gradient(dy):
-            dw = tf.pad(dy, tf.stack([begin, weight.shape - begin - tf.shape(dy)], axis=1))
+            after = weight.shape - begin - tf.shape(dy)
+            dw = tf.pad(dy, tf.stack([begin, after], axis=1))
             dw.set_shape(weight.shape)
             return dw
 
         return tf.slice(weight, begin, size), gradient
 
-    return cut(tf.convert_to_tensor(weight))
+    return sliced(tf.convert_to_tensor(weight))
 
 
-def switch(index: tf.Tensor, branches: Sequence[Callable[[], tf.Tensor]]) -> tf.Tensor:
-    """Runs branch number `index`, without a conditional where there is only one."""
-    return branches[0]() if len(branches) == 1 else tf.switch_case(index, branches)
+def _depthwise_conv(x, kernel, stride, largest_kernel_size):
+    """`tf.nn.depthwise_conv2d`, with a faster gradient for kernels larger than 3x3."""
+    strides = [1, stride, stride, 1]
+    if largest_kernel_size <= 3:
+        return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME")
+
+    @tf.custom_gradient
+    def conv(x, kernel):
+        def gradient(dy):
+            dx = tf.nn.depthwise_conv2d_backprop_input(
+                tf.shape(x), kernel, dy, strides, padding="SAME"
+            )
+            return dx, _kernel_gradient(x, tf.shape(kernel), dy, stride, largest_kernel_size)
+
+        return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME"), gradient
+
+    # Tensors of the current graph, as in `activate`.
+    return conv(tf.identity(x), tf.identity(kernel))
+
+
+def _kernel_gradient(x, kernel_shape, dy, stride, largest_kernel_size):
+    """Gradient of a depthwise convolution with respect to its kernel.
+
+    With "SAME" padding and kernels larger than 3x3, TensorFlow computes it by a grouped
+    convolution of oneDNN. With explicit padding it uses its own code, which is twice as fast.
+    """
+
+    def gradient_with(padding):
+        return tf.nn.depthwise_conv2d_backprop_filter(
+            x, kernel_shape, dy, [1, stride, stride, 1], padding=padding
+        )
+
+    # The size of the kernel is a tensor, but padding must be a constant. So each size has a
+    # branch: number 0 for 1x1 and 3x3, 1 for 5x5, 2 for 7x7, and so on.
+    paddings = ["SAME"]
+    for kernel_size in range(5, largest_kernel_size + 1, 2):
+        height, width = (_same_padding(n, kernel_size, stride) for n in x.shape[1:3])
+        paddings.append([[0, 0], height, width, [0, 0]])
+    branches = [lambda padding=padding: gradient_with(padding) for padding in paddings]
+    return switch(tf.maximum(kernel_shape[0] // 2 - 1, 0), branches)
+
+
+def _same_padding(size, kernel_size, stride):
+    """Pixels before and after an axis of `size` pixels under "SAME" padding."""
+    size_out = -(-size // stride)  # rounded up
+    total = max(0, (size_out - 1) * stride + kernel_size - size)
+    return [total // 2, total - total // 2]

@@ -1,18 +1,21 @@
-"""The shared weights of a whole space, called with images and choices."""
+"""The supernet: the shared weights of a space, which run any architecture of it."""
 
 import functools
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.architecture import attention_filters, expanded_filters
-from fpnas_keras.networks.conventions import make_rescaling
+from fpnas_keras.errors import UserError
+from fpnas_keras.networks.conventions import check_floatx, make_rescaling
 from fpnas_keras.networks.sliced_layers import (
     SlicedBatchNorm,
     SlicedConv,
     SlicedDepthwiseConv,
     activate,
+    copy_slices,
     switch,
 )
 from fpnas_keras.spaces import VARIABLES, SearchBlock, Space
@@ -21,16 +24,21 @@ from fpnas_keras.spaces import VARIABLES, SearchBlock, Space
 class Supernet(keras.layers.Layer):
     """Runs any architecture of a space with shared weights, in one graph.
 
-    A call computes what that architecture alone would compute, with batch
-    statistics in every batch normalization; nothing is retraced for another one.
+    A call computes what the plain network of that architecture computes, with the statistics of
+    the batch in every batch normalization. The choices are tensors: another architecture needs no
+    retracing.
 
     Args:
         space: The space.
-        recompute: Whether the backward pass computes the activations inside each
-            block anew instead of keeping them: less memory, more time.
+        recompute: Whether the backward pass recomputes the activations inside each block instead
+            of keeping them. This needs less memory and more time.
+
+    Raises:
+        UserError: When Keras' floatx is not float32.
     """
 
     def __init__(self, space: Space, recompute: bool = False, **kwargs):
+        check_floatx()
         kwargs.setdefault("name", "supernet")
         super().__init__(**kwargs)
         self.recompute = recompute
@@ -41,15 +49,8 @@ class Supernet(keras.layers.Layer):
         )
         self.stem_bn = SlicedBatchNorm(stem.filters, name="stem_bn")
         self.stem_activation = keras.activations.get(stem.activation)
-        # The blocks of the networks, and the row of the choices that each follows.
-        self.blocks, self.rows, filters_in = [], [], (stem.filters,)
-        for row, search_block in enumerate(space.blocks):
-            for block in search_block.positions:
-                name = f"block_{len(self.blocks)}"
-                self.blocks.append(SupernetBlock(block, filters_in, name=name))
-                self.rows.append(row)
-                filters_in = filters_in if block.keeps_filters else block.filters
-        self.head = SlicedConv(max(filters_in), head.filters, name="head")
+        filters = self._make_blocks(space)
+        self.head = SlicedConv(max(filters), head.filters, name="head")
         self.head_bn = SlicedBatchNorm(head.filters, name="head_bn")
         self.head_activation = keras.activations.get(head.activation)
         features = head.filters
@@ -60,209 +61,344 @@ class Supernet(keras.layers.Layer):
             )
             self.head_dense.build((None, features))
             features = head.dense_units
-        # Logits stay float32 under any policy.
+        # Logits stay float32 under any dtype policy.
         self.classes = keras.layers.Dense(space.num_classes, dtype="float32", name="classes")
         self.classes.build((None, features))
         self.built = True
 
+    def _make_blocks(self, space):
+        """Makes the blocks. Returns the choices of the number of channels after the last one."""
+        self.blocks = []
+        # For each block, the row of the choices that it follows: repeated blocks share a row.
+        self.rows = []
+        filters = (space.stem.filters,)
+        for row, search_block in enumerate(space.blocks):
+            for position in search_block.positions:
+                name = f"block_{len(self.blocks)}"
+                self.blocks.append(SupernetBlock(position, filters, name=name))
+                self.rows.append(row)
+                filters = filters if position.keeps_filters else position.filters
+        return filters
+
     def call(self, images: tf.Tensor, choices: tf.Tensor) -> tf.Tensor:
-        """Logits of one architecture.
+        """Computes the logits of one architecture.
 
         Args:
-            images: Pixels 0..255, shape `(batch,) + input_shape`.
-            choices: Index of the choice of each variable of each block, integers
-                of shape `(blocks, variables)`.
+            images: Pixels 0..255, float32 of shape `(batch,) + input_shape`.
+            choices: Index of the choice of each variable of each block, integers of shape
+                `(blocks, variables)`.
 
         Returns:
-            Logits of shape `(batch, num_classes)`.
+            Logits, float32 of shape `(batch, num_classes)`.
         """
         return self.logits(self.features(images), choices)
 
     @property
     def stem_variables(self) -> list[keras.Variable]:
-        """The weights that `features` uses."""
+        """The trainable variables of the stem, which `features` uses."""
         return self.stem.trainable_variables + self.stem_bn.trainable_variables
 
+    @property
+    def body_variables(self) -> list[keras.Variable]:
+        """The trainable variables of blocks and head, which `logits` uses."""
+        stem = {id(variable) for variable in self.stem_variables}
+        return [variable for variable in self.trainable_variables if id(variable) not in stem]
+
     def features(self, images: tf.Tensor) -> tf.Tensor:
-        """What the stem makes of images, the same for every architecture."""
+        """Runs the stem, which is the same for every architecture.
+
+        Args:
+            images: Pixels 0..255, float32 of shape `(batch,) + input_shape`.
+
+        Returns:
+            Features, `(batch, height, width, channels)`, in the compute dtype.
+        """
         return self.stem_activation(self.stem_bn(self.stem(self.rescaling(images))))
 
     def logits(self, features: tf.Tensor, choices: tf.Tensor) -> tf.Tensor:
-        """Logits of one architecture from the features of the stem; see `call`."""
-        x, filters_in = features, tf.constant(0)
-        rows = tf.unstack(choices, num=self.rows[-1] + 1)
+        """Runs the blocks and the head of one architecture.
+
+        Args:
+            features: Output of `features`.
+            choices: As in `call`.
+
+        Returns:
+            Logits, float32 of shape `(batch, num_classes)`.
+        """
+        x = features
+        # Index of the number of channels of `x` among the block's `filters_in`.
+        filters_in_index = tf.constant(0)
+        row_choices = tf.unstack(choices, num=self.rows[-1] + 1)
         for block, row in zip(self.blocks, self.rows):
-            run = functools.partial(block, choices=rows[row], filters_in=filters_in)
+            run = functools.partial(
+                block, choices=row_choices[row], filters_in_index=filters_in_index
+            )
             x = tf.recompute_grad(run)(x) if self.recompute else run(x)
-            if not block.block.keeps_filters:
-                filters_in = rows[row][VARIABLES.index("filters")]
+            if not block.search_block.keeps_filters:
+                filters_in_index = row_choices[row][VARIABLES.index("filters")]
         x = self.head_activation(self.head_bn(self.head(x)))
         x = tf.reduce_mean(x, axis=[1, 2])
         if self.head_dense is not None:
             x = self.head_dense(x)
         return self.classes(x)
 
-    def give_weights(self, model: keras.Model) -> None:
-        """Gives the network of an architecture of the space its slice of the shared weights.
+    # A method and not a property: Keras saves layers under the first attribute that has them.
+    def layers_by_plain_name(self) -> dict[str, keras.layers.Layer]:
+        """The layers that hold weights, by the name of the plain network's layer they stand for."""
+        layers = {
+            "stem": self.stem,
+            "stem_bn": self.stem_bn,
+            "head": self.head,
+            "head_bn": self.head_bn,
+            "classes": self.classes,
+        }
+        if self.head_dense is not None:
+            layers["head_dense"] = self.head_dense
+        for index, block in enumerate(self.blocks):
+            for suffix, layer in block.layers_by_suffix().items():
+                layers[f"block_{index}_{suffix}"] = layer
+        return layers
 
-        Its batch norms' moving statistics stay what they are: `network.recalibrate`.
+    def give_weights(self, model: keras.Model) -> None:
+        """Gives the plain network of an architecture of the space its slices of the shared weights.
+
+        The moving statistics of its batch normalizations do not change: see `recalibrate`.
 
         Args:
-            model: What `Architecture.build` made.
+            model: The network, from `Architecture.build`.
+
+        Raises:
+            UserError: When a layer with weights is not in the supernet, or does not fit.
         """
-        shared = {variable.path: variable.numpy() for variable in self.trainable_variables}
-        for variable in model.trainable_variables:
-            value = shared[variable.path]
-            if value.ndim == 4:  # the middle of the kernel, the leading channels
-                first = (value.shape[0] - variable.shape[0]) // 2
-                value = value[first:, first:]
-            variable.assign(value[tuple(slice(n) for n in variable.shape)])
+        shared = self.layers_by_plain_name()
+        for layer in model.layers:
+            if not layer.weights:
+                continue
+            if layer.name not in shared:
+                raise UserError(
+                    "`model` must be the network of an architecture of the supernet's space; the "
+                    f"supernet has no weights for one of its layers. Received: layer={layer.name}"
+                )
+            copy_slices(shared[layer.name], layer)
+
+
+class _Sizes(NamedTuple):
+    """Sizes of a sampled block, int32 scalars.
+
+    Attributes:
+        filters: Channels out.
+        kernel_size: Side of the depthwise kernel.
+        expanded: Channels between the expand and the project convolution.
+        bottleneck: Channels of the bottleneck of the attention.
+    """
+
+    filters: tf.Tensor
+    kernel_size: tf.Tensor
+    expanded: tf.Tensor
+    bottleneck: tf.Tensor
 
 
 class SupernetBlock(keras.layers.Layer):
-    """An MBConv block whose variables are tensors.
+    """An MBConv block whose choices are tensors.
 
-    What it computes is what `network.py` builds for the same choices: 1x1 expand,
-    depthwise, attention, 1x1 project, and the input added where shapes agree.
+    It computes what `NetworkBuilder.block` builds for the same choices: 1x1 expand, depthwise,
+    attention, 1x1 project, and a residual connection where the shapes of input and output agree.
 
     Args:
-        block: The choices.
-        filters_in: The numbers of channels that may come in.
+        search_block: The choices of one block (no repeats).
+        filters_in: The choices of the number of input channels.
+
+    Attributes:
+        expanded: Expanded channels for each choice of the input channels and each choice of
+            `expansion`, int32 of shape `(len(filters_in), len(search_block.expansion))`.
+        bottleneck: Channels of the bottleneck of the attention, of the same shape.
     """
 
-    def __init__(self, block: SearchBlock, filters_in: tuple[int, ...], **kwargs):
+    def __init__(self, search_block: SearchBlock, filters_in: tuple[int, ...], **kwargs):
         super().__init__(**kwargs)
-        self.block = block
+        self.search_block = search_block
         self.filters_in = filters_in
-        # Widths by (choice of filters in, choice of expansion).
-        expanded = [[expanded_filters(n, e) for e in block.expansion] for n in filters_in]
+        expanded = [[expanded_filters(n, e) for e in search_block.expansion] for n in filters_in]
+        bottleneck = [[attention_filters(n) for n in row] for row in expanded]
         self.expanded = np.array(expanded, np.int32)
-        self.bottleneck = np.vectorize(attention_filters)(self.expanded).astype(np.int32)
-        filters_out = filters_in if block.keeps_filters else block.filters
-        widest, filters = int(self.expanded.max()), max(filters_out)
-        if set(block.expansion) != {1}:
-            self.expand = SlicedConv(max(filters_in), widest, name=f"{self.name}_expand")
-            self.expand_bn = SlicedBatchNorm(widest, name=f"{self.name}_expand_bn")
-        names = [f"{self.name}_depthwise_{split}" for split in range(max(1, *block.splits))]
-        kernel_size = max(block.kernel_size)
-        self.depthwise = [
-            SlicedDepthwiseConv(widest, kernel_size, block.strides, name=name) for name in names
-        ]
-        self.depthwise_bn = [SlicedBatchNorm(widest, name=f"{name}_bn") for name in names]
-        self._make_attention(widest)
-        self.project = SlicedConv(widest, filters, name=f"{self.name}_project")
-        self.project_bn = SlicedBatchNorm(filters, name=f"{self.name}_project_bn")
-        # Whether input and output can, and whether they always do, have one shape.
-        self.may_agree = block.strides == 1 and bool(set(filters_in) & set(filters_out))
-        self.must_agree = block.strides == 1 and (
-            block.keeps_filters or len({*filters_in, *filters_out}) == 1
-        )
-        if True in block.skip and not self.must_agree:
-            self.skip = SlicedConv(
-                max(filters_in), filters, strides=block.strides, name=f"{self.name}_skip"
-            )
-            self.skip_bn = SlicedBatchNorm(filters, name=f"{self.name}_skip_bn")
+        self.bottleneck = np.array(bottleneck, np.int32)
+        filters_out = filters_in if search_block.keeps_filters else search_block.filters
+        self._compare_shapes(filters_out)
+        self._make_convolutions(max(filters_out))
         self.built = True
 
-    def _make_attention(self, widest):
-        bottleneck, splits = int(self.bottleneck.max()), self.block.splits
+    def _compare_shapes(self, filters_out):
+        """Finds out whether input and output may have one shape, and whether they always have."""
+        has_stride_1 = self.search_block.strides == 1
+        self.may_agree = has_stride_1 and not set(self.filters_in).isdisjoint(filters_out)
+        self.must_agree = has_stride_1 and (
+            self.search_block.keeps_filters or len({*self.filters_in, *filters_out}) == 1
+        )
 
-        def conv(filters_in, filters, name):
-            name = f"{self.name}_attention_{name}"
+    def _make_convolutions(self, filters):
+        """Makes the layers at their largest sizes, in the order of the variables in old files."""
+        block, name = self.search_block, self.name
+        filters_in, expanded = max(self.filters_in), int(self.expanded.max())
+        self.expand = self.expand_bn = None
+        if set(block.expansion) != {1}:
+            self.expand = SlicedConv(filters_in, expanded, name=f"{name}_expand")
+            self.expand_bn = SlicedBatchNorm(expanded, name=f"{name}_expand_bn")
+        splits = range(max(1, *block.splits))
+        self.depthwise = [
+            SlicedDepthwiseConv(
+                expanded, max(block.kernel_size), block.strides, name=f"{name}_depthwise_{split}"
+            )
+            for split in splits
+        ]
+        self.depthwise_bn = [
+            SlicedBatchNorm(expanded, name=f"{name}_depthwise_{split}_bn") for split in splits
+        ]
+        self._make_attention(expanded)
+        self.project = SlicedConv(expanded, filters, name=f"{name}_project")
+        self.project_bn = SlicedBatchNorm(filters, name=f"{name}_project_bn")
+        self.skip = self.skip_bn = None
+        if True in block.skip and not self.must_agree:
+            self.skip = SlicedConv(filters_in, filters, strides=block.strides, name=f"{name}_skip")
+            self.skip_bn = SlicedBatchNorm(filters, name=f"{name}_skip_bn")
+
+    def _make_attention(self, expanded):
+        bottleneck, splits = int(self.bottleneck.max()), self.search_block.splits
+
+        def conv(filters_in, filters, suffix):
+            name = f"{self.name}_attention_{suffix}"
             return SlicedConv(filters_in, filters, use_bias=True, name=name)
 
+        self.attention_reduce = self.attention_expand = None
+        self.attention_splits = []
         if max(splits) > 0:
-            self.attention_reduce = conv(widest, bottleneck, "reduce")
+            self.attention_reduce = conv(expanded, bottleneck, "reduce")
         if 1 in splits:
-            self.attention_expand = conv(bottleneck, widest, "expand")
+            self.attention_expand = conv(bottleneck, expanded, "expand")
         if max(splits) > 1:
             self.attention_splits = [
-                conv(bottleneck, widest, f"split_{split}") for split in range(max(splits))
+                conv(bottleneck, expanded, f"split_{split}") for split in range(max(splits))
             ]
 
-    def call(self, x: tf.Tensor, choices: tf.Tensor, filters_in: tf.Tensor) -> tf.Tensor:
+    def layers_by_suffix(self) -> dict[str, keras.layers.Layer]:
+        """The layers that hold weights, by the plain layer's name without the block's name."""
+        layers = {
+            "expand": self.expand,
+            "expand_bn": self.expand_bn,
+            "attention_reduce": self.attention_reduce,
+            "attention_expand": self.attention_expand,
+            "project": self.project,
+            "project_bn": self.project_bn,
+            "skip": self.skip,
+            "skip_bn": self.skip_bn,
+        }
+        for split, (conv, norm) in enumerate(zip(self.depthwise, self.depthwise_bn)):
+            layers |= {f"depthwise_{split}": conv, f"depthwise_{split}_bn": norm}
+        for split, conv in enumerate(self.attention_splits):
+            layers[f"attention_split_{split}"] = conv
+        return {suffix: layer for suffix, layer in layers.items() if layer is not None}
+
+    def call(self, x: tf.Tensor, choices: tf.Tensor, filters_in_index: tf.Tensor) -> tf.Tensor:
         """Runs the block.
 
         Args:
-            x: Features with as many channels as `filters_in` says.
-            choices: Index of the choice of each variable, shape `(variables,)`.
-            filters_in: Index of the channels of `x` among the block's `filters_in`.
+            x: Features, `(batch, height, width, channels)`.
+            choices: Index of the choice of each variable, integers of shape `(variables,)`.
+            filters_in_index: Index of the number of channels of `x` in `filters_in`, an integer
+                scalar.
+
+        Returns:
+            Features, `(batch, height, width, channels)`.
         """
         choice = dict(zip(VARIABLES, tf.unstack(choices, num=len(VARIABLES))))
-        if self.block.keeps_filters:
+        sizes = self._look_up_sizes(x, choice, filters_in_index)
+        branches = [
+            functools.partial(self._skipped if skip else self._mbconv, x, choice, sizes)
+            for skip in self.search_block.skip
+        ]
+        return switch(choice["skip"], branches)
+
+    def _look_up_sizes(self, x, choice, filters_in_index):
+        block = self.search_block
+        if block.keeps_filters:
             filters = tf.shape(x)[-1]
         else:
-            filters = tf.gather(tf.constant(self.block.filters), choice["filters"])
-        branches = {
-            False: lambda: self._mbconv(x, choice, filters_in, filters),
-            True: lambda: self._skipped(x, filters),
-        }
-        return switch(choice["skip"], [branches[value] for value in self.block.skip])
-
-    def _mbconv(self, inputs, choice, filters_in, filters):
-        row, column = filters_in, choice["expansion"]
-        expanded = tf.constant(self.expanded)[row, column]
-        x = self._expand(inputs, choice, expanded)
-        kernel_size = tf.gather(tf.constant(self.block.kernel_size), choice["kernel_size"])
-        widths = tf.constant(self.bottleneck)[row, column], expanded
-
-        def depthwise(split):
-            parts = self.depthwise[split](x, kernel_size)
-            return self._activate(self.depthwise_bn[split](parts), choice)
-
-        first = depthwise(0)  # whatever the splits are
-
-        def attend(splits):
-            if splits == 0:
-                return first
-            if splits == 1:
-                return first * self._gate(first, *widths)
-            parts = [first] + [depthwise(split) for split in range(1, splits)]
-            gates = self._split_gates(parts, *widths)
-            return tf.add_n([part * gate for part, gate in zip(parts, gates)])
-
-        branches = [functools.partial(attend, splits) for splits in self.block.splits]
-        x = switch(choice["splits"], branches)
-        x = self.project_bn(self.project(x, filters))
-        return self._where_shapes_agree(inputs, filters, lambda: x + inputs, lambda: x)
-
-    def _skipped(self, x, filters):
-        return self._where_shapes_agree(
-            x, filters, lambda: x, lambda: self.skip_bn(self.skip(x, filters))
+            filters = tf.gather(tf.constant(block.filters), choice["filters"])
+        return _Sizes(
+            filters=filters,
+            kernel_size=tf.gather(tf.constant(block.kernel_size), choice["kernel_size"]),
+            expanded=tf.constant(self.expanded)[filters_in_index, choice["expansion"]],
+            bottleneck=tf.constant(self.bottleneck)[filters_in_index, choice["expansion"]],
         )
 
-    def _expand(self, x, choice, expanded):
-        """Widths are tensors; only expansion 1, which has no convolution, is another branch."""
-        if set(self.block.expansion) == {1}:
-            return x
-        is_one = np.equal(self.block.expansion, 1)
+    def _skipped(self, x, choice, sizes):
+        """The identity, or a projection where the shapes of input and output differ."""
+        return self._where_shapes_agree(
+            x, sizes, lambda: x, lambda: self.skip_bn(self.skip(x, sizes.filters))
+        )
+
+    def _mbconv(self, inputs, choice, sizes):
+        x = self._expand(inputs, choice, sizes)
+        # Every choice of `splits` has this convolution.
+        first = self._depthwise(0, x, choice, sizes)
         branches = [
-            lambda: self._activate(self.expand_bn(self.expand(x, expanded)), choice),
-            lambda: x,
+            functools.partial(self._attend, splits, x, first, choice, sizes)
+            for splits in self.search_block.splits
         ]
-        index = tf.gather(is_one.astype(np.int32), choice["expansion"])
-        return switch(index, branches[: 1 + is_one.any()])
+        x = switch(choice["splits"], branches)
+        x = self.project_bn(self.project(x, sizes.filters))
+        return self._where_shapes_agree(inputs, sizes, lambda: x + inputs, lambda: x)
+
+    def _expand(self, x, choice, sizes):
+        """The 1x1 convolution, for an expansion other than 1; the identity for 1."""
+        is_one = [int(expansion == 1) for expansion in self.search_block.expansion]
+
+        def expand():
+            return self._activate(self.expand_bn(self.expand(x, sizes.expanded)), choice)
+
+        if all(is_one):
+            return x
+        if not any(is_one):
+            return expand()
+        # The expanded channels are a tensor: all other expansions share one branch.
+        branch = tf.gather(tf.constant(is_one, tf.int32), choice["expansion"])
+        return switch(branch, [expand, lambda: x])
+
+    def _depthwise(self, split, x, choice, sizes):
+        x = self.depthwise_bn[split](self.depthwise[split](x, sizes.kernel_size))
+        return self._activate(x, choice)
+
+    def _attend(self, splits, x, first, choice, sizes):
+        """Applies the attention to `first`, the first of `splits` depthwise convolutions of `x`."""
+        if splits == 0:
+            return first
+        if splits == 1:
+            return self._squeeze_excite(first, sizes)
+        others = [self._depthwise(split, x, choice, sizes) for split in range(1, splits)]
+        return self._split_attention([first, *others], sizes)
 
     def _activate(self, x, choice):
-        return activate(x, choice["activation"], self.block.activation)
+        return activate(x, choice["activation"], self.search_block.activation)
 
-    def _gate(self, x, bottleneck, expanded):
-        features = self._attention_bottleneck([x], bottleneck)
-        return keras.activations.hard_sigmoid(self.attention_expand(features, expanded))
+    def _squeeze_excite(self, x, sizes):
+        gate = self.attention_expand(self._attention_bottleneck([x], sizes), sizes.expanded)
+        return x * keras.activations.hard_sigmoid(gate)
 
-    def _split_gates(self, parts, bottleneck, expanded):
-        features = self._attention_bottleneck(parts, bottleneck)
+    def _split_attention(self, parts, sizes):
+        """The sum of the splits, weighted by a softmax over the splits for every channel."""
+        features = self._attention_bottleneck(parts, sizes)
         layers = self.attention_splits[: len(parts)]
-        logits = tf.stack([layer(features, expanded) for layer in layers])
-        return tf.unstack(tf.nn.softmax(logits, axis=0))
+        logits = tf.stack([layer(features, sizes.expanded) for layer in layers])
+        gates = tf.unstack(tf.nn.softmax(logits, axis=0))
+        return tf.add_n([part * gate for part, gate in zip(parts, gates)])
 
-    def _attention_bottleneck(self, parts, bottleneck):
+    def _attention_bottleneck(self, parts, sizes):
         pooled = tf.add_n([tf.reduce_mean(part, axis=[1, 2], keepdims=True) for part in parts])
-        return tf.nn.relu(self.attention_reduce(pooled, bottleneck))
+        return tf.nn.relu(self.attention_reduce(pooled, sizes.bottleneck))
 
-    def _where_shapes_agree(self, x, filters, agree, differ):
+    def _where_shapes_agree(self, x, sizes, agree, differ):
+        """Runs `agree` where the block's output has the shape of its input `x`, else `differ`."""
         if not self.may_agree:
             return differ()
         if self.must_agree:
             return agree()
-        return tf.cond(tf.equal(tf.shape(x)[-1], filters), agree, differ)
+        return tf.cond(tf.equal(tf.shape(x)[-1], sizes.filters), agree, differ)
