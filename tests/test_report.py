@@ -128,12 +128,14 @@ def reported(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Empty plots, where a test is about the text of the page: drawing takes a second."""
-    drawings = writer.drawings
+    plots = writer.available_plots
 
     def blank(search, theme):
         return Figure((1, 1))
 
-    monkeypatch.setattr(writer, "drawings", lambda search: dict.fromkeys(drawings(search), blank))
+    monkeypatch.setattr(
+        writer, "available_plots", lambda search: dict.fromkeys(plots(search), blank)
+    )
 
 
 @pytest.fixture
@@ -168,6 +170,10 @@ def test_everything_is_in_the_page(reported):
         assert total in seen
     assert "2.0e65" in seen and "8 x 8 x 1" in seen and "keras 3.15.1" in seen
     assert "warm-up to step 100, factorized to step 200, joint to step 300." in seen
+    for word in ("The warm-up trains", "In the factorized phase", "In the joint phase"):
+        assert word in seen
+    for word in ("Its unit is the nat", "Beta is the weight", "K is the number"):
+        assert seen.count(word) == 1
     for choice in ("16: 75.0%, 12: 25.0%", "relu: 50.0%", "hard_silu: 50.0%"):
         assert choice in seen
     assert f"block 2 operation {OPERATION}: 90.0%, skip=True: 10.0%" in seen
@@ -175,23 +181,23 @@ def test_everything_is_in_the_page(reported):
     assert "1 sample 3 93.00% 0.3100 1,900,000 1,480,001 60,001 -12.25 yes" in seen
     assert "3 configs/other.json 91.25%" in seen
     assert "stratified false" in seen and "two_sided true" in seen
-    assert "Left out" not in seen and "not ended" not in seen
+    assert "Not on this page" not in seen and "not finished" not in seen
 
 
 def test_network_from_image_to_classes(reported):
     seen = words(reported[1])
     costs = [MacsCost()(part) for part in ARCHITECTURE.parts()]
-    assert f"{format_cost(sum(costs))} MACs in all" in seen
+    assert f"costs {format_cost(sum(costs))} MACs in total" in seen
     places = [
         seen.index(f"{format_cost(cost)} MACs {cost / sum(costs):.1%}") for cost in costs if cost
     ]
     assert places == sorted(places)
-    drawn = seen[seen.index("MACs in all") :]
+    drawn = seen[seen.index("MACs in total") :]
     for index, block in enumerate(ARCHITECTURE.blocks):
         first = re.search(rf"block {index} (\w+)", drawn)[1]
         assert first == ("skipped" if block.skip else f"{block.kernel_size}x{block.kernel_size}")
     assert "8 x 8 x 1 stem 3x3 convolution, hard_silu" in drawn
-    assert "average pooling, dense layer of 8" in seen and "3 classes" in seen
+    assert "average pooling, dense layer of 8 units" in seen and "3 classes" in seen
 
 
 def test_pictures(reported):
@@ -231,8 +237,13 @@ def test_what_files_hold_is_text(run):
 
 def test_unfinished_run_of_one_epoch(unfinished, undrawn):
     seen = words(page(unfinished))
-    assert "has not ended" in seen and "accuracy against cost (no ranking.json)" in seen
-    assert "1 of 3 epochs" in seen and "2,345,679 MACs" in seen and "no target" in seen
+    assert "search is not finished" in seen and "accuracy against cost (no ranking.json)" in seen
+    assert (
+        "1 of 3 epochs" in seen
+        and "2,345,679 MACs" in seen
+        and "no target" in seen
+        and "Beta" not in seen
+    )
     assert "1 min 16 s" in seen
     assert pictures(unfinished) == {"entropy", "cost", "loss"}
 
@@ -279,9 +290,9 @@ def test_latency_run(run, undrawn):
     seen = words(page(run))
     total = sum(map(LatencyCost(table), ARCHITECTURE.parts()))
     assert "1.25 ms 83.3% of the target 1.5" in seen
-    assert f"{format_cost(total)} ms in all" in seen and "0.125 ms" in seen
+    assert f"{format_cost(total)} ms in total" in seen and "0.125 ms" in seen
     table.unlink()
-    assert f"{ARCHITECTURE.macs():,} MACs in all" in words(page(run))
+    assert f"{ARCHITECTURE.macs():,} MACs in total" in words(page(run))
 
 
 def test_latency_table_of_another_space(run, undrawn):
@@ -294,7 +305,7 @@ def test_latency_table_of_another_space(run, undrawn):
 
 def test_parameters_run(run, undrawn):
     write_flags(run, cost="params")
-    assert f"{ARCHITECTURE.params():,} parameters in all" in words(page(run))
+    assert f"{ARCHITECTURE.params():,} parameters in total" in words(page(run))
 
 
 def test_same_files_same_bytes(reported, run):
@@ -363,7 +374,7 @@ def test_bad_file_is_refused_by_name(run, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         write_report(run)
     assert str(run / name) in str(caught.value) and "\n" not in str(caught.value)
-    assert not (run / "report.html").exists()
+    assert not (run / "report.html").exists() and not (run / "report").exists()
 
 
 @pytest.mark.parametrize(
@@ -404,3 +415,12 @@ def test_command_line(unfinished):
     assert stdout == f"{unfinished / 'report.html'}\n"
     assert "Traceback" not in other_stderr and other_stdout == ""
     assert other_stderr.strip().splitlines()[-1].startswith("error: `search_dir` must be")
+
+
+def test_import_loads_neither_keras_nor_matplotlib():
+    code = (
+        "import sys; from fpnas_keras import report; assert report.__all__ == ['write_report']; "
+        "print([name for name in ('tensorflow', 'keras', 'matplotlib') if name in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.stdout == "[]\n", process.stderr

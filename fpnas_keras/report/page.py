@@ -9,8 +9,8 @@ import jinja2
 from fpnas_keras.architecture import Head, Stem, expanded_filters
 from fpnas_keras.cost import format_cost
 from fpnas_keras.errors import UserError
-from fpnas_keras.report.plots import DARK, LIGHT
-from fpnas_keras.runs.search_run import PHASES, Search
+from fpnas_keras.report.themes import DARK, LIGHT
+from fpnas_keras.runs.run_directory import PHASES, SearchRun
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("fpnas_keras.report"),
@@ -19,25 +19,34 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# Labels of the totals. The other keys of summary.json are shown as they are.
 _LABELS = {
     "num_architectures": "architectures in the space",
-    "num_logits": "logits",
-    "total_samples": "samples drawn",
-    "total_evaluated": "samples evaluated (equal ones of a step once)",
+    "num_logits": "logits of the distribution",
+    "total_samples": "samples",
+    "total_evaluated": "samples evaluated (equal samples of a step are evaluated once)",
+    "initial_entropy": "entropy at the start (nats)",
     "entropy": "entropy at the end (nats)",
     "expected_cost": "expected cost at the end",
     "found_cost": "cost of the derived network",
     "derivation_log_prob": "log p of the derived network (nats)",
-    "derivation_least": "least cost that was asked for",
-    "derivation_gap": "log p that a better one might have more (nats)",
+    "derivation_least": "lowest cost allowed for the derived network",
+    "derivation_gap": "log p of the optimum minus log p of the derived network, at most (nats)",
     "macs": "MACs of the derived network",
     "params": "parameters of the derived network",
-    "mode_validation_loss": "loss of the most probable network, shared weights",
-    "mode_validation_accuracy": "accuracy of the most probable network, shared weights",
-    "mode_macs": "MACs of the most probable network, whatever it costs",
+    "mode_validation_loss": "loss of the most probable network, with the shared weights",
+    "mode_validation_accuracy": "accuracy of the most probable network, with the shared weights",
+    "mode_macs": "MACs of the most probable network, without a limit of the cost",
     "wall_seconds": "time (seconds)",
     "cpu_seconds": "CPU time (seconds)",
     "peak_memory_mb": "peak memory (MB)",
+}
+_PHASE_NOTES = {
+    "warm_up": "The warm-up trains the shared weights alone.",
+    "factorized": "In the factorized phase, each variable of a block has its own distribution.",
+    "joint": (
+        "In the joint phase, each block has one distribution over the combinations of its choices."
+    ),
 }
 
 
@@ -55,135 +64,125 @@ class Plot(NamedTuple):
     width: int
 
 
-def make_page(search: Search, plots: dict[str, Plot]) -> str:
+def make_page(run: SearchRun, plots: dict[str, Plot]) -> str:
     """Makes the page of a search.
 
     Args:
-        search: The search.
-        plots: The plots, by name, as `plots.drawings` names them.
+        run: The search.
+        plots: The plots, by name, as `plots.available_plots` names them.
 
     Returns:
         The page as HTML. It refers to no other file.
     """
-    name = pathlib.Path(search.flags["space"]).stem
+    name = pathlib.Path(run.flags["space"]).stem
     return _TEMPLATES.get_template("report.html").render(
         title=f"Search of {name}",
-        data=search.flags["data"],
-        directory=search.directory.resolve().name,
+        data=run.flags["data"],
+        directory=run.directory.resolve().name,
         light=LIGHT,
         dark=DARK,
-        unfinished=search.summary is None,
-        missing=_missing(search),
-        tiles=_tiles(search),
+        unfinished=not run.finished,
+        missing=_missing(run),
+        tiles=_tiles(run),
         sections={
-            "course": _course(search, plots),
-            "network": _network(search),
-            "ranking": _ranking(search, plots),
-            "probabilities": _probabilities(search, plots),
-            "totals": _totals(search),
-            "flags": sorted(search.flags.items()),
+            "progress": _progress(run, plots),
+            "network": _network(run),
+            "ranking": _ranking(run, plots),
+            "probabilities": _probabilities(run, plots),
+            "totals": _totals(run),
+            "flags": sorted(run.flags.items()),
         },
     )
 
 
-def _missing(search):
+def _missing(run):
     """What the run directory lacks: pairs of content and file name."""
     contents = (
-        ("the network that was found", "architecture.json", search.architecture),
-        ("accuracy against cost", "ranking.json", search.ranking),
-        ("the probabilities", "probabilities.jsonl", search.probabilities),
+        ("the derived network", "architecture.json", run.architecture),
+        ("accuracy against cost", "ranking.json", run.ranking),
+        ("the probability of each choice", "probabilities.jsonl", run.probabilities),
     )
     return [(what, file) for what, file, content in contents if not content]
 
 
-def _tiles(search):
+def _tiles(run):
     """The most important totals: label, value and note of each."""
-    last, summary = search.epochs[-1], search.summary
-    done = f"{last['epoch']:,} of {search.planned_epochs:,} epochs"
+    last, summary = run.epochs[-1], run.summary
+    epochs = f"{last['epoch']:,} of {run.planned_epochs:,} epochs"
     if summary is None:
         tiles = [
-            _cost_tile(search, "expected cost", last["expected_cost"]),
+            _cost_tile(run, "expected cost", last["expected_cost"]),
             ("samples", f"{last['total_samples']:,}", ""),
-            ("steps", f"{last['step']:,}", done),
-            ("time", _duration(last["seconds"]), ""),
+            ("steps", f"{last['step']:,}", epochs),
+            ("time", _format_duration(last["seconds"]), ""),
         ]
     else:
+        evaluated = f"{summary['total_evaluated']:,} evaluated"
+        cpu_time = f"{_format_duration(summary['cpu_seconds'])} of CPU time"
         tiles = [
-            _cost_tile(search, "found cost", summary["found_cost"]),
-            (
-                "samples",
-                f"{summary['total_samples']:,}",
-                f"{summary['total_evaluated']:,} evaluated",
-            ),
-            ("steps", f"{summary['steps']:,}", done),
-            (
-                "time",
-                _duration(summary["wall_seconds"]),
-                f"{_duration(summary['cpu_seconds'])} CPU",
-            ),
-            ("memory", f"{summary['peak_memory_mb'] / 1000:.1f} GB", "at its peak"),
+            _cost_tile(run, "derived network", summary["found_cost"]),
+            ("samples", f"{summary['total_samples']:,}", evaluated),
+            ("steps", f"{summary['steps']:,}", epochs),
+            ("time", _format_duration(summary["wall_seconds"]), cpu_time),
+            ("peak memory", f"{summary['peak_memory_mb'] / 1000:.1f} GB", ""),
         ]
     return [dict(zip(("label", "value", "note"), tile)) for tile in tiles]
 
 
-def _cost_tile(search, label, cost):
+def _cost_tile(run, label, cost):
     note = "no target"
-    if search.target is not None:
-        note = f"{cost / search.target:.1%} of the target {format_cost(search.target)}"
-    return label, f"{format_cost(cost)} {search.unit}", note
+    if run.target is not None:
+        note = f"{cost / run.target:.1%} of the target {format_cost(run.target)}"
+    return label, f"{format_cost(cost)} {run.unit}", note
 
 
-def _course(search, plots):
+def _progress(run, plots):
     """The phases, and a plot of each group of metrics over the steps."""
-    first, last = search.epochs[0], search.epochs[-1]
-
-    def course(column, form="{:.3g}".format):
-        return f"from {form(first[column])} to {form(last[column])}"
-
-    costs = f"{course('expected_cost', format_cost)} {search.unit}"
-    target = "" if search.target is None else f", target {format_cost(search.target)}"
-    figures = [
-        (
-            "entropy",
-            "Entropy and samples",
-            f"Entropy {course('entropy')} nats; samples a step {course('samples')}.",
-        ),
-        ("cost", "Expected cost", f"Expected cost {costs}{target}."),
-        (
-            "loss",
-            "Loss and accuracy, means of the samples",
-            f"Loss of the weights part {course('train_loss')}, of the architecture part "
-            f"{course('validation_loss')}.",
-        ),
-    ]
+    phases = run.phases
     return {
-        "phases": [
-            {"key": key, "name": PHASES[key], "end": f"{end:,}"} for key, _, end in search.phases
-        ],
-        "figures": [
-            {"plot": plots[name], "title": title, "alt": alt} for name, title, alt in figures
-        ],
+        "phases": [{"key": key, "name": PHASES[key], "end": f"{end:,}"} for key, _, end in phases],
+        "phase_notes": [_PHASE_NOTES[key] for key in dict.fromkeys(key for key, *_ in phases)],
+        "plots": plots,
+        "alt": _describe_curves(run),
+        "has_target": run.target is not None,
     }
 
 
-def _network(search):
+def _describe_curves(run):
+    """What each plot over the steps shows, for readers who do not see it."""
+    first, last = run.epochs[0], run.epochs[-1]
+
+    def change(column, form="{:.3g}".format):
+        return f"from {form(first[column])} to {form(last[column])}"
+
+    target = "" if run.target is None else f" The target is {format_cost(run.target)}."
+    return {
+        "entropy": (f"Entropy {change('entropy')} nats. Samples per step {change('samples')}."),
+        "cost": f"Expected cost {change('expected_cost', format_cost)} {run.unit}.{target}",
+        "loss": (
+            f"Loss on the weights part {change('train_loss')}. "
+            f"Loss on the architecture part {change('validation_loss')}."
+        ),
+    }
+
+
+def _network(run):
     """The derived network from image to classes, with the cost of each part."""
-    if search.architecture is None:
+    if run.architecture is None:
         return None
-    parts = search.architecture.parts()
+    parts = run.architecture.parts()
     try:
-        costs = [search.cost(part) for part in parts]
+        costs = [run.cost(part) for part in parts]
     except KeyError as error:
         raise UserError(
-            f"architecture.json in {search.directory} has a part that its latency table lacks: "
-            f"{error}"
+            f"architecture.json in {run.directory} has a part that its latency table lacks: {error}"
         ) from None
     total, largest = sum(costs), max(costs)
     names = ["stem", *(f"block {index}" for index in range(len(parts) - 2)), "head"]
     return {
         "total": format_cost(total),
-        "unit": search.cost.unit,
-        "num_classes": f"{search.architecture.num_classes:,}",
+        "unit": run.cost.unit,
+        "num_classes": f"{run.architecture.num_classes:,}",
         "parts": [
             {
                 "name": name,
@@ -200,11 +199,14 @@ def _network(search):
 
 
 def _describe(part):
-    """What a part computes, for people."""
+    """What a part computes, in words."""
     layers = part.layers
     if isinstance(layers, Head):
-        dense = f", dense layer of {layers.dense_units}" if layers.dense_units else ""
-        return f"1\u00d71 to {layers.filters} channels, {layers.activation}, average pooling{dense}"
+        dense = f", dense layer of {layers.dense_units} units" if layers.dense_units else ""
+        return (
+            f"1\u00d71 convolution to {layers.filters} channels, {layers.activation}, "
+            f"average pooling{dense}"
+        )
     stride = f", stride {layers.strides}" if layers.strides > 1 else ""
     kernel = f"{layers.kernel_size}\u00d7{layers.kernel_size}"
     if isinstance(layers, Stem):
@@ -214,30 +216,31 @@ def _describe(part):
         return "skipped" if keeps_shape else f"skipped, with a 1\u00d71 projection{stride}"
     if layers.expansion != 1:
         expanded = expanded_filters(part.channels, layers.expansion)
-        kernel += f", expansion {layers.expansion:g} to {expanded} channels"
+        kernel += f", expansion {layers.expansion:g} ({expanded} channels)"
     attention = {0: "", 1: ", squeeze-excite"}.get(
-        layers.splits, f", split-attention over {layers.splits}"
+        layers.splits, f", split-attention of {layers.splits} splits"
     )
-    adds_input = ", adds its input" if keeps_shape else ""
-    return f"{kernel}, {layers.activation}{attention}{stride}{adds_input}"
+    residual = ", residual connection" if keeps_shape else ""
+    return f"{kernel}, {layers.activation}{attention}{stride}{residual}"
 
 
-def _ranking(search, plots):
+def _ranking(run, plots):
     """The ranked networks: a plot and the rows of a table."""
     if "pareto" not in plots:
         return None
-    networks, unit = search.ranking["architectures"], search.ranking["cost_unit"]
+    ranking = run.ranking
+    networks, unit = ranking["architectures"], ranking["cost_unit"]
     best = max(networks, key=lambda each: each["accuracy"])
-    head = ("rank", "network", "accuracy", "loss", f"cost ({unit})", "MACs", "parameters")
+    count = f"{len(networks):,}"
     return {
-        "count": f"{len(networks):,}",
-        "images": f"{search.ranking['images']:,}",
+        "count": count,
+        "images": f"{ranking['images']:,}",
+        "unit": unit,
         "plot": plots["pareto"],
         "alt": (
-            f"{len(networks)} networks, cost against accuracy; the best, {best['name']}, reaches "
-            f"{best['accuracy']:.2%} at {format_cost(best['cost'])} {unit}."
+            f"Cost and accuracy of {count} networks. The most accurate one, {best['name']}, "
+            f"reaches {best['accuracy']:.2%} at {format_cost(best['cost'])} {unit}."
         ),
-        "head": (*head, "log p", "on the Pareto front"),
         "rows": [_ranking_row(each) for each in sorted(networks, key=lambda each: each["rank"])],
     }
 
@@ -257,18 +260,18 @@ def _ranking_row(network):
     )
 
 
-def _probabilities(search, plots):
+def _probabilities(run, plots):
     """The probability of each choice: a plot over the steps and the rows of a table."""
     if "probabilities" not in plots:
         return None
-    last = search.probabilities[-1]
+    last = run.probabilities[-1]
     step = f"{last['step']:,}"
     return {
         "step": step,
         "plot": plots["probabilities"],
         "alt": (
-            "Heat maps over the steps, one a block, of the probability of each choice; the table "
-            f"below has the values after step {step}."
+            "One heat map per block, with the probability of each choice over the steps. "
+            f"The table below has the values after step {step}."
         ),
         "rows": [
             (f"block {index}", name, _list_choices(choices))
@@ -284,24 +287,24 @@ def _list_choices(choices):
     return ", ".join(f"{choice}: {probability:.1%}" for choice, probability in ranked)
 
 
-def _totals(search):
-    """Labels and values of the summary; empty while there is none."""
+def _totals(run):
+    """Labels and values of the summary. Empty for an unfinished search."""
     return [
-        (_LABELS.get(key, key.replace("_", " ")), _value(value))
-        for key, value in (search.summary or {}).items()
+        (_LABELS.get(key, key.replace("_", " ")), _format_value(value))
+        for key, value in (run.summary or {}).items()
     ]
 
 
-def _value(value):
+def _format_value(value):
     """A value of the summary, for people."""
     if isinstance(value, list):
-        return " x ".join(map(_scalar, value))
+        return " x ".join(map(_format_scalar, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_scalar(each)}" for key, each in value.items())
-    return _scalar(value)
+        return ", ".join(f"{key} {_format_scalar(each)}" for key, each in value.items())
+    return _format_scalar(value)
 
 
-def _scalar(value):
+def _format_scalar(value):
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int):
@@ -312,7 +315,7 @@ def _scalar(value):
     return value if isinstance(value, str) else "..."
 
 
-def _duration(seconds):
+def _format_duration(seconds):
     if not math.isfinite(seconds):
         return f"{seconds} s"
     minutes, seconds = divmod(round(seconds), 60)

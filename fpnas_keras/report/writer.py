@@ -5,8 +5,9 @@ import pathlib
 
 from fpnas_keras.files import replacing
 from fpnas_keras.report.page import Plot, make_page
-from fpnas_keras.report.plots import DARK, LIGHT, PIXELS_PER_INCH, drawings, svg
-from fpnas_keras.runs.search_run import read
+from fpnas_keras.report.plots import available_plots, to_data_uri
+from fpnas_keras.report.themes import DARK, LIGHT, PIXELS_PER_INCH
+from fpnas_keras.runs.run_directory import SearchRun
 
 
 def write_report(directory: str | os.PathLike) -> pathlib.Path:
@@ -23,7 +24,7 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
 
     Raises:
         UserError: When the directory is not the run directory of a search, or when one of its
-            files is not valid. The message names the file.
+            files is not valid. The message names the file. Nothing is written then.
         OSError: When a file cannot be read or written.
 
     Example:
@@ -34,17 +35,24 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
     page = write_report("runs/quickstart")
     ```
     """
-    search = read(pathlib.Path(directory))
-    folder = search.directory / "report"
-    folder.mkdir(exist_ok=True)
-    plots = {}
-    for name, draw in drawings(search).items():
-        light = draw(search, LIGHT)
-        with replacing(folder / f"{name}.png") as temporary:
+    run = SearchRun(directory)
+    run.check()
+    figures = {
+        name: (draw(run, LIGHT), draw(run, DARK)) for name, draw in available_plots(run).items()
+    }
+    plots = {
+        name: Plot(
+            light=to_data_uri(light),
+            dark=to_data_uri(dark),
+            width=round(light.get_figwidth() * PIXELS_PER_INCH),
+        )
+        for name, (light, dark) in figures.items()
+    }
+    page = make_page(run, plots)
+    run.plot_folder.mkdir(exist_ok=True)
+    for name, (light, _) in figures.items():
+        with replacing(run.plot_folder / f"{name}.png") as temporary:
             light.savefig(temporary, dpi=2 * PIXELS_PER_INCH, metadata={"Software": None})
-        width = round(light.get_figwidth() * PIXELS_PER_INCH)
-        plots[name] = Plot(svg(light), svg(draw(search, DARK)), width)
-    page = search.directory / "report.html"
-    with replacing(page) as temporary:
-        temporary.write_text(make_page(search, plots), encoding="utf-8", errors="replace")
-    return page
+    with replacing(run.report) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return run.report
