@@ -10,23 +10,27 @@ import keras
 from fpnas_keras.errors import UserError
 
 BN_EPSILON = 1e-3
-# Every layer says so itself: a user's `keras.json` may have another default.
+# Every layer is given the format: a user's `keras.json` may have another default.
 DATA_FORMAT = "channels_last"
 
 
-def check_floatx() -> None:
-    """Checks Keras' default float type, which the user may have changed in `keras.json`.
+def check_floatx(library: Any = keras) -> None:
+    """Checks the default float type of Keras, which a user may have changed in `keras.json`.
 
-    Weights, images and logits are float32. Mixed precision is chosen with a dtype policy
-    (`keras.config.set_dtype_policy`) and leaves this type as it is.
+    Weights, images and logits are float32. A dtype policy for mixed precision
+    (`keras.config.set_dtype_policy`) does not change this type and is allowed.
+
+    Args:
+        library: `keras` or `tf_keras`.
 
     Raises:
         UserError: When the type is not float32.
     """
-    if keras.config.floatx() != "float32":
+    floatx = library.backend.floatx()
+    if floatx != "float32":
         raise UserError(
             "Keras' floatx must be float32; set it in keras.json or with keras.config.set_floatx. "
-            f"Received: floatx={keras.config.floatx()}"
+            f"Received: floatx={floatx}"
         )
 
 

@@ -1,150 +1,216 @@
-"""Distillation: trained networks whose logits a smaller one learns beside the labels."""
+"""Knowledge distillation: a student learns from labels and from the logits of a teacher."""
 
+import contextlib
 import inspect
 import pathlib
+from collections.abc import Callable, Iterator
 
 import keras
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
+from fpnas_keras.networks.conventions import DATA_FORMAT, check_floatx
 from fpnas_keras.networks.plain_network import load_model
 
 _IMAGENET_CLASSES = 1000
 
 
 def make_distiller(
-    teacher: keras.Model, student: keras.Model, temperature: float, weight: float
+    teacher: keras.Model, student: keras.Model, temperature: float, distillation_weight: float
 ) -> keras.distillation.Distiller:
-    """A model whose `fit` trains the student on labels and teacher.
+    """Makes a model whose `fit` trains a student on labels and on the logits of a teacher.
 
-    The loss is `(1 - weight) * loss(labels) + weight * T^2 * KL(softmax(t / T) || softmax(s / T))`,
-    with the logits t of the teacher and s of the student.
+    With the logits t of the teacher, s of the student and the temperature T, the loss is
+
+        (1 - distillation_weight) * loss(labels, s)
+        + distillation_weight * T^2 * KL(softmax(t / T) || softmax(s / T))
 
     Args:
-        teacher: Pixels to logits; it stays what it is.
-        student: The same.
+        teacher: Pixels to logits. Its weights do not change.
+        student: Pixels to logits.
         temperature: T.
-        weight: Share of the teacher, 0 to 1.
+        distillation_weight: Weight of the teacher's term, 0 to 1.
 
-    Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531.
+    Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
+    section 2, "Distillation".
     """
-    # Named "kl_divergence", its default, Keras 3.15 compares the logits without a softmax.
+    # An instance and not the default, the name "kl_divergence": for that name, Keras 3.15 compares
+    # the logits without a softmax.
     loss = keras.distillation.LogitsDistillation(temperature, keras.losses.KLDivergence())
-    return keras.distillation.Distiller(teacher, student, loss, student_loss_weight=1 - weight)
+    return keras.distillation.Distiller(
+        teacher, student, loss, student_loss_weight=1 - distillation_weight
+    )
 
 
 def load_teacher(
-    name: str, weights: str | None, input_shape: tuple[int, int, int], num_classes: int
+    teacher: str,
+    teacher_weights: str | None,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
 ) -> keras.Model:
     """Loads a teacher: a network from pixels 0..255 to float32 logits.
 
     Args:
-        name: A `.keras` file, which may end in a softmax; an architecture file (`.json`), whose
-            weights are given; or the name of a network of `keras.applications`, whose resizing and
-            preprocessing are made part of it.
-        weights: File of the weights (`.weights.h5`) of an architecture or of a network of
-            `keras.applications`, which without it has those of ImageNet.
+        teacher: One of
+
+            * a `.keras` file. Its model gives logits or ends in a softmax, which is removed.
+            * an architecture file (`.json`), which needs `teacher_weights`.
+            * the name of a network of `keras.applications`. Its preprocessing and the resizing of
+              the images to its own size become part of the teacher. Without `teacher_weights` it
+              has the weights of ImageNet, which Keras downloads.
+        teacher_weights: A `.weights.h5` file for the two last of them.
         input_shape: `(height, width, channels)` of the student's images.
         num_classes: Number of the student's classes.
 
     Raises:
-        UserError: When there is no such teacher, or it is for other images or classes.
+        UserError: When the teacher cannot be loaded, or is for other images or classes.
     """
-    if name.endswith(".keras"):
-        if weights is not None:
+    if teacher.endswith(".keras"):
+        if teacher_weights is not None:
             raise UserError(
-                f"a .keras file has its weights; `teacher_weights` is for architectures and "
-                f"keras.applications. Received: teacher={name}, teacher_weights={weights}"
+                "`teacher_weights` is for architectures and keras.applications; a .keras file has "
+                f"its own weights. Received: teacher={teacher}, teacher_weights={teacher_weights}"
             )
-        model = load_model(name, "teacher")
-    elif name.endswith(".json"):
-        model = _architecture_with_weights(name, weights)
+        model = load_model(teacher, "teacher")
+    elif teacher.endswith(".json"):
+        model = _load_architecture(teacher, teacher_weights)
     else:
-        model = _application(name, weights, input_shape, num_classes)
+        model = _load_application(teacher, teacher_weights, input_shape, num_classes)
     received = (model.input_shape[1:], model.output_shape[-1])
     if received != (input_shape, num_classes):
         raise UserError(
-            f"the teacher {name} must be for images of {input_shape} and {num_classes} classes. "
+            f"the teacher {teacher} must be for images of {input_shape} and {num_classes} classes. "
             f"Received: images of {received[0]} and {received[1]} classes"
         )
-    return _to_logits(model, name)
+    return _to_logits(model, teacher)
 
 
-def _architecture_with_weights(name, weights):
+def application_names() -> list[str]:
+    """Returns the names of the networks of `keras.applications`."""
+    return sorted(
+        name for name, value in vars(keras.applications).items() if inspect.isfunction(value)
+    )
+
+
+def _load_architecture(path, weights):
     if weights is None:
-        raise UserError(f"the architecture {name} needs `teacher_weights`, a .weights.h5 file")
-    model = Architecture.load(name).build()
-    _load_weights(model, weights, name)
+        raise UserError(
+            f"the architecture {path} needs `teacher_weights`, a .weights.h5 file. "
+            "Received: teacher_weights=None"
+        )
+    model = Architecture.load(path).build()
+    _load_weights(model, weights, path)
     return model
 
 
-def _load_weights(model, weights, name):
+def _load_weights(model, weights, teacher):
     if not pathlib.Path(weights).is_file():
         raise UserError(
             f"`teacher_weights` must be an existing file. Received: teacher_weights={weights}"
         )
     try:
         model.load_weights(weights)
-    except Exception as error:  # Keras raises what its many readers raise.
-        raise UserError(f"{weights} has no weights of {name}: {summarize_error(error)}") from None
+    except Exception as error:  # The readers inside Keras raise errors of many classes.
+        message = f"{weights} does not hold the weights of {teacher}: {summarize_error(error)}"
+        raise UserError(message) from None
 
 
-def application_names() -> list[str]:
-    """Names of the networks of `keras.applications`."""
-    return sorted(
-        name for name, each in vars(keras.applications).items() if inspect.isfunction(each)
-    )
-
-
-def _application(name, weights, input_shape, num_classes):
-    if name not in application_names():
-        raise UserError(
-            "`teacher` must be a .keras file, an architecture (.json) or one of keras.applications "
-            f"({', '.join(application_names())}). Received: teacher={name}"
-        )
-    if input_shape[-1] not in (1, 3):
-        raise UserError(
-            f"the teacher {name} is for images of 1 or 3 channels. Received: {input_shape[-1]}"
-        )
-    if not weights and num_classes != _IMAGENET_CLASSES:
-        raise UserError(
-            f"the teacher {name} has ImageNet's {_IMAGENET_CLASSES} classes without "
-            f"`teacher_weights`. Received: {num_classes} classes"
-        )
+def _load_application(name, weights, input_shape, num_classes):
+    """A network of `keras.applications` behind its resizing and preprocessing."""
+    _check_application(name, weights, input_shape[-1], num_classes)
     build = getattr(keras.applications, name)
-    try:
-        network = build(
-            weights=None if weights else "imagenet",
-            classes=num_classes,
-            classifier_activation=None,
-        )
-    except Exception as error:  # what the download raises
-        raise UserError(f"cannot load the teacher {name}: {summarize_error(error)}") from None
-    if weights:
+    network = _build_application(build, weights, num_classes)
+    if weights is not None:
         _load_weights(network, weights, name)
     images = keras.Input(input_shape, name="image")
     x = images
     if input_shape[-1] == 1:
         x = keras.layers.Concatenate(name="grey_to_rgb")([x, x, x])
-    x = keras.layers.Resizing(*network.input_shape[1:3], name="resizing")(x)
+    height, width = network.input_shape[1:3]
+    x = keras.layers.Resizing(height, width, data_format=DATA_FORMAT, name="resizing")(x)
     return keras.Model(images, network(_Preprocessing(build, name="preprocessing")(x)))
 
 
-class _Preprocessing(keras.layers.Layer):
-    """Pixels 0..255 as a network of `keras.applications` wants them."""
+def _check_application(name, weights, channels, num_classes):
+    if name not in application_names():
+        raise UserError(
+            "`teacher` must be a .keras file, an architecture (.json) or one of keras.applications "
+            f"({', '.join(application_names())}). Received: teacher={name}"
+        )
+    if channels not in (1, 3):
+        raise UserError(
+            f"the teacher {name} is for images of 1 or 3 channels. Received: channels={channels}"
+        )
+    if weights is None and num_classes != _IMAGENET_CLASSES:
+        raise UserError(
+            f"the teacher {name} has ImageNet's {_IMAGENET_CLASSES} classes without "
+            f"`teacher_weights`. Received: num_classes={num_classes}"
+        )
 
-    def __init__(self, build, **kwargs):
+
+def _build_application(build, weights, num_classes):
+    check_floatx()
+    try:
+        with _default_data_format():
+            return build(
+                weights="imagenet" if weights is None else None,
+                classes=num_classes,
+                classifier_activation=None,
+            )
+    except Exception as error:  # The download raises errors of many classes.
+        message = f"cannot load the teacher {build.__name__}: {summarize_error(error)}"
+        raise UserError(message) from None
+
+
+@contextlib.contextmanager
+def _default_data_format() -> Iterator[None]:
+    """Makes `DATA_FORMAT` Keras' default: `keras.applications` have no argument for it."""
+    default = keras.config.image_data_format()
+    keras.config.set_image_data_format(DATA_FORMAT)
+    try:
+        yield
+    finally:
+        keras.config.set_image_data_format(default)
+
+
+class _Preprocessing(keras.layers.Layer):
+    """Converts pixels 0..255 to what a network of `keras.applications` expects.
+
+    Args:
+        build: The function of `keras.applications` that builds the network.
+    """
+
+    def __init__(self, build: Callable[..., keras.Model], **kwargs):
         super().__init__(**kwargs)
         self._preprocess = inspect.getmodule(build).preprocess_input
 
     def call(self, images):
-        # Some change what they are given.
-        return self._preprocess(keras.ops.copy(images))
+        # A copy, since some of these functions change their argument.
+        return self._preprocess(keras.ops.copy(images), data_format=DATA_FORMAT)
 
 
 def _to_logits(model, name):
     """The model without its softmax, in float32."""
+    last = _last_layer(model, name)
+    activation = keras.activations.get(getattr(last, "activation", None))
+    if isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax:
+        # Logits but for a constant, which a softmax ignores.
+        logits = keras.ops.log(keras.ops.maximum(model.output, keras.config.epsilon()))
+    elif activation in (None, keras.activations.linear):
+        logits = model.output
+    else:
+        raise UserError(
+            f"the teacher {name} must end in logits or in a softmax. Received: its last layer has "
+            f"the activation {keras.activations.serialize(activation)}"
+        )
+    if logits is model.output and logits.dtype == "float32":
+        return model
+    return keras.Model(model.input, keras.ops.cast(logits, "float32"))
+
+
+def _last_layer(model, name):
+    """The layer that makes the output of a model, also of one in a model."""
     last = model
     while isinstance(last, keras.Model):
         last = last.outputs[0]._keras_history.operation
@@ -153,16 +219,4 @@ def _to_logits(model, name):
             f"the teacher {name} must end in a layer that gives logits, or in a softmax layer. "
             f"Received: it ends in the operation {type(last).__name__}"
         )
-    function = keras.activations.get(getattr(last, "activation", None))
-    if isinstance(last, keras.layers.Softmax) or function is keras.activations.softmax:
-        logits = keras.ops.log(keras.ops.maximum(model.output, keras.config.epsilon()))
-    elif function in (None, keras.activations.linear):
-        logits = model.output
-    else:
-        raise UserError(
-            f"the teacher {name} must end in logits or in a softmax. Received: its last layer has "
-            f"the activation {keras.activations.serialize(function)}"
-        )
-    if logits is model.output and logits.dtype == "float32":
-        return model
-    return keras.Model(model.input, keras.ops.cast(logits, "float32"))
+    return last

@@ -1,4 +1,4 @@
-"""Architecture -> plain functional Keras model, and what is done with such models."""
+"""Plain functional Keras models: building, recalibrating and loading them."""
 
 import pathlib
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.networks.conventions import (
     BN_EPSILON,
+    DATA_FORMAT,
     check_floatx,
     make_conv_initializer,
     make_rescaling,
@@ -26,35 +27,44 @@ from fpnas_keras.networks.conventions import (
 
 
 def build_network(architecture: Architecture, bn_momentum: float = 0.9) -> keras.Model:
-    """Builds the network of an architecture with fresh weights.
+    """Builds the network of an architecture with new weights.
 
     Args:
         architecture: The architecture.
-        bn_momentum: Momentum of the batch normalizations' moving statistics.
+        bn_momentum: Momentum of the moving statistics of the batch normalizations.
 
     Returns:
-        A functional model: float32 images of pixels 0..255, shape
-        `(batch,) + input_shape`, to logits, shape `(batch, num_classes)`.
+        A functional model. Input: float32 images of pixels 0..255, shape
+        `(batch,) + input_shape`. Output: float32 logits, shape `(batch, num_classes)`.
+
+    Raises:
+        UserError: When Keras' floatx is not float32.
     """
-    check_floatx()
     return NetworkBuilder(bn_momentum=bn_momentum).network(architecture)
 
 
 def recalibrate(model: keras.Model, batches: Iterable[tf.Tensor]) -> None:
-    """Sets the moving statistics of all batch normalizations to their mean over the images.
+    """Sets the moving statistics of all batch normalizations to their mean over some images.
 
-    After its weights were taken from elsewhere (shared weights, averaged ones), a network's
-    statistics belong to others.
+    This is needed when the weights of a network were replaced, by shared or by averaged weights:
+    its moving statistics still belong to the weights that it had before.
 
     Args:
         model: The network.
-        batches: Images, pixels 0..255, `(batch,) + input_shape` each.
+        batches: Images, pixels 0..255, shape `(batch,) + input_shape` each.
+
+    Example:
+
+    ```python
+    search.supernet.give_weights(model)
+    recalibrate(model, [images])
+    ```
     """
     norms = [each for each in model.layers if isinstance(each, keras.layers.BatchNormalization)]
     momenta = [norm.momentum for norm in norms]
     seen = 0
     for images in batches:
-        for norm in norms:  # the last batch may be smaller, and counts less
+        for norm in norms:  # Each batch counts by its size: the last one may be smaller.
             norm.momentum = seen / (seen + len(images))
         model(images, training=True)
         seen += len(images)
@@ -62,21 +72,28 @@ def recalibrate(model: keras.Model, batches: Iterable[tf.Tensor]) -> None:
         norm.momentum = momentum
 
 
-def load_model(path: str, flag: str = "model") -> keras.Model:
-    """Loads a classifier from a `.keras` file in safe mode: no code in it is run.
+def load_model(path: str, argument: str = "model") -> keras.Model:
+    """Loads an image classifier from a `.keras` file.
+
+    The file is read in Keras' safe mode, which does not run code that the file contains.
 
     Args:
         path: The file.
-        flag: Name of the flag that named it, for messages.
+        argument: Name of the user's argument that holds the path, for messages.
+
+    Returns:
+        A model from `(batch, height, width, channels)` to `(batch, classes)`, not compiled.
 
     Raises:
-        UserError: When it is no Keras file, or not one from images to classes.
+        UserError: When there is no such file, or it does not hold such a model.
     """
     if not pathlib.Path(path).is_file() or not path.endswith(".keras"):
-        raise UserError(f"`{flag}` must be an existing .keras file. Received: {flag}={path}")
+        raise UserError(
+            f"`{argument}` must be an existing .keras file. Received: {argument}={path}"
+        )
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras raises what its many readers raise.
+    except Exception as error:  # The readers inside Keras raise errors of many classes.
         raise UserError(f"cannot load the Keras model {path}: {summarize_error(error)}") from None
     shapes = (getattr(model, "input_shape", None), getattr(model, "output_shape", None))
     ranks = [len(shape) if isinstance(shape, tuple) else None for shape in shapes]
@@ -89,20 +106,24 @@ def load_model(path: str, flag: str = "model") -> keras.Model:
 
 
 class NetworkBuilder:
-    """Makes networks, and parts of them, of the layers of one library.
+    """Builds networks, and parts of them, from the layers of one library.
 
     Args:
-        library: `keras`, or `tf_keras` for what only that can do.
-        bn_momentum: Momentum of the batch normalizations' moving statistics.
+        library: `keras`, or `tf_keras` for tools that need it.
+        bn_momentum: Momentum of the moving statistics of the batch normalizations.
+
+    Raises:
+        UserError: When the library's floatx is not float32.
     """
 
     def __init__(self, library: Any = keras, bn_momentum: float = 0.9):
+        check_floatx(library)
         self.library = library
         self.layers = library.layers
         self.bn_momentum = bn_momentum
 
     def network(self, architecture: Architecture) -> keras.Model:
-        """A whole network; see `build_network`."""
+        """Builds a whole network; see `build_network`."""
         images = self.library.Input(architecture.input_shape, name="image")
         x = self.stem(images, architecture.stem)
         for index, block in enumerate(architecture.blocks):
@@ -111,26 +132,28 @@ class NetworkBuilder:
         return self.library.Model(images, logits, name="network")
 
     def stem(self, images: keras.KerasTensor, stem: Stem) -> keras.KerasTensor:
-        """Pixels 0..255 -> features."""
+        """Adds a stem: pixels 0..255 to features."""
+        x = self.rescale(images)
         return self._conv_bn(
-            self.rescale(images),
-            stem.filters,
-            "stem",
-            stem.kernel_size,
-            stem.strides,
-            stem.activation,
+            x, stem.filters, "stem", stem.kernel_size, stem.strides, stem.activation
         )
 
     def block(self, x: keras.KerasTensor, block: Block, name: str) -> keras.KerasTensor:
-        """Features -> features."""
-        filters_in = x.shape[-1]
-        agree = block.strides == 1 and filters_in == block.filters
+        """Adds a block: features to features.
+
+        Args:
+            x: Features, `(batch, height, width, channels)`.
+            block: The block.
+            name: Prefix of the names of its layers.
+        """
+        inputs, filters_in = x, x.shape[-1]
+        shapes_agree = block.strides == 1 and filters_in == block.filters
         if block.skip:
-            if agree:
+            if shapes_agree:
                 return x
             return self._conv_bn(x, block.filters, f"{name}_skip", strides=block.strides)
-        inputs, expanded = x, expanded_filters(filters_in, block.expansion)
         if block.expansion != 1:
+            expanded = expanded_filters(filters_in, block.expansion)
             x = self._conv_bn(x, expanded, f"{name}_expand", activation=block.activation)
         parts = [
             self._depthwise(x, block, f"{name}_depthwise_{split}")
@@ -142,23 +165,29 @@ class NetworkBuilder:
         elif block.splits:
             x = self._split_attention(parts, f"{name}_attention")
         x = self._conv_bn(x, block.filters, f"{name}_project")
-        return self.layers.Add(name=f"{name}_add")([x, inputs]) if agree else x
+        return self.layers.Add(name=f"{name}_add")([x, inputs]) if shapes_agree else x
 
     def head(self, x: keras.KerasTensor, head: Head, num_classes: int) -> keras.KerasTensor:
-        """Features -> logits."""
+        """Adds a head: features to float32 logits."""
         x = self._conv_bn(x, head.filters, "head", activation=head.activation)
-        x = self.layers.GlobalAveragePooling2D(name="pool")(x)
+        x = self.layers.GlobalAveragePooling2D(data_format=DATA_FORMAT, name="pool")(x)
         if head.dense_units:
             x = self.layers.Dense(head.dense_units, use_bias=False, name="head_dense")(x)
             x = self.activation(x, head.activation, "head_dense_activation")
         return self.layers.Dense(num_classes, dtype="float32", name="classes")(x)
 
     def rescale(self, images: keras.KerasTensor) -> keras.KerasTensor:
-        """Pixels 0..255 -> -1..1."""
+        """Adds the rescaling of pixels 0..255 to -1..1."""
         return make_rescaling(self.library)(images)
 
     def activation(self, x: keras.KerasTensor, function: str, name: str) -> keras.KerasTensor:
-        """Applies an activation, which has Keras 3's meaning, as a layer of that name."""
+        """Adds an activation layer.
+
+        Args:
+            x: Features.
+            function: Name of the activation as Keras 3 defines it.
+            name: Name of the layer.
+        """
         return self.layers.Activation(function, name=name)(x)
 
     def _conv_bn(self, x, filters, name, kernel_size=1, strides=1, activation=None):
@@ -171,6 +200,7 @@ class NetworkBuilder:
             kernel_size,
             strides,
             "same",
+            data_format=DATA_FORMAT,
             use_bias=use_bias,
             kernel_initializer=make_conv_initializer(self.library),
             name=name,
@@ -187,6 +217,7 @@ class NetworkBuilder:
             block.kernel_size,
             block.strides,
             "same",
+            data_format=DATA_FORMAT,
             use_bias=False,
             depthwise_initializer=make_conv_initializer(self.library),
             name=name,
@@ -194,16 +225,20 @@ class NetworkBuilder:
         return self._bn(x, name, block.activation)
 
     def _squeeze_excite(self, x, name):
-        """Hu et al., 2018, as MobileNetV3 has it: the gate is a hard sigmoid."""
+        """Squeeze-and-excitation (Hu et al., arXiv:1709.01507, "Squeeze-and-Excitation Blocks").
+
+        The gate is a hard sigmoid, as in MobileNetV3 (Howard et al., arXiv:1905.02244).
+        """
         gate = self._attention_bottleneck([x], name)
         gate = self._conv(x.shape[-1], f"{name}_expand")(gate)
         gate = self.activation(gate, "hard_sigmoid", f"{name}_gate")
         return self.layers.Multiply(name=f"{name}_multiply")([x, gate])
 
     def _split_attention(self, parts, name):
-        """ResNeSt (Zhang et al., arXiv:2004.08955): a softmax over the splits for every channel.
+        """Split attention (ResNeSt, Zhang et al., arXiv:2004.08955, "Split-Attention Block").
 
-        Spelled in operators that TFLite has for 4-D tensors.
+        The gates are a softmax over the splits for every channel. All operators are ones that
+        TFLite has for 4-D tensors.
         """
         layers, bottleneck = self.layers, self._attention_bottleneck(parts, name)
         logits = [
@@ -216,32 +251,36 @@ class NetworkBuilder:
             difference = layers.Subtract(name=f"{name}_difference")(parts)
             gated = layers.Multiply(name=f"{name}_multiply")([difference, gate])
             return layers.Add(name=f"{name}_sum")([parts[1], gated])
-        # (batch, splits, 1, channels), and the splits last for the softmax.
+        # Of shape (batch, splits, 1, channels). The softmax needs the splits on the last axis.
         gates = layers.Concatenate(axis=1, name=f"{name}_logits")(logits)
         gates = layers.Permute((2, 3, 1), name=f"{name}_splits_last")(gates)
         gates = layers.Softmax(name=f"{name}_gates")(gates)
         gates = layers.Permute((3, 1, 2), name=f"{name}_splits_first")(gates)
         gated = []
         for split, part in enumerate(parts):
-            others = ((split, len(parts) - 1 - split), (0, 0))
-            gate = layers.Cropping2D(others, name=f"{name}_gate_{split}")(gates)
+            cropping = ((split, len(parts) - 1 - split), (0, 0))
+            gate = layers.Cropping2D(
+                cropping, data_format=DATA_FORMAT, name=f"{name}_gate_{split}"
+            )(gates)
             gated.append(layers.Multiply(name=f"{name}_multiply_{split}")([part, gate]))
         return self._sum(gated, f"{name}_sum")
 
     def _sum(self, values, name):
-        """One after the other, as TFLite adds: so that int8 knows the range of each sum."""
+        """Adds the values one by one, as TFLite does, so that int8 has a range for each sum."""
         total = values[0]
         for index, value in enumerate(values[1:], 1):
             total = self.layers.Add(name=f"{name}_{index}")([total, value])
         return total
 
     def _attention_bottleneck(self, parts, name):
-        """What the gates are made of: the pooled sum of the parts, 1x1 convolution, ReLU."""
+        """Global average pooling of the sum of the parts, 1x1 convolution, ReLU."""
+        # The mean of the sum is the sum of the means, which costs much less.
         pooled = [
-            self.layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool_{split}")(part)
+            self.layers.GlobalAveragePooling2D(
+                data_format=DATA_FORMAT, keepdims=True, name=f"{name}_pool_{split}"
+            )(part)
             for split, part in enumerate(parts)
         ]
-        # Pooled first and then added: the same, and a fraction of the work.
         x = self._sum(pooled, f"{name}_pooled")
         x = self._conv(attention_filters(parts[0].shape[-1]), f"{name}_reduce")(x)
         return self.activation(x, "relu", f"{name}_relu")
