@@ -19,8 +19,9 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-# Labels of the totals. The other keys of summary.json are shown as they are.
+# Labels of the keys of summary.json that do not explain themselves.
 _LABELS = {
+    "num_classes": "classes",
     "num_architectures": "architectures in the space",
     "num_logits": "logits of the distribution",
     "total_samples": "samples",
@@ -36,7 +37,7 @@ _LABELS = {
     "params": "parameters of the derived network",
     "mode_validation_loss": "loss of the most probable network, with the shared weights",
     "mode_validation_accuracy": "accuracy of the most probable network, with the shared weights",
-    "mode_macs": "MACs of the most probable network, without a limit of the cost",
+    "mode_macs": "MACs of the most probable network, without a cost limit",
     "wall_seconds": "time (seconds)",
     "cpu_seconds": "CPU time (seconds)",
     "peak_memory_mb": "peak memory (MB)",
@@ -157,7 +158,7 @@ def _describe_curves(run):
 
     target = "" if run.target is None else f" The target is {format_cost(run.target)}."
     return {
-        "entropy": (f"Entropy {change('entropy')} nats. Samples per step {change('samples')}."),
+        "entropy": f"Entropy {change('entropy')} nats. Samples per step {change('samples')}.",
         "cost": f"Expected cost {change('expected_cost', format_cost)} {run.unit}.{target}",
         "loss": (
             f"Loss on the weights part {change('train_loss')}. "
@@ -168,9 +169,10 @@ def _describe_curves(run):
 
 def _network(run):
     """The derived network from image to classes, with the cost of each part."""
-    if run.architecture is None:
+    architecture = run.architecture
+    if architecture is None:
         return None
-    parts = run.architecture.parts()
+    parts = architecture.parts()
     try:
         costs = [run.cost(part) for part in parts]
     except KeyError as error:
@@ -182,7 +184,7 @@ def _network(run):
     return {
         "total": format_cost(total),
         "unit": run.cost.unit,
-        "num_classes": f"{run.architecture.num_classes:,}",
+        "num_classes": f"{architecture.num_classes:,}",
         "parts": [
             {
                 "name": name,
@@ -217,9 +219,9 @@ def _describe(part):
     if layers.expansion != 1:
         expanded = expanded_filters(part.channels, layers.expansion)
         kernel += f", expansion {layers.expansion:g} ({expanded} channels)"
-    attention = {0: "", 1: ", squeeze-excite"}.get(
-        layers.splits, f", split-attention of {layers.splits} splits"
-    )
+    attention = ", squeeze-excite" if layers.splits == 1 else ""
+    if layers.splits > 1:
+        attention = f", split-attention over {layers.splits} splits"
     residual = ", residual connection" if keeps_shape else ""
     return f"{kernel}, {layers.activation}{attention}{stride}{residual}"
 
