@@ -12,8 +12,6 @@ from fpnas_keras import data
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 
-FORMATS = ("none", "float16", "dynamic", "int8")
-
 
 def convert(
     model: keras.Model,

@@ -226,7 +226,7 @@ def times(
     return found
 
 
-def typical(times: Sequence[float]) -> float:
+def tenth_percentile(times: Sequence[float]) -> float:
     """The 10th percentile: other work on the device makes times longer, never shorter."""
     return float(np.percentile(times, 10))
 

@@ -4,204 +4,302 @@ python -m export.latency --space=mobile_mini --input_size=28 --channels=1 --outp
 python -m export.latency --architecture=architecture.json --latency_table=host.json
 """
 
-import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import math
-import multiprocessing
-import os
 import pathlib
 import random
 import shlex
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
-import scipy.stats
-import tensorflow as tf
-from absl import flags
 from tqdm import tqdm
 
-from export import conversion, devices
-from export.latency_model import LatencyModel
-from fpnas_keras import cli, spaces
-from fpnas_keras.architecture import Architecture, Block, Part, Stem
-from fpnas_keras.cost import CostTable, LatencyCost, latency
+import export
+from fpnas_keras import spaces
+from fpnas_keras.architecture import Architecture, Part, Stem
+from fpnas_keras.commands import Command, run_command
+from fpnas_keras.cost import LatencyCost, latency_table
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.method.distributions import FactorizedLogits
-from fpnas_keras.networks.plain_network import NetworkBuilder
+from fpnas_keras.settings import Settings, setting
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "space", None, f"Space to measure: {', '.join(spaces.names())}, or the path of a file."
-)
-flags.DEFINE_integer("input_size", 32, "Height and width of the images, as searched.", 1)
-flags.DEFINE_integer("channels", 3, "Channels of the images: 3, or 1 for grey ones.", 1)
-flags.DEFINE_integer("num_classes", 10, "Classes of the images.", 2)
-flags.DEFINE_string(
-    "architecture",
-    None,
-    "Instead of a space: network to measure against --latency_table, on the same device.",
-)
-flags.DEFINE_string("latency_table", None, "Table to compare --architecture with.")
-flags.DEFINE_string(
-    "output",
-    None,
-    "File to write: the table, or with --architecture the comparison, by default beside the "
-    "architecture. A table that is not finished is gone on with.",
-)
-flags.DEFINE_enum(
-    "device",
-    "host",
-    ["host", "adb"],
-    "This machine, or an Android phone, for which --benchmark_model is needed.",
-)
-flags.DEFINE_integer(
-    "threads", 1, "Threads of the interpreter. Phones are usually timed with one.", 1
-)
-flags.DEFINE_enum(
-    "quantize",
-    "none",
-    ["none", "int8"],
-    "Numbers in the files that are timed: float32, or int8. Measure what you are going to ship.",
-)
-flags.DEFINE_integer(
-    "rounds",
-    None,
-    "Times that each entry is measured; by default 100 on the host and 3 on a phone, whose "
-    "benchmark_model repeats by itself. More are less noisy.",
-    lower_bound=1,
-)
-flags.DEFINE_float(
-    "network_seconds",
-    None,
-    "Least seconds to measure whole networks for, which may take more rounds; by default 40 on "
-    "the host, which other work slows down for half a minute at a time, and 0 on a phone.",
-    lower_bound=0,
-)
-flags.DEFINE_integer(
-    "max_entries",
-    1500,
-    "Entries to measure; where a space has more, so many are drawn, and the others follow from a "
-    "model fitted to them.",
-    lower_bound=50,
-)
-flags.DEFINE_integer(
-    "proof_networks",
-    30,
-    "Random networks, not used to make the table, that it is proven on in a second process.",
-    lower_bound=5,
-)
-flags.DEFINE_string("benchmark_model", None, "The benchmark_model binary for the phone.")
-flags.DEFINE_string("serial", None, "Serial number of the phone (adb devices), if several.")
-flags.DEFINE_string("core_mask", "", "Cores of the phone to run on, as taskset takes them: f0.")
-flags.DEFINE_boolean("gpu", False, "Whether the phone's GPU runs what it can.")
-flags.DEFINE_float(
-    "rest_seconds", 0.0, "Seconds to let the phone cool down after each round.", lower_bound=0
-)
-flags.DEFINE_integer("seed", 0, "Seed of the networks, and of the entries that are drawn.", 0)
+if TYPE_CHECKING:
+    from export.devices import Adb, Host
 
-flags.register_multi_flags_validator(
-    ["space", "architecture"],
-    lambda values: (values["space"] is None) != (values["architecture"] is None),
-    "give --space, or --architecture and --latency_table",
-)
-flags.register_multi_flags_validator(
-    ["architecture", "latency_table"],
-    lambda values: (values["architecture"] is None) == (values["latency_table"] is None),
-    "--architecture needs --latency_table, and the other way round",
-)
-flags.register_multi_flags_validator(
-    ["space", "output"],
-    lambda values: values["space"] is None or (values["output"] or "").endswith(".json"),
-    "--space needs --output, ending in .json",
-)
-flags.register_multi_flags_validator(
-    ["device", "benchmark_model"],
-    lambda values: (values["device"] == "adb") == (values["benchmark_model"] is not None),
-    "--device=adb needs --benchmark_model, and the other way round",
-)
-
+_DEVICE, _MEASURING = "Device", "Measuring"
 # Networks that the scale between sums of entries and whole networks is taken from.
 _SCALE_NETWORKS = 8
 _SECONDS_BETWEEN_WRITES = 30
-# Of the layers of a part that is timed; see `_write_file`.
-_BIAS = 6.0
-# What a file of one addition takes is what it takes to call the interpreter.
+# A file with one addition takes the time of calling the interpreter.
 _NOTHING = "nothing"
-# What networks are measured on, twice: so many processes of the interpreter in turn.
+# Networks are measured twice, each time in this many processes of the interpreter.
 _FRESH_DEVICES = {"host": 5, "adb": 1}
 
 
-def main() -> None:
-    """Measures what the flags say."""
-    if FLAGS.architecture:
-        _measure_architecture()
-    else:
-        _measure_table()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatencySettings(Settings):
+    """Settings of a latency table, or of the comparison of a network with one."""
 
-
-def _measure_table():
-    shape = (FLAGS.input_size, FLAGS.input_size, FLAGS.channels)
-    space = spaces.get(FLAGS.space, shape, FLAGS.num_classes)
-    output = pathlib.Path(FLAGS.output)
-    if not output.parent.is_dir():
-        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
-    with contextlib.closing(_device()) as device:
-        table = _open_table(output, space, device)
-        if not table["complete"]:
-            parts = space_parts(space)
-            with _files_of(output) as folder:
-                _measure_entries(table, parts, device, output, folder)
-                _fit(table, parts)
-                _scale_and_prove(table, space, folder)
-            table["complete"] = True
-            _write(output, table)
-    _report(output, table)
-
-
-def space_parts(space: spaces.Space) -> dict[str, Part]:
-    """All parts that networks of a space can have, by their names in a table."""
-    found = {}
-
-    def record(part):
-        found.update((name, part) for name in latency.names(part))
-        return 0.0
-
-    CostTable(space, record)
-    return found
-
-
-def _device():
-    if FLAGS.device == "host":
-        return devices.Host(FLAGS.threads)
-    return devices.Adb(
-        FLAGS.benchmark_model,
-        FLAGS.serial,
-        FLAGS.threads,
-        FLAGS.core_mask,
-        FLAGS.gpu,
-        FLAGS.rest_seconds,
+    space: str | None = setting(
+        f"Space to measure: {', '.join(spaces.names())}; or the path of a file.",
+        None,
+        basic=True,
+        path=True,
+    )
+    input_size: int = setting(
+        "Height and width of the images, as they will be searched.", 32, least=1, basic=True
+    )
+    channels: int = setting(
+        "Channels of the images: 3, or 1 for grey images.", 3, least=1, basic=True
+    )
+    num_classes: int = setting("Number of classes.", 10, least=2, basic=True)
+    output: str | None = setting(
+        "File to write: the table, which must end in .json; or with --architecture the comparison, "
+        "by default beside the architecture. An unfinished table is continued.",
+        None,
+        basic=True,
+    )
+    architecture: str | None = setting(
+        "Instead of --space: a network to measure and to compare with --latency_table, on the "
+        "same device.",
+        None,
+        group="Comparison",
+        path=True,
+    )
+    latency_table: str | None = setting(
+        "Table to compare --architecture with.", None, group="Comparison", path=True
+    )
+    device: str = setting(
+        "This machine, or an Android phone, which needs --benchmark_model.",
+        "host",
+        choices=("host", "adb"),
+        group=_DEVICE,
+    )
+    threads: int = setting(
+        "Threads of the interpreter. Phones are usually timed with one.",
+        1,
+        least=1,
+        group=_DEVICE,
+    )
+    quantize: str = setting(
+        "Numbers in the files that are timed: float32, or int8. Measure the format that you are "
+        "going to ship.",
+        "none",
+        choices=("none", "int8"),
+        group=_DEVICE,
+    )
+    benchmark_model: str | None = setting(
+        "The benchmark_model binary for the phone.", None, group=_DEVICE
+    )
+    serial: str | None = setting(
+        "Serial number of the phone (adb devices), if there are several.", None, group=_DEVICE
+    )
+    core_mask: str = setting(
+        "Cores of the phone to run on, as taskset takes them: f0.", "", group=_DEVICE
+    )
+    gpu: bool = setting("Whether the phone's GPU runs what it can.", False, group=_DEVICE)
+    rest_seconds: float = setting(
+        "Seconds to let the phone cool down after each round.", 0.0, least=0, group=_DEVICE
+    )
+    rounds: int | None = setting(
+        "Times that each entry is measured. Default: 100 on the host, and 3 on a phone, whose "
+        "benchmark_model repeats by itself. More rounds are less noisy.",
+        None,
+        least=1,
+        group=_MEASURING,
+    )
+    network_seconds: float | None = setting(
+        "Least seconds to measure whole networks for, which may take more rounds. Default: 40 on "
+        "the host, where other work can slow it down for half a minute; 0 on a phone.",
+        None,
+        least=0,
+        group=_MEASURING,
+    )
+    max_entries: int = setting(
+        "Most entries to measure. Where a space has more, this many are drawn, and a model that is "
+        "fitted to them predicts the others.",
+        1500,
+        least=50,
+        group=_MEASURING,
+    )
+    proof_networks: int = setting(
+        "Random networks that the finished table is checked on in a second process. They are not "
+        "used to make it.",
+        30,
+        least=5,
+        group=_MEASURING,
+    )
+    seed: int = setting(
+        "Seed of the networks, and of the entries that are drawn.", 0, least=0, group=_MEASURING
     )
 
+    def check(self) -> None:
+        """Raises `UserError` when settings do not fit together."""
+        if (self.space is None) == (self.architecture is None):
+            raise UserError("give --space, or --architecture and --latency_table")
+        if (self.architecture is None) != (self.latency_table is None):
+            raise UserError("--architecture needs --latency_table, and the other way round")
+        if self.space is not None and not (self.output or "").endswith(".json"):
+            raise UserError(
+                f"--space needs --output, ending in .json. Received: output={self.output}"
+            )
+        if (self.device == "adb") != (self.benchmark_model is not None):
+            raise UserError("--device=adb needs --benchmark_model, and the other way round")
 
-def _open_table(output, space, device):
+    def count_rounds(self) -> int:
+        """Rounds of measuring."""
+        return self.rounds or {"host": 100, "adb": 3}[self.device]
+
+    def seconds_for_networks(self) -> float:
+        """Least seconds to measure whole networks for."""
+        default = {"host": 40.0, "adb": 0.0}[self.device]
+        return default if self.network_seconds is None else self.network_seconds
+
+    @contextlib.contextmanager
+    def open_device(self) -> "Iterator[Host | Adb]":
+        """The device, inside the block."""
+        if self.device == "host":
+            device = export.devices.Host(self.threads)
+        else:
+            device = export.devices.Adb(
+                self.benchmark_model,
+                self.serial,
+                self.threads,
+                self.core_mask,
+                self.gpu,
+                self.rest_seconds,
+            )
+        with contextlib.closing(device):
+            yield device
+
+
+def measure_latency(**settings: Any) -> dict[str, Any]:
+    """Measures a latency table of a space on a device.
+
+    An unfinished table in the same file is continued. A finished one is returned as it is. The
+    files to time are made in processes of their own: a script that calls this needs
+    `if __name__ == "__main__":`.
+
+    Args:
+        **settings: The fields of `LatencySettings`, which are the flags of `fpnas latency`.
+
+    Returns:
+        The table, as it stands in the file `output`.
+
+    Raises:
+        UserError: When a setting is wrong, the device fails, or the file holds another table.
+
+    Example:
+
+    ```python
+    export.measure_latency(space="mobile_mini", input_size=28, channels=1, output="host.json")
+    ```
+    """
+    return run_measuring(LatencySettings(**settings))
+
+
+def run_measuring(settings: LatencySettings) -> dict[str, Any]:
+    """As `measure_latency`, with settings that are checked already."""
+    shape = (settings.input_size, settings.input_size, settings.channels)
+    space = spaces.get(settings.space, shape, settings.num_classes)
+    output = pathlib.Path(settings.output)
+    if not output.parent.is_dir():
+        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
+    with settings.open_device() as device:
+        table = _open_table(settings, space, device)
+        if not table["complete"]:
+            parts = export.latency_parts.named_parts(space)
+            with _folder_of_files(output) as folder:
+                _measure_entries(settings, table, parts, device, folder)
+                _fit(table, parts)
+                _scale_and_prove(settings, table, space, folder)
+            table["complete"] = True
+            _write(output, table)
+    return table
+
+
+def compare_latency(**settings: Any) -> dict[str, Any]:
+    """Measures a network on a device and compares the time with a latency table.
+
+    Args:
+        **settings: The fields of `LatencySettings`, `architecture` and `latency_table` among them.
+
+    Returns:
+        The comparison, as it stands in the file `output`.
+
+    Raises:
+        UserError: When a setting is wrong, the device fails, or the table is of another device.
+    """
+    return run_comparison(LatencySettings(**settings))
+
+
+def run_comparison(settings: LatencySettings) -> dict[str, Any]:
+    """As `compare_latency`, with settings that are checked already."""
+    architecture = Architecture.load(settings.architecture)
+    predicted = _predict(settings, architecture)
+    with settings.open_device() as device:
+        own = device.describe()
+    quantize = settings.quantize
+    if settings.latency_table.endswith(".json"):
+        table = latency_table.read(settings.latency_table)
+        quantize = table["quantize"]
+        if not _is_same_device(table, {"device": own}):
+            raise UserError(
+                f"{settings.latency_table} is of the device {table['device']}. Received: {own}"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "network.tflite"
+        export.latency_parts.write_file(architecture, quantize, file)
+        (measured,), (again,) = _time_networks(settings, {"": file})
+    comparison = {
+        "architecture": settings.architecture,
+        "latency_table": settings.latency_table,
+        "device": own,
+        "quantize": quantize,
+        "predicted_milliseconds": predicted,
+        "measured_milliseconds": float(measured),
+        "measured_twice_error": float(abs(again / measured - 1)),
+        "error": float(predicted / measured - 1),
+        "macs": architecture.macs(),
+    }
+    _write(_comparison_file(settings), comparison)
+    return comparison
+
+
+def _predict(settings, architecture):
+    cost = LatencyCost(settings.latency_table)
+    try:
+        return math.fsum(map(cost, architecture.parts()))
+    except KeyError as error:
+        raise UserError(
+            f"{settings.latency_table} lacks {error.args[0]} of {settings.architecture}"
+        ) from None
+
+
+def _comparison_file(settings):
+    path = pathlib.Path(settings.architecture)
+    return pathlib.Path(settings.output or path.with_name(f"{path.stem}_latency.json"))
+
+
+def _open_table(settings, space, device):
     """The table as it is so far."""
     new = {
-        "format": latency.FORMAT,
+        "format": latency_table.FORMAT,
         "complete": False,
         "space": space.name,
         "input_shape": list(space.input_shape),
         "num_classes": space.num_classes,
         "device": device.describe(),
-        "quantize": FLAGS.quantize,
+        "quantize": settings.quantize,
         "versions": {
             name: importlib.metadata.version(name) for name in ("ai-edge-litert", "tensorflow")
         },
@@ -211,9 +309,10 @@ def _open_table(output, space, device):
         "measured": {},
         "entries": {},
     }
+    output = pathlib.Path(settings.output)
     if not output.exists():
         return new
-    table = latency.read(output)
+    table = latency_table.read(output)
     for key in ("space", "input_shape", "num_classes", "device", "quantize"):
         if table[key] != new[key] and not (key == "device" and _is_same_device(table, new)):
             raise UserError(
@@ -224,35 +323,43 @@ def _open_table(output, space, device):
 
 
 def _is_same_device(one, other):
-    """Whether two tables are of one device; its system may have been updated."""
+    """Whether two tables are of one device. Its system may have been updated."""
     return one["device"] | {"build": None} == other["device"] | {"build": None}
 
 
-def _write(output, table):
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(table, indent=0) + "\n")
+def _write(path, contents):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _files_of(output):
-    """A folder for the files to time, which stays when the block is broken off."""
+def _folder_of_files(output):
+    """A folder for the files to time. It stays when the block is interrupted."""
     folder = output.with_name(f"{output.name}.files")
     folder.mkdir(exist_ok=True)
     yield folder
     shutil.rmtree(folder)
 
 
-def _measure_entries(table, parts, device, output, folder):
+def _measure_entries(
+    settings: LatencySettings,
+    table: dict[str, Any],
+    parts: Mapping[str, Part],
+    device: "Host | Adb",
+    folder: pathlib.Path,
+) -> None:
     """Fills `measured`: milliseconds of each entry, round by round."""
-    names = [_NOTHING, *_drawn(list(parts))]
-    files = _convert({name: parts.get(name) for name in names}, folder)
-    rounds, measured = _rounds(), table["measured"]
+    names = [_NOTHING, *_draw(settings, list(parts))]
+    items = {name: parts.get(name) for name in names}
+    files = export.latency_parts.write_files(items, settings.quantize, folder)
+    rounds, measured, output = settings.count_rounds(), table["measured"], settings.output
     for name in names:
         measured.setdefault(name, [])
-    total = rounds * len(names)
     written = time.monotonic()
     done = sum(map(len, measured.values()))
-    with tqdm(total=total, initial=done, desc="measuring", unit=" entries") as progress:
+    with tqdm(
+        total=rounds * len(names), initial=done, desc="measuring", unit=" entries"
+    ) as progress:
         try:
             for seed in range(rounds):
                 left = {name: file for name, file in files.items() if len(measured[name]) <= seed}
@@ -262,98 +369,38 @@ def _measure_entries(table, parts, device, output, folder):
                     if time.monotonic() > written + _SECONDS_BETWEEN_WRITES:
                         _write(output, table)
                         written = time.monotonic()
-        finally:  # A phone may go away; the command goes on from what is written.
+        finally:  # A phone may go away. The command continues from what is written.
             _write(output, table)
 
 
-def _drawn(names):
-    """The entries to measure: all, or all but the blocks and as many of those as may be."""
-    if len(names) <= FLAGS.max_entries:
+def _draw(settings, names):
+    """The entries to measure: all of them, or all but blocks and as many blocks as allowed."""
+    if len(names) <= settings.max_entries:
         return names
     blocks = [name for name in names if name.startswith("block")]
     rest = [name for name in names if not name.startswith("block")]
-    drawn = random.Random(FLAGS.seed).sample(blocks, max(0, FLAGS.max_entries - len(rest)))
-    return rest + drawn
-
-
-def _rounds():
-    return FLAGS.rounds or {"host": 100, "adb": 3}[FLAGS.device]
-
-
-def _network_seconds():
-    default = {"host": 40.0, "adb": 0.0}[FLAGS.device]
-    return default if FLAGS.network_seconds is None else FLAGS.network_seconds
-
-
-def _convert(items, folder):
-    """Files of parts or architectures, by name; those that are there already are kept."""
-    files = {
-        name: folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.tflite" for name in items
-    }
-    missing = [name for name, file in files.items() if not file.exists()]
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(os.sched_getaffinity(0)), len(missing))
-    if missing:
-        # The converter tells of each file; the progress bar is to be seen.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        with (
-            concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
-            tqdm(total=len(missing), desc="converting", unit=" files") as progress,
-        ):
-            jobs = [
-                pool.submit(_write_file, items[name], FLAGS.quantize, files[name])
-                for name in missing
-            ]
-            for job in concurrent.futures.as_completed(jobs):
-                job.result()
-                progress.update()
-    return files
-
-
-def _write_file(item, quantize, path):
-    """Converts an architecture, a part or, for `None`, nothing, in a process of its own."""
-    model = item.build() if isinstance(item, Architecture) else part_model(item)
-    # More than a random convolution takes away: a bottleneck of attention that is 0 for all inputs
-    # has no range, and XNNPACK refuses the int8 file.
-    for variable in model.trainable_variables:
-        if variable.name == "bias":
-            variable.assign(tf.fill(variable.shape, _BIAS))
-    generator = np.random.default_rng(0)
-    representative = [generator.uniform(0, 6, model.input_shape[1:]) for _ in range(4)]
-    with replacing(path) as temporary:
-        temporary.write_bytes(conversion.convert(model, quantize, representative))
-    keras.backend.clear_session()
-
-
-def part_model(part: Part | None) -> keras.Model:
-    """A part of a network as a model of its own; of `None` a single addition."""
-    if part is None:
-        x = keras.Input((1, 1, 1))
-        return keras.Model(x, keras.layers.Rescaling(1.0, 1.0)(x))
-    builder = NetworkBuilder()
-    x = keras.Input((*part.size, part.channels))
-    if isinstance(part.layers, Stem):
-        y = builder.stem(x, part.layers)
-    elif isinstance(part.layers, Block):
-        y = builder.block(x, part.layers, "block")
-    else:
-        y = builder.head(x, part.layers, part.num_classes)
-    return keras.Model(x, y)
+    count = max(0, settings.max_entries - len(rest))
+    return rest + random.Random(settings.seed).sample(blocks, count)
 
 
 def _fit(table, parts):
-    """Fills `entries`, unscaled: what was measured, and what the model makes of the rest.
+    """Fills `entries`, unscaled: what was measured, and the model's predictions of the rest.
 
-    Without the call of the interpreter, which a network has once; that is part of the stem.
+    The time of calling the interpreter is subtracted, since a network has it once. The stem keeps
+    it.
     """
-    measured = {name: devices.typical(times) for name, times in table["measured"].items()}
+    measured = {
+        name: export.devices.tenth_percentile(times) for name, times in table["measured"].items()
+    }
     call = measured.pop(_NOTHING)
     entries = {name: measured.get(name) for name in parts}
     table["fit"] = {"entries": len(parts), "measured": len(measured), "call": call}
     missing = [name for name in parts if name not in measured]
     if missing:
         known = {name: ms for name, ms in measured.items() if name.startswith("block")}
-        model = LatencyModel([parts[name] for name in known], list(known.values()))
+        model = export.latency_model.LatencyModel(
+            [parts[name] for name in known], list(known.values())
+        )
         table["fit"]["error"] = model.error
         entries.update(zip(missing, map(float, model([parts[name] for name in missing]))))
     table["entries"] = {
@@ -362,134 +409,128 @@ def _fit(table, parts):
     }
 
 
-def _scale_and_prove(table, space, folder):
-    """Scales the entries to whole networks, and compares them with others in new processes."""
-    networks = random_networks(space, _SCALE_NETWORKS + FLAGS.proof_networks, FLAGS.seed)
+def _scale_and_prove(settings, table, space, folder):
+    """Scales the entries to whole networks, and compares them with other networks."""
+    latency_parts = export.latency_parts
+    count = _SCALE_NETWORKS + settings.proof_networks
+    networks = latency_parts.random_networks(space, count, settings.seed)
     if len(networks) < 4:
         raise UserError(
             f"a latency table needs a space of more networks. Received: {len(networks)} in the "
             f"space `{space.name}`"
         )
-    files = _convert({json.dumps(each.to_dict()): each for each in networks}, folder)
-    files = {str(index): file for index, file in enumerate(files.values())}
-    once, again = _network_times(files)
+    items = {json.dumps(each.to_dict()): each for each in networks}
+    files = latency_parts.write_files(items, settings.quantize, folder)
+    once, again = _time_networks(
+        settings, {str(index): file for index, file in enumerate(files.values())}
+    )
     scaled = min(_SCALE_NETWORKS, len(networks) // 2)
-    sums = np.array([predict(table["entries"], each) for each in networks])
-    macs = np.array([each.macs() for each in networks])
-    first, rest = slice(scaled), slice(scaled, scaled + FLAGS.proof_networks)
-    scale = float(np.median(once[first] / sums[first]))
-    by_macs = np.polyval(np.polyfit(macs[first], once[first], 1), macs[rest])
+    sums = np.array([latency_parts.sum_of_entries(table["entries"], each) for each in networks])
+    scale = float(np.median(once[:scaled] / sums[:scaled]))
     table["entries"] = {name: scale * ms for name, ms in table["entries"].items()}
     table["fit"]["scale"] = scale
-    predicted, measured = scale * sums[rest], once[rest]
+    macs = np.array([each.macs() for each in networks])
+    table["proof"] = _prove(scale * sums, once, again, macs, scaled)
+
+
+def _prove(predicted, measured, again, macs, scaled):
+    """How well the table and a line through MACs predict the networks after the first `scaled`."""
+    line = np.polyfit(macs[:scaled], measured[:scaled], 1)
+    predicted, measured, again, macs = (
+        each[scaled:] for each in (predicted, measured, again, macs)
+    )
     errors = np.abs(predicted / measured - 1)
-    table["proof"] = {
+    return {
         "networks": len(measured),
         "error": float(errors.mean()),
         "largest_error": float(errors.max()),
         "kendall_tau": kendall_tau(predicted, measured),
-        "measured_twice_error": float(np.abs(again[rest] / measured - 1).mean()),
-        "macs_error": float(np.abs(by_macs / measured - 1).mean()),
-        "macs_kendall_tau": kendall_tau(macs[rest], measured),
+        "measured_twice_error": float(np.abs(again / measured - 1).mean()),
+        "macs_error": float(np.abs(np.polyval(line, macs) / measured - 1).mean()),
+        "macs_kendall_tau": kendall_tau(macs, measured),
         "predicted": predicted.tolist(),
         "measured": measured.tolist(),
-        "macs": macs[rest].tolist(),
+        "macs": macs.tolist(),
     }
 
 
-def random_networks(space: spaces.Space, count: int, seed: int) -> list[Architecture]:
-    """Networks whose variables are drawn uniformly, no two alike."""
-    drawn = FactorizedLogits(space.blocks).sample(2 * count, seed, step=0, stratified=False)
-    networks = dict.fromkeys(space.architecture(each) for each in drawn.numpy())
-    return list(networks)[:count]
+def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation: 1 for the same order, 0 for none, as where all are equal."""
+    from scipy.stats import kendalltau
+
+    return float(np.nan_to_num(kendalltau(one, other).statistic))
 
 
-def predict(entries: Mapping[str, float], architecture: Architecture) -> float:
-    """Sum of the entries of a network's parts, in milliseconds."""
-    return math.fsum(entries[name] for part in architecture.parts() for name in latency.names(part))
-
-
-def _network_times(files):
-    """Milliseconds of networks, measured twice, in turn on devices that are made anew."""
+def _time_networks(settings, files):
+    """Milliseconds of networks, measured twice, in turn on devices that are opened anew."""
     twice = ({name: [] for name in files}, {name: [] for name in files})
-    fresh = 2 * _FRESH_DEVICES[FLAGS.device]
+    fresh = 2 * _FRESH_DEVICES[settings.device]
+    seconds = settings.seconds_for_networks() / fresh
     for index in tqdm(range(fresh), desc="measuring networks"):
-        with contextlib.closing(_device()) as device:
-            times = devices.times(device, files, _rounds(), _network_seconds() / fresh)
+        with settings.open_device() as device:
+            times = export.devices.times(device, files, settings.count_rounds(), seconds)
         for name, each in times.items():
             twice[index % 2][name] += each
-    return [np.array([devices.typical(each) for each in times.values()]) for times in twice]
+    return [
+        np.array([export.devices.tenth_percentile(each) for each in times.values()])
+        for times in twice
+    ]
 
 
-def _report(output, table):
+def _run_and_print(settings):
+    if settings.architecture:
+        comparison = run_comparison(settings)
+        print(
+            f"\npredicted {comparison['predicted_milliseconds']:.4g} ms, measured "
+            f"{comparison['measured_milliseconds']:.4g} ms on {comparison['device']['name']}: "
+            f"{comparison['error']:+.1%} (measured twice: "
+            f"{comparison['measured_twice_error']:.1%})\nwritten: {_comparison_file(settings)}"
+        )
+    else:
+        print(_describe(settings, run_measuring(settings)))
+
+
+def _describe(settings, table):
+    """What is known of a finished table, and what to type next."""
     fit, proof = table["fit"], table["proof"]
-    print(
-        f"\n{output}: {fit['entries']:,} entries, {fit['measured']:,} of them measured, on "
-        f"{table['device']['name']}, {table['device']['threads']} thread(s), "
-        f"quantize={table['quantize']}"
+    text = (
+        f"\n{settings.output}: {fit['entries']:,} entries, {fit['measured']:,} of them measured, "
+        f"on {table['device']['name']}, {table['device']['threads']} thread(s), "
+        f"quantize={table['quantize']}\n"
     )
     if "error" in fit:
-        print(f"the others by a model; mean error of entries left out of it: {fit['error']:.1%}")
-    print(
+        text += (
+            "the others by a model; mean error of entries left out of its fit: "
+            f"{fit['error']:.1%}\n"
+        )
+    return text + (
         f"on {proof['networks']} other networks: mean error {proof['error']:.1%} (largest "
         f"{proof['largest_error']:.1%}), Kendall tau {proof['kendall_tau']:.3f}; measured twice "
         f"they differ by {proof['measured_twice_error']:.1%}; by MACs: {proof['macs_error']:.1%}, "
         f"{proof['macs_kendall_tau']:.3f}\n"
         "next, search with it:\n"
         "  python -m fpnas_keras.search --cost=latency --target=MILLISECONDS "
-        f"--latency_table={shlex.quote(str(output))} --space={shlex.quote(FLAGS.space)} "
-        f"--input_size={FLAGS.input_size} --data=DATA --output_dir=DIRECTORY"
+        f"--latency_table={shlex.quote(settings.output)} --space={shlex.quote(settings.space)} "
+        f"--input_size={settings.input_size} --data=DATA --output_dir=DIRECTORY"
     )
 
 
-def _measure_architecture():
-    """Writes what the table says of a network, and what it takes on the device."""
-    architecture = Architecture.load(FLAGS.architecture)
-    path = pathlib.Path(FLAGS.architecture)
-    output = pathlib.Path(FLAGS.output or path.with_name(f"{path.stem}_latency.json"))
-    cost = LatencyCost(FLAGS.latency_table)
-    try:
-        predicted = math.fsum(map(cost, architecture.parts()))
-    except KeyError as error:
-        raise UserError(f"{FLAGS.latency_table} lacks {error.args[0]} of {path}") from None
-    quantize = FLAGS.quantize
-    with contextlib.closing(_device()) as device:
-        own = device.describe()
-    with tempfile.TemporaryDirectory() as folder:
-        if FLAGS.latency_table.endswith(".json"):
-            table = latency.read(FLAGS.latency_table)
-            quantize = table["quantize"]
-            if not _is_same_device(table, {"device": own}):
-                raise UserError(
-                    f"{FLAGS.latency_table} is of the device {table['device']}. Received: {own}"
-                )
-        file = pathlib.Path(folder) / "network.tflite"
-        _write_file(architecture, quantize, file)
-        (measured,), (again,) = _network_times({"": file})
-    contents = {
-        "architecture": str(path),
-        "latency_table": FLAGS.latency_table,
-        "device": own,
-        "quantize": quantize,
-        "predicted_milliseconds": predicted,
-        "measured_milliseconds": float(measured),
-        "measured_twice_error": float(abs(again / measured - 1)),
-        "error": float(predicted / measured - 1),
-        "macs": architecture.macs(),
-    }
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1) + "\n")
-    print(
-        f"\npredicted {predicted:.4g} ms, measured {measured:.4g} ms on {own['name']}: "
-        f"{contents['error']:+.1%} (measured twice: {contents['measured_twice_error']:.1%})\n"
-        f"written: {output}"
-    )
-
-
-def kendall_tau(one: np.ndarray, other: np.ndarray) -> float:
-    """Rank correlation: 1 for the same order, 0 for none, as where all are equal."""
-    return float(np.nan_to_num(scipy.stats.kendalltau(one, other).statistic))
-
+COMMAND = Command(
+    name="latency",
+    summary="Measures a latency table of a space on a device, or a network against a table.",
+    examples=(
+        (
+            "This machine",
+            "fpnas latency --space=mobile_mini --input_size=28 --channels=1 --output=host.json",
+        ),
+        (
+            "A network that was found, against the table",
+            "fpnas latency --architecture=runs/mine/architecture.json --latency_table=host.json",
+        ),
+    ),
+    settings=LatencySettings,
+    run=_run_and_print,
+)
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(run_command(COMMAND))

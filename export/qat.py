@@ -14,7 +14,7 @@ from tensorflow_model_optimization.python.core.quantization.keras.default_8bit i
 )
 
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.networks.plain_network import NetworkBuilder
+from fpnas_keras.networks import NetworkBuilder
 
 _quantize = tfmot.quantization.keras
 _CALIBRATION_BATCHES = 50

@@ -1,189 +1,147 @@
-"""What the command lines share: flags, errors in one line, signals."""
+"""The command line of a job: flags to settings, help, errors in one line, signals, exit codes."""
 
-import math
-import pathlib
-import shlex
+import dataclasses
+import errno
+import itertools
 import signal
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
-import tensorflow as tf
-from absl import app, flags, logging
+from absl import flags, logging
 
-from fpnas_keras import data
-from fpnas_keras.errors import UserError
-from fpnas_keras.files import flag_values, summarize_error
-
-flags.DEFINE_string(
-    "data",
-    "digits",
-    "Images to use: digits (1,797 images of 8x8 pixels that come with scikit-learn), "
-    "tfds:NAME (a data set of tensorflow_datasets) or folder:PATH (a folder of class folders, "
-    "or of train and test or val with class folders in each).",
-)
-flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder where tensorflow_datasets keeps its data; by default ~/tensorflow_datasets.",
-)
-flags.DEFINE_boolean(
-    "download", True, "Whether tensorflow_datasets may download data that is not in data_dir."
-)
-flags.DEFINE_integer(
-    "train_images",
-    None,
-    "Use only so many of the training images, the same share of each class and the same ones "
-    "every time; to compare settings in less time.",
-    lower_bound=2,
-)
-FLAGS = flags.FLAGS
-_PLACES = ("data_dir", "download")
-_DATA_FLAGS = ("data", *_PLACES, "train_images")
-# What collective operations raise when a worker has died.
-_UNREACHED = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
-    tf.errors.InternalError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.CancelledError,
+from fpnas_keras.errors import Interrupted, UserError
+from fpnas_keras.settings import (
+    FLAG_FILE,
+    Settings,
+    check_required,
+    define_flags,
+    format_flag,
+    parse_flags,
 )
 
-
-def load_data(split: str, image_size: int) -> data.Images:
-    """Reads the data that the flags name."""
-    images = data.load(FLAGS.data, split, image_size, FLAGS.data_dir, FLAGS.download)
-    if split != "train" or FLAGS.train_images is None:
-        return images
-    count = len(images.y)
-    if FLAGS.train_images >= count:
-        raise UserError(
-            f"`train_images` must be below the {count} training images of {FLAGS.data}. "
-            f"Received: train_images={FLAGS.train_images}"
-        )
-    # scikit-learn rounds a share up to the next image.
-    _, kept = data.split(images.y, (FLAGS.train_images - 0.5) / count, seed=0)
-    return images.part(kept)
+_Settings = TypeVar("_Settings", bound=Settings)
+_HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
+# States of the machine, which no change of the code would mend.
+_MACHINE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ESTALE),
+}
 
 
-def load_data_for(
-    owner: str, input_shape: tuple[int, int, int], num_classes: int, split: str
-) -> data.Images:
-    """Reads the data that the flags name for a network.
+@dataclasses.dataclass(frozen=True)
+class Command(Generic[_Settings]):
+    """A job as a command.
 
     Args:
-        owner: What the network is called in the message of the error.
-        input_shape: Shape of the images that it takes.
-        num_classes: Number of its classes.
-        split: "train" or "test".
-
-    Raises:
-        UserError: When the data has other images or another number of classes.
+        name: What follows `fpnas`.
+        summary: What it does, in one sentence.
+        examples: Command lines to begin with, each after a line that says what it is for.
+        settings: Class of its settings.
+        run: Runs the job and prints its result.
     """
-    images = load_data(split, input_shape[0])
-    received = (images.image_shape, len(images.class_names))
-    if received != (input_shape, num_classes):
-        raise UserError(
-            f"{owner} is for images of {input_shape} and {num_classes} classes. Received: "
-            f"data={FLAGS.data} with images of {received[0]} and {received[1]} classes"
-        )
-    return images
+
+    name: str
+    summary: str
+    examples: Sequence[tuple[str, str]]
+    settings: type[_Settings]
+    run: Callable[[_Settings], Any]
 
 
-def take_data_flags(flag_file: pathlib.Path) -> None:
-    """Takes the flags that name the data from the flag file of a run, but for those given.
+def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command to its end.
 
-    Raises:
-        UserError: When the file is not a flag file, or `train_images` is given and is another:
-            which images trained the run's weights would not be known.
-    """
-    given = {name for name in _DATA_FLAGS if FLAGS[name].present}
-    count = FLAGS.train_images
-    try:
-        values = flag_values(flag_file.read_text(encoding="utf-8").splitlines())
-        for name in _DATA_FLAGS:
-            # Other data has a place of its own; that it is the same, moved, is up to the user.
-            if name in values and name not in given and not ("data" in given and name in _PLACES):
-                FLAGS[name].parse(values[name])
-        theirs = int(values["train_images"]) if "train_images" in values else None
-    except (ValueError, flags.Error) as error:
-        raise UserError(f"{flag_file} is not the flag file of a run: {error}") from None
-    if "train_images" in given and count != theirs:
-        raise UserError(
-            f"`train_images` must be that of {flag_file}, {theirs}. Received: train_images={count}"
-        )
-
-
-def data_arguments() -> str:
-    """The flags that name the data, to be typed in another command."""
-    arguments = [f"--data={FLAGS.data}"]
-    arguments += [f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else []
-    arguments += [f"--train_images={FLAGS.train_images}"] if FLAGS.train_images else []
-    return shlex.join(arguments + ["--nodownload"] * (not FLAGS.download))
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asks the process to end.
+    A `UserError` is printed as one line. With `--verbosity=1` its traceback is shown too. Other
+    exceptions are bugs and pass. SIGTERM ends the command as Ctrl-C does.
 
     Args:
-        message: What to tell the user.
-        number: Number of the signal.
+        command: The command.
+        arguments: Arguments of the command line; by default those of the process.
+
+    Returns:
+        The exit code: 0; 1 after a `UserError`, unless it has another; 128 and the number of the
+        signal after an interruption.
     """
-
-    def __init__(self, message: str = "interrupted", number: int = signal.SIGINT):
-        super().__init__(message)
-        self.signal = int(number)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; bad input ends in one line and exit code 1.
-
-    SIGTERM ends it as Ctrl-C does, with 128 and the signal's number. With `--verbosity=1`
-    the traceback is shown as well.
-    """
-
-    def terminate(number, _):
-        raise Interrupted(number=number)
-
-    def checked(argv):
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; flags begin with --")
-        signal.signal(signal.SIGTERM, terminate)
-        try:
-            _check_finite()
-            main()
-        except (ValueError, OSError) as error:
-            logging.debug("where it happened", exc_info=True)
-            sys.exit(f"error: {error}")
-        except tf.errors.OpError as error:  # An image on the disk that cannot be decoded, say.
-            logging.debug("where it happened", exc_info=True)
-            several = "strategy" in FLAGS and FLAGS.strategy == "multiworker"
-            if several and isinstance(error, _UNREACHED):
-                print(
-                    "error: another worker is not reached any more. Start all workers again with "
-                    f"the same command; they go on from the last checkpoint. ({summarize_error(error)})",
-                    file=sys.stderr,
-                )
-                # Kubernetes' TFJob restarts what ends with this code.
-                sys.exit(128 + signal.SIGUSR1)
-            sys.exit(f"error: {error.message.strip().splitlines()[0]}")
-        except KeyboardInterrupt as error:
-            print(error if str(error) else "interrupted", file=sys.stderr)
-            sys.exit(128 + getattr(error, "signal", signal.SIGINT))
-
-    app.run(checked, flags_parser=_parse_flags)
-
-
-def _parse_flags(argv):
-    """As absl parses flags; a flag file may hold anything."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(each in _HELP for each in arguments):
+        print(_help(command))
+        return 0
+    terminated = signal.signal(signal.SIGTERM, _interrupt)
+    verbosity = logging.get_verbosity()
     try:
-        return app.parse_flags_with_usage(argv)
-    except UnicodeDecodeError as error:
-        sys.exit(f"error: `flagfile` must be text in UTF-8. Received: {error}")
-    except RecursionError:
-        sys.exit("error: `flagfile` is nested too deeply")
+        settings, wanted = _parse(command.settings, arguments)
+        logging.use_absl_handler()
+        logging.set_verbosity(wanted)
+        command.run(settings)
+        return 0
+    except UserError as error:
+        logging.debug("where it happened", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        logging.debug("where it happened", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+        logging.set_verbosity(verbosity)
 
 
-def _check_finite():
-    for name, value in FLAGS.flag_values_dict().items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"`{name}` must be a finite number. Received: {name}={value}")
+def _interrupt(number, frame):
+    raise Interrupted(number=number)
+
+
+def _parse(cls, arguments):
+    """The settings, and the verbosity of the log."""
+    values = define_flags(cls)
+    flags.DEFINE_integer("verbosity", logging.INFO, "", flag_values=values)
+    given = parse_flags(values, arguments)
+    verbosity = given.pop("verbosity", logging.INFO)
+    check_required(cls, given)
+    return cls(**given), verbosity
+
+
+def _help(command):
+    fields = dataclasses.fields(command.settings)
+    groups = {"Start with these": [field for field in fields if field.metadata["basic"]]}
+    for field in fields:
+        if not field.metadata["basic"]:
+            groups.setdefault(field.metadata["group"], []).append(field)
+    sections = [
+        f"usage: fpnas {command.name} --flag=value ...",
+        command.summary,
+        *(f"{title}:\n  {line}" for title, line in command.examples),
+        *(f"{title}:\n" + "\n".join(map(_describe, group)) for title, group in groups.items()),
+        "Every command:\n"
+        f"  --{FLAG_FILE}=FILE\n      Reads flags from a file, one a line. Those given after it "
+        "replace them.\n"
+        "  --verbosity=0\n      1 shows the traceback of an error too; -1 shows warnings alone.",
+    ]
+    return "\n\n".join(sections)
+
+
+def _describe(field):
+    """A flag, its help and its default."""
+    choices, default = field.metadata["choices"], field.default
+    name = f"--{field.name}="
+    if field.type in (bool, bool | None):
+        name = f"--[no]{field.name}"
+    elif choices:
+        name += "|".join(choices)
+    elif default in (None, dataclasses.MISSING, ()):
+        name += field.name.rpartition("_")[2].upper()
+    else:
+        name = format_flag(field.name, default)
+    text = field.metadata["help"]
+    if isinstance(default, bool):
+        text += f" Default: {'on' if default else 'off'}."
+    elif choices and default is not None:
+        text += f" Default: {default}."
+    lines = textwrap.wrap(text, 94)
+    return "\n".join(itertools.chain([f"  {name}"], (f"      {line}" for line in lines)))

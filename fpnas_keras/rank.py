@@ -3,126 +3,190 @@
 python -m fpnas_keras.rank --search_dir=runs/quickstart
 """
 
-import hashlib
-import json
+import dataclasses
 import math
-import pathlib
 import shlex
+import sys
+from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import logging
 
-from fpnas_keras import cli, ranking, report, searched
+from fpnas_keras import data, report, runs
 from fpnas_keras.architecture import Architecture
+from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import format_cost
+from fpnas_keras.data.settings import NAMES, DataSettings
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import Settings, setting
 
-FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(cli)
-flags.DEFINE_string(
-    "search_dir",
-    None,
-    "Directory of a finished fpnas_keras.search. Its data is used where --data is not given.",
-    required=True,
-)
-flags.DEFINE_integer(
-    "samples",
-    32,
-    "Architectures to draw from the search's distribution, beside the derived one and those of "
-    "--architectures. Equal ones are ranked once, so that fewer may come out.",
-    lower_bound=0,
-)
-flags.DEFINE_list(
-    "architectures",
-    [],
-    "Further architecture files of the same space to rank, separated by commas.",
-)
-flags.DEFINE_integer(
-    "evaluation_images",
-    5000,
-    "Most images of the architecture part to evaluate on. More are less noisy: with n images an "
-    "accuracy p is known to sqrt(p * (1 - p) / n).",
-    lower_bound=1,
-)
-flags.DEFINE_integer(
-    "recalibration_images",
-    2000,
-    "Most images of the weights part for the statistics of the batch norms.",
-    lower_bound=2,
-)
-flags.DEFINE_integer("seed", 0, "Seed of what is drawn.", lower_bound=0)
+if TYPE_CHECKING:
+    from fpnas_keras.runs import Ranked, SearchRun
+
+_IMAGES = "Images"
+_AS_SEARCHED = " Default: as the search."
 
 
-def main() -> None:
-    """Ranks, prints the ranking and writes it into the directory of the search."""
-    directory = pathlib.Path(FLAGS.search_dir)
-    search = searched.load(directory)
-    cli.take_data_flags(directory / "flags.txt")
-    architectures = {"derived": Architecture.load(directory / "architecture.json")}
-    architectures |= {path: Architecture.load(path) for path in FLAGS.architectures}
-    if FLAGS.samples:
-        architectures |= ranking.draw(search, FLAGS.samples, FLAGS.seed)
-    images = cli.load_data_for(
-        f"the search {directory}",
-        search.space.input_shape,
-        search.space.num_classes,
-        "train",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankSettings(Settings):
+    """Settings of a ranking. Each is a flag of `fpnas rank`."""
+
+    search_dir: str = setting("Directory of a finished search.", basic=True)
+    samples: int = setting(
+        "Architectures to draw from the search's distribution, beside the derived one and those of "
+        "--architectures. Equal ones are ranked once, so that fewer may come out.",
+        32,
+        least=0,
+        basic=True,
     )
-    ranked = ranking.rank(
-        search,
-        architectures,
-        images,
-        int(search.seed.numpy()),
-        FLAGS.evaluation_images,
-        FLAGS.recalibration_images,
+    architectures: tuple[str, ...] = setting(
+        "Further architecture files of the same space to rank, separated by commas.",
+        (),
+        basic=True,
     )
-    _print(ranked, search.cost)
-    ranking.save(directory / "ranking.json", ranked, search.cost.unit)
-    (directory / "pareto").mkdir(exist_ok=True)
-    files = {}
-    for each in ranked:
-        if each.pareto:
-            files[each.name] = _front_file(directory, each)
-            each.architecture.save(files[each.name])
-    _report(directory, ranked, search.cost, files)
+    evaluation_images: int = setting(
+        "Most images of the architecture part to evaluate on. More images are less noisy: with n "
+        "images, the standard error of an accuracy p is sqrt(p * (1 - p) / n).",
+        5000,
+        least=1,
+        group=_IMAGES,
+    )
+    recalibration_images: int = setting(
+        "Most images of the weights part for the statistics of the batch norms.",
+        2000,
+        least=2,
+        group=_IMAGES,
+    )
+    data: str | None = setting("Images to use." + _AS_SEARCHED, None, group=_IMAGES)
+    data_dir: str | None = setting(
+        "Folder where tensorflow_datasets keeps its data." + _AS_SEARCHED, None, group=_IMAGES
+    )
+    download: bool | None = setting(
+        "Whether tensorflow_datasets may download data." + _AS_SEARCHED, None, group=_IMAGES
+    )
+    train_images: int | None = setting(
+        "Number of training images. It must be that of the search.", None, least=2, group=_IMAGES
+    )
+    seed: int = setting("Seed of the architectures that are drawn.", 0, least=0)
+
+    def find_images(self, run: "SearchRun") -> DataSettings:
+        """Which images to use: those of the search, unless others are given.
+
+        Raises:
+            UserError: When the search's flag file is damaged, or when `train_images` is not that
+                of the search: nobody would know which images trained the shared weights.
+        """
+        theirs = run.data_settings()
+        if self.train_images not in (None, theirs.train_images):
+            raise UserError(
+                f"`train_images` must be that of {run.flag_file}, {theirs.train_images}. "
+                f"Received: train_images={self.train_images}"
+            )
+        given = {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+        if "data" in given:
+            # Other data has a place of its own.
+            return DataSettings(**{"train_images": theirs.train_images} | given)
+        return dataclasses.replace(theirs, **given)
 
 
-def _print(ranked, cost):
-    """Prints the ranking."""
-    print(f"\n{'rank':>4} {'accuracy':>8} {'loss':>6} {cost.unit:>12} {'log p':>7} Pareto name")
+def rank_architectures(**settings: Any) -> "list[Ranked]":
+    """Ranks architectures of a finished search by what they reach with its shared weights.
+
+    The ranking is written into the directory of the search, and its report is made again. The
+    architectures on the Pareto front are written to files, to train one of them.
+
+    Args:
+        **settings: The fields of `RankSettings`, which are the flags of `fpnas rank`.
+
+    Returns:
+        The architectures, the most accurate first.
+
+    Raises:
+        UserError: When a setting is wrong, or the directory holds no finished search.
+
+    Example:
+
+    ```python
+    ranked = fpnas.rank_architectures(search_dir="runs/quickstart", samples=32)
+    ranked[0].accuracy, ranked[0].architecture
+    ```
+    """
+    return run_ranking(RankSettings(**settings))
+
+
+def run_ranking(settings: RankSettings) -> "list[Ranked]":
+    """As `rank_architectures`, with settings that are checked already."""
+    run = runs.SearchRun(settings.search_dir)
+    search = run.load_search()
+    images_settings = settings.find_images(run)
+    architectures = {"derived": Architecture.load(run.architecture_file)}
+    architectures |= {path: Architecture.load(path) for path in settings.architectures}
+    if settings.samples:
+        architectures |= runs.draw_architectures(search, settings.samples, settings.seed)
+    images = images_settings.load_images_for(
+        f"the search {run.directory}", search.space.input_shape, search.space.num_classes, "train"
+    )
+    with data.naming_unreadable(images):
+        ranked = runs.rank_by_shared_weights(
+            search,
+            architectures,
+            images,
+            int(search.seed.numpy()),
+            settings.evaluation_images,
+            settings.recalibration_images,
+        )
+    run.write_ranking(ranked, search.cost.unit)
+    run.write_pareto_front(ranked)
+    try:
+        report.write_report(run.directory)
+    except (UserError, OSError) as error:  # The ranking is there all the same.
+        logging.warning("no report: %s", error)
+    return ranked
+
+
+def _rank_and_print(settings):
+    ranked = run_ranking(settings)
+    run = runs.SearchRun(settings.search_dir)
+    print(_describe(run, ranked))
+    front = [each for each in ranked if each.pareto]
+    print(f"\nranking: {run.ranking_file}\nPareto front:")
+    print("\n".join(f"  {run.pareto_file(each)}" for each in front))
+    if run.report.exists():
+        print(f"report: {run.report}")
+    # The first one within the target: the derived network is, so that there always is one.
+    target = math.inf if run.target is None else run.target
+    best = next((each for each in ranked if each.cost <= target), ranked[0])
+    file = run.pareto_file(best)
+    print(
+        "next, train one of them:\n  python -m fpnas_keras.train "
+        f"--architecture={shlex.quote(str(file))} {settings.find_images(run).data_arguments()} "
+        f"--output_dir={shlex.quote(f'{run.directory}_{file.stem}')}"
+    )
+
+
+def _describe(run, ranked):
+    """The ranking as a table."""
+    lines = [f"\n{'rank':>4} {'accuracy':>8} {'loss':>6} {run.unit:>12} {'log p':>7} Pareto name"]
     for number, each in enumerate(ranked, 1):
         mark = "*" if each.pareto else ""
-        print(
+        lines.append(
             f"{number:4} {each.accuracy:8.2%} {each.loss:6.3f} {format_cost(each.cost):>12} "
             f"{each.log_prob:7.1f} {mark:6} {each.name}"
         )
+    return "\n".join(lines)
 
 
-def _report(directory, ranked, cost, files):
-    """Makes the report and prints where all is and what to type next."""
-    print(f"\nranking: {directory / 'ranking.json'}\nPareto front:")
-    for file in files.values():
-        print(f"  {file}")
-    try:
-        print(f"report: {report.write(directory)}")
-    except (ValueError, OSError) as error:  # The ranking is there all the same.
-        logging.warning("no report: %s", error)
-    # The first one within the target; there is always the derived network. It is on the front.
-    target = math.inf if cost.target is None else cost.target
-    best = next((each for each in ranked if each.cost <= target), ranked[0])
-    file = files[best.name]
-    print(
-        "next, train one of them:\n  python -m fpnas_keras.train "
-        f"--architecture={shlex.quote(str(file))} {cli.data_arguments()} "
-        f"--output_dir={shlex.quote(f'{directory}_{file.stem}')}"
-    )
-
-
-def _front_file(directory, ranked):
-    """A name that no other architecture gets in a later ranking: trainings refer to the file."""
-    content = json.dumps(ranked.architecture.to_dict(), sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    name = pathlib.Path(ranked.name).stem.replace(" ", "_")
-    return directory / "pareto" / f"{name}_{digest}.json"
-
+COMMAND = Command(
+    name="rank",
+    summary="Ranks architectures of a finished search by its shared weights.",
+    examples=(
+        (
+            "Draws 32 architectures from a search and ranks them",
+            "fpnas rank --search_dir=runs/mine --samples=32",
+        ),
+    ),
+    settings=RankSettings,
+    run=_rank_and_print,
+)
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(run_command(COMMAND))

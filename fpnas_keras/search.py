@@ -1,488 +1,511 @@
-"""Searches a space for an architecture: flags in, a run directory out.
+"""Searches a space for an architecture: settings in, a run directory out.
 
 python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 """
 
+import contextlib
+import dataclasses
+import functools
 import math
 import shlex
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import keras
-import tensorflow as tf
-from absl import flags, logging
+from absl import logging
 
-from fpnas_keras import (
-    checkpoints,
-    cli,
-    data,
-    ranking,
-    replicas,
-    run_directory,
-    searched,
-    spaces,
-)
-from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import COSTS, format_cost, latency, make_cost
+from fpnas_keras import data, method, report, runs, spaces
+from fpnas_keras.commands import Command, run_command
+from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, summarize_error
-from fpnas_keras.method.architecture_search import ArchitectureSearch
-from fpnas_keras.method.distributions import FactorizedLogits, JointLogits
-from fpnas_keras.method.estimator import AdaptiveSamples, CostController
-from fpnas_keras.runs.callbacks import (
-    CoarseToFine,
-    EpochLine,
-    MetricsFile,
-    StopOnDivergence,
-    TensorBoardFile,
-)
-from fpnas_keras.runs.checkpoints import Checkpoints
-from fpnas_keras.runs.run_directory import Run
+from fpnas_keras.runs.settings import RunSettings
+from fpnas_keras.settings import setting
 
-FLAGS = flags.FLAGS
-for _module in (cli, run_directory, checkpoints):
-    flags.adopt_module_key_flags(_module)
-flags.mark_flag_as_required("output_dir")
-flags.DEFINE_string(
-    "space",
-    "mobile_mini",
-    f"Search space, one of {', '.join(spaces.names())}; or the path of a .json or .py file with a "
-    "space of your own (configs/spaces/example.json).",
-)
-flags.DEFINE_integer(
-    "input_size",
-    32,
-    "Height and width in pixels that images are resized to. Larger sees more and costs its square.",
-    lower_bound=1,
-)
-flags.DEFINE_enum(
-    "cost",
-    "none",
-    list(COSTS),
-    "What --target limits: multiply-adds of one image, trainable parameters, or milliseconds on "
-    "the device of --latency_table.",
-)
-flags.DEFINE_string(
-    "latency_table",
-    None,
-    "Table for --cost=latency: a .json file that `python -m export.latency` measured on your "
-    "device, or a .yaml or .csv look-up table of ProxylessNAS or once-for-all.",
-)
-flags.DEFINE_float(
-    "target",
-    None,
-    "What the architecture may cost, in the unit of --cost (3e6 is 3 million MACs or parameters, "
-    "1.5 is 1.5 ms).",
-    lower_bound=0,
-)
-flags.DEFINE_float(
-    "cost_coefficient",
-    None,
-    "A fixed weight of the cost against the likelihood (the paper's beta), instead of one that "
-    "is moved so that the expected cost settles at the target. Raise it when expected_cost ends "
-    "over the target, lower it when it ends far under.",
-    lower_bound=0,
-)
-flags.DEFINE_boolean(
-    "two_sided",
-    True,
-    "Whether the expected cost is also pulled up to the target from below; without it small "
-    "networks, which learn faster, often win (set --least_share=0 then).",
-)
-flags.DEFINE_integer(
-    "anneal_steps",
-    None,
-    "Steps over which the expected cost is brought from its start to the target; by default a "
-    "third of those after the warm-up. Lower it for a target that is near the start.",
-    lower_bound=0,
-)
-flags.DEFINE_enum(
-    "cost_penalty",
-    "expected",
-    ["expected", "hinge", "log"],
-    "What the cost coefficient weighs: the expected cost (exact), the paper's mean of "
-    "max(0, cost / target - 1) over the samples, or the logarithm of that mean.",
-)
-flags.DEFINE_float(
-    "least_share",
-    0.95,
-    "Least share of the target that the result should cost, 0 to 1 (less, with a warning, where "
-    "there is no such architecture). 0 takes the most probable one within the target, which may "
-    "be much cheaper.",
-    lower_bound=0,
-    upper_bound=1,
-)
-flags.DEFINE_float(
-    "derive_seconds",
-    60.0,
-    "Seconds to prove that no architecture between --least_share and the target is more "
-    "probable; after them the best so far is taken, and summary.json says how far it may be off "
-    "(derivation_gap, in nats of log p).",
-    lower_bound=0,
-)
-flags.DEFINE_enum(
-    "distribution",
-    "factorized",
-    ["factorized", "joint", "coarse_to_fine"],
-    "Logits of each variable alone (fewer, decided sooner), of each combination of a block's "
-    "variables (they may depend on each other), or the first, then the second.",
-)
-flags.DEFINE_integer(
-    "coarse_epochs",
-    None,
-    "Epochs before coarse_to_fine turns from factorized to joint; by default half of all.",
-    lower_bound=1,
-)
-flags.DEFINE_float(
-    "sample_scale",
-    0.25,
-    "Architectures drawn a step for each nat of the distribution's entropy. Larger is less "
-    "noisy and slower.",
-    lower_bound=0.001,
-)
-flags.DEFINE_integer("min_samples", 2, "Fewest architectures drawn a step.", lower_bound=1)
-flags.DEFINE_integer("max_samples", 64, "Most architectures drawn a step.", lower_bound=1)
-flags.DEFINE_integer(
-    "samples",
-    None,
-    "A fixed number of architectures a step, instead of one that follows the entropy.",
-    lower_bound=1,
-)
-flags.DEFINE_integer(
-    "warmup_steps",
-    None,
-    "Steps at the start that train the shared weights alone; by default a fifth of all steps, at "
-    "most 300. Untrained weights favour the smallest networks, which "
-    "learn first; raise it when the networks are large or learn slowly.",
-    lower_bound=0,
-)
-flags.DEFINE_float(
-    "likelihood_scale",
-    1.0,
-    "Factor of the mean log-likelihoods in the importance weights (tau). Larger makes the best "
-    "sample of a step count more; the batch size gives the sum over the batch.",
-    lower_bound=0,
-)
-flags.DEFINE_boolean(
-    "control_variate",
-    True,
-    "Whether 1/K is subtracted from the importance weights; without it (the paper's formula) "
-    "the logits follow mostly noise.",
-)
-flags.DEFINE_boolean(
-    "stratified",
-    True,
-    "Whether each choice is drawn as near to its expected number of times as can be, instead of "
-    "independently.",
-)
-flags.DEFINE_boolean(
-    "deduplicate", True, "Whether an architecture that is drawn twice in a step is evaluated once."
-)
-flags.DEFINE_boolean(
-    "recompute",
-    False,
-    "Whether the backward pass computes the activations inside each block anew instead of keeping "
-    "them. For large networks on a GPU of little memory; a step takes longer.",
-)
-flags.DEFINE_integer("batch_size", 64, "Images a batch, of each part of the data.", lower_bound=2)
-flags.DEFINE_integer(
-    "architecture_batch_size",
-    None,
-    "Images a batch of the architecture part, by default as --batch_size. More make the "
-    "likelihoods that decide less noisy, at the price of a forward pass.",
-    lower_bound=2,
-)
-flags.DEFINE_integer("epochs", 30, "Epochs to search.", lower_bound=1)
-flags.DEFINE_integer(
-    "steps_per_epoch",
-    None,
-    "Steps an epoch; by default one pass over the weights part of the data.",
-    lower_bound=1,
-)
-flags.DEFINE_float(
-    "learning_rate", 0.1, "Peak learning rate of the shared weights (SGD, cosine to 0).", 0
-)
-flags.DEFINE_float(
-    "architecture_learning_rate",
-    0.03,
-    "Learning rate of the architecture logits (Adam). Higher decides earlier, on less evidence.",
-    lower_bound=0,
-)
-flags.DEFINE_enum(
-    "strategy",
-    "none",
-    replicas.STRATEGIES,
-    "Who shares the samples of a step: one replica, all GPUs of this machine (mirrored), or all "
-    "machines that TF_CONFIG names (multiworker; --output_dir on a file system that they share).",
-)
-flags.DEFINE_integer(
-    "ranked_samples",
-    16,
-    "Architectures drawn from the result and evaluated with the shared weights, for the Pareto "
-    "front of report.html; about a second each for small networks. 0 is off.",
-    lower_bound=0,
-)
-flags.DEFINE_boolean(
-    "tensorboard",
-    True,
-    "Whether scalars, histograms of the probabilities and the flags are written for TensorBoard, "
-    "to the folder `tensorboard`.",
-)
-flags.DEFINE_integer("seed", 0, "Seed of everything that is random.", lower_bound=0)
+if TYPE_CHECKING:
+    import tensorflow as tf
 
-flags.register_multi_flags_validator(
-    ["min_samples", "max_samples"],
-    lambda values: values["min_samples"] <= values["max_samples"],
-    "--min_samples must be at most --max_samples",
-)
-flags.register_multi_flags_validator(
-    ["cost", "target"],
-    lambda values: (values["cost"] == "none") == (values["target"] is None),
-    "--target needs --cost=macs, params or latency, and the other way round",
-)
-flags.register_multi_flags_validator(
-    ["cost", "latency_table"],
-    lambda values: (values["cost"] == "latency") == (values["latency_table"] is not None),
-    "--cost=latency needs --latency_table, and the other way round",
-)
+    from fpnas_keras.method import ArchitectureSearch, Derivation
+    from fpnas_keras.runs import SearchRun, Session
 
-flags.register_multi_flags_validator(
-    ["target", "cost_coefficient", "anneal_steps"],
-    lambda values: (
-        values["target"] is not None
-        or (values["cost_coefficient"] is None and values["anneal_steps"] is None)
-    ),
-    "--cost_coefficient and --anneal_steps need --target",
-)
-flags.register_multi_flags_validator(
-    ["cost_coefficient", "anneal_steps"],
-    lambda values: values["cost_coefficient"] is None or values["anneal_steps"] is None,
-    "--anneal_steps moves the coefficient, which --cost_coefficient fixes",
-)
-flags.register_multi_flags_validator(
-    ["distribution", "epochs"],
-    lambda values: values["distribution"] != "coarse_to_fine" or values["epochs"] > 1,
-    "--distribution=coarse_to_fine needs at least 2 --epochs",
-)
-flags.register_multi_flags_validator(
-    ["distribution", "coarse_epochs", "epochs"],
-    lambda values: (
-        values["coarse_epochs"] is None
-        or (
-            values["distribution"] == "coarse_to_fine"
-            and values["coarse_epochs"] < values["epochs"]
-        )
-    ),
-    "--coarse_epochs needs --distribution=coarse_to_fine and must be below --epochs",
-)
+_SPACE, _COST, _METHOD = "Space", "Cost and target", "Method"
+_TRAINING, _RESULT = "Shared weights and logits", "Result"
 
 
-def main() -> None:
-    """Runs the search that the flags describe."""
-    chief = replicas.is_chief(FLAGS.strategy)
-    run = Run(FLAGS.output_dir, __name__, "fpnas_keras.search", writes=chief)
-    with run.interruptions():
-        if not run.finished:
-            _search(run)
-        if chief:
-            if not run.path("report.html").exists():
-                try:
-                    _visualize(run)
-                except (ValueError, OSError, tf.errors.OpError) as error:
-                    # The result is there all the same.
-                    logging.warning("no report: %s", summarize_error(error))
-            _report(run)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSettings(RunSettings):
+    """Settings of a search. Each is a flag of `fpnas search`."""
 
-
-def _search(run):
-    # First of all: TensorFlow takes a cluster only before it has done anything else.
-    strategy = replicas.make_strategy(FLAGS.strategy)
-    keras.utils.set_random_seed(FLAGS.seed)
-    checkpoints = Checkpoints(run, FLAGS.checkpoint_every)
-    replicas.check_same_step(strategy, checkpoints.step)
-    search, batches = _set_up(checkpoints, strategy)
-    files = {"space": FLAGS.space, "latency_table": FLAGS.latency_table}
-    run.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    files, callbacks = [], [StopOnDivergence(), *_coarse_to_fine()]
-    if run.writes:
-        files, more = _records(run, search)
-        callbacks += more
-    checkpoints.fit(search, batches, FLAGS.epochs, files, callbacks)
-    if run.writes:
-        with replacing(run.path("search.weights.h5")) as temporary:
-            try:
-                search.save_weights(temporary)
-            except RuntimeError as error:  # what h5py raises when the disk is full
-                raise OSError(f"cannot write search.weights.h5: {summarize_error(error)}") from None
-    derivation = search.derivation(seconds=FLAGS.derive_seconds, least_share=FLAGS.least_share)
-    # What the most probable architecture reaches with the shared weights.
-    mode = search.evaluate(
-        batches.map(lambda _, validation: validation),
-        steps=checkpoints.steps_per_epoch,
-        verbose=0,
-        return_dict=True,
+    space: str = setting(
+        f"Search space: {', '.join(spaces.names())}; or the path of a .json or .py file with a "
+        "space of your own (configs/spaces/example.json).",
+        "mobile_mini",
+        group=_SPACE,
+        path=True,
     )
-    mode = {f"mode_{name}": value for name, value in mode.items()}
-    mode["mode_macs"] = search.derive(budget=None).macs()
-    if run.writes:
-        derivation.architecture.save(run.path("architecture.json"))
-        run.finish(**_summary(search, derivation), **mode)
+    input_size: int = setting(
+        "Height and width in pixels that images are resized to. Twice the size costs four times "
+        "the MACs.",
+        32,
+        least=1,
+        basic=True,
+    )
+    cost: str = setting(
+        "What --target limits: multiply-adds of one image, trainable parameters, or milliseconds "
+        "on the device of --latency_table.",
+        "none",
+        choices=tuple(COSTS),
+        basic=True,
+    )
+    target: float | None = setting(
+        "What the architecture may cost, in the unit of --cost (3e6 is 3 million MACs or "
+        "parameters, 1.5 is 1.5 ms).",
+        None,
+        least=0,
+        basic=True,
+    )
+    latency_table: str | None = setting(
+        "Latency table for --cost=latency: a .json file that `fpnas latency` measured on your "
+        "device, or a .yaml or .csv look-up table of ProxylessNAS or once-for-all.",
+        None,
+        group=_COST,
+        path=True,
+    )
+    cost_coefficient: float | None = setting(
+        "A fixed weight of the cost against the likelihood (the paper's beta). By default a "
+        "controller moves the weight so that the expected cost settles at the target. Raise it "
+        "when expected_cost ends over the target, lower it when it ends far under.",
+        None,
+        least=0,
+        group=_COST,
+    )
+    two_sided: bool = setting(
+        "Whether the controller also raises an expected cost that is below the target. Without "
+        "it small networks often win, because they learn faster (set --least_share=0 then).",
+        True,
+        group=_COST,
+    )
+    anneal_steps: int | None = setting(
+        "Steps over which the controller moves the expected cost from its start to the target. "
+        "Default: a third of the steps after the warm-up. Lower it for a target near the start.",
+        None,
+        least=0,
+        group=_COST,
+    )
+    cost_penalty: str = setting(
+        "What the cost coefficient weighs: the expected cost (exact), the paper's mean of "
+        "max(0, cost / target - 1) over the samples, or the logarithm of that mean.",
+        "expected",
+        choices=("expected", "hinge", "log"),
+        group=_COST,
+    )
+    least_share: float = setting(
+        "Least share of the target that the result must cost, 0 to 1. A warning is given where "
+        "there is no such architecture. 0 takes the most probable architecture within the target, "
+        "which may be much cheaper.",
+        0.95,
+        least=0,
+        most=1,
+        group=_RESULT,
+    )
+    derive_seconds: float = setting(
+        "Seconds to prove that no architecture between --least_share and the target is more "
+        "probable than the result. After that the best one so far is taken, and summary.json says "
+        "how far it may be off (derivation_gap, in nats of log p).",
+        60.0,
+        least=0,
+        group=_RESULT,
+    )
+    distribution: str = setting(
+        "Logits of each variable on its own (few, and decided early), of each combination of a "
+        "block's variables (the variables may depend on each other), or first the one and then "
+        "the other.",
+        "factorized",
+        choices=("factorized", "joint", "coarse_to_fine"),
+        group=_METHOD,
+    )
+    coarse_epochs: int | None = setting(
+        "Epochs before coarse_to_fine changes from factorized to joint logits. Default: half of "
+        "all epochs.",
+        None,
+        least=1,
+        group=_METHOD,
+    )
+    sample_scale: float = setting(
+        "Architectures drawn in each step for each nat of the distribution's entropy. A larger "
+        "scale is less noisy and slower.",
+        0.25,
+        least=0.001,
+        group=_METHOD,
+    )
+    min_samples: int = setting(
+        "Fewest architectures drawn in each step.", 2, least=1, group=_METHOD
+    )
+    max_samples: int = setting("Most architectures drawn in each step.", 64, least=1, group=_METHOD)
+    samples: int | None = setting(
+        "A fixed number of architectures in each step, instead of one that follows the entropy.",
+        None,
+        least=1,
+        group=_METHOD,
+    )
+    warmup_steps: int | None = setting(
+        "Steps at the start that train the shared weights alone. Default: a fifth of all steps, "
+        "at most 300. Under untrained weights the smallest networks look best, because they learn "
+        "first. Raise it when the networks are large or learn slowly.",
+        None,
+        least=0,
+        group=_METHOD,
+    )
+    likelihood_scale: float = setting(
+        "Factor of the mean log-likelihoods in the importance weights (tau). A larger factor "
+        "makes the best sample of a step count more. The batch size as factor gives the sum over "
+        "the batch.",
+        1.0,
+        least=0,
+        group=_METHOD,
+    )
+    control_variate: bool = setting(
+        "Whether 1/K is subtracted from the importance weights of the K samples. Without it (the "
+        "paper's formula) the logits mostly follow noise.",
+        True,
+        group=_METHOD,
+    )
+    stratified: bool = setting(
+        "Whether the samples of a step are stratified: each choice is drawn as close to its "
+        "expected number of times as possible.",
+        True,
+        group=_METHOD,
+    )
+    deduplicate: bool = setting(
+        "Whether an architecture that is drawn twice in a step is evaluated once.",
+        True,
+        group=_METHOD,
+    )
+    recompute: bool = setting(
+        "Whether the backward pass computes the activations inside each block again instead of "
+        "keeping them. For large networks on a GPU with little memory; a step takes longer.",
+        False,
+        group=_TRAINING,
+    )
+    batch_size: int = setting(
+        "Images in a batch, of each part of the data.", 64, least=2, group=_TRAINING
+    )
+    architecture_batch_size: int | None = setting(
+        "Images in a batch of the architecture part. Default: as --batch_size. Larger batches "
+        "make the likelihoods that decide less noisy; they cost forward passes only.",
+        None,
+        least=2,
+        group=_TRAINING,
+    )
+    epochs: int = setting("Epochs to search.", 30, least=1, basic=True)
+    steps_per_epoch: int | None = setting(
+        "Steps in an epoch. Default: one pass over the weights part of the data.",
+        None,
+        least=1,
+        group=_TRAINING,
+    )
+    learning_rate: float = setting(
+        "Peak learning rate of the shared weights (SGD, cosine to 0).",
+        0.1,
+        least=0,
+        group=_TRAINING,
+    )
+    architecture_learning_rate: float = setting(
+        "Learning rate of the architecture logits (Adam). A higher rate decides earlier, on less "
+        "evidence.",
+        0.03,
+        least=0,
+        group=_TRAINING,
+    )
+    strategy: str = setting(
+        "How the samples of a step are distributed: none (one replica), over all GPUs of this "
+        "machine (mirrored), or over all machines that TF_CONFIG names (multiworker; --output_dir "
+        "must be on a file system that they share).",
+        "none",
+        choices=("none", "mirrored", "multiworker"),
+        group="Run",
+    )
+    ranked_samples: int = setting(
+        "Architectures to draw from the result and to evaluate with the shared weights, for the "
+        "Pareto front of the report. Each takes about a second for small networks. 0 turns it "
+        "off.",
+        16,
+        least=0,
+        group=_RESULT,
+        may_change=True,
+    )
+
+    def check(self) -> None:
+        """Raises `UserError` when settings do not fit together."""
+        super().check()
+        self._check_cost()
+        if self.min_samples > self.max_samples:
+            raise UserError(
+                "--min_samples must be at most --max_samples. "
+                f"Received: min_samples={self.min_samples}, max_samples={self.max_samples}"
+            )
+        coarse_to_fine = self.distribution == "coarse_to_fine"
+        if coarse_to_fine and self.epochs < 2:
+            raise UserError(
+                "--distribution=coarse_to_fine needs at least 2 --epochs. "
+                f"Received: epochs={self.epochs}"
+            )
+        if self.coarse_epochs is not None and not (
+            coarse_to_fine and self.coarse_epochs < self.epochs
+        ):
+            raise UserError(
+                "--coarse_epochs needs --distribution=coarse_to_fine and must be below --epochs. "
+                f"Received: distribution={self.distribution}, coarse_epochs={self.coarse_epochs}, "
+                f"epochs={self.epochs}"
+            )
+
+    def _check_cost(self):
+        if (self.cost == "none") != (self.target is None):
+            raise UserError(
+                "--target needs --cost=macs, params or latency, and these need --target. "
+                f"Received: cost={self.cost}, target={self.target}"
+            )
+        if (self.cost == "latency") != (self.latency_table is not None):
+            raise UserError(
+                "--cost=latency needs --latency_table, and --latency_table needs --cost=latency. "
+                f"Received: cost={self.cost}, latency_table={self.latency_table}"
+            )
+        if self.target is None and (self.cost_coefficient, self.anneal_steps) != (None, None):
+            raise UserError("--cost_coefficient and --anneal_steps need --target")
+        if None not in (self.cost_coefficient, self.anneal_steps):
+            raise UserError(
+                "--anneal_steps moves the coefficient, which --cost_coefficient fixes. Give one of "
+                "them"
+            )
+
+    @property
+    def epochs_before_joint(self) -> int | None:
+        """Epochs with factorized logits, for coarse_to_fine."""
+        if self.distribution != "coarse_to_fine":
+            return None
+        return self.coarse_epochs or self.epochs // 2
+
+    def count_warmup_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the warm-up.
+
+        Raises:
+            UserError: When the warm-up leaves no steps for the search.
+        """
+        steps = steps_per_epoch * self.epochs
+        warmup_steps = min(300, steps // 5) if self.warmup_steps is None else self.warmup_steps
+        if warmup_steps >= steps:
+            raise UserError(
+                f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
+                f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
+            )
+        coarse_epochs = self.epochs_before_joint
+        if coarse_epochs is not None and steps_per_epoch * coarse_epochs <= warmup_steps:
+            raise UserError(
+                f"`coarse_epochs` must reach beyond the {warmup_steps} steps of the warm-up. "
+                f"Received: coarse_epochs={coarse_epochs}, {steps_per_epoch * coarse_epochs} steps"
+            )
+        return warmup_steps
 
 
-def _records(run, search):
-    """What the run writes down every epoch: its files, and further callbacks."""
+def search_architecture(**settings: Any) -> "SearchRun":
+    """Searches a space for an architecture, and writes a run directory.
 
-    def row(epoch, logs):
-        return _row(search, epoch, logs)
+    A directory that holds an unfinished search with the same settings goes on from its last
+    checkpoint. A finished one is returned as it is.
+
+    Args:
+        **settings: The fields of `SearchSettings`, which are the flags of `fpnas search`.
+
+    Returns:
+        The run directory, with `architecture`, `summary`, `report` and `load_search()`.
+
+    Raises:
+        UserError: When a setting is wrong, or the directory holds something else.
+
+    Example:
+
+    ```python
+    run = fpnas.search_architecture(
+        data="folder:photos", input_size=64, cost="macs", target=8e6, output_dir="runs/mine"
+    )
+    run.architecture.macs()
+    ```
+    """
+    return run_search(SearchSettings(**settings))
+
+
+def run_search(settings: SearchSettings) -> "SearchRun":
+    """As `search_architecture`, with settings that are checked already."""
+    run = runs.SearchRun(settings.output_dir)
+    chief = method.is_chief(settings.strategy)
+    session = runs.Session(run, settings, "fpnas_keras.search", writes=chief)
+    with session.working():
+        search = images = None
+        if not run.finished:
+            search, images = _search(session)
+        if chief and not run.report.exists():
+            with _warning_instead("no report"):
+                _rank_and_report(run, settings, search, images)
+    return run
+
+
+@contextlib.contextmanager
+def _warning_instead(what: str) -> Iterator[None]:
+    """Lets a finished search keep its result when its report fails."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        logging.warning("%s: %s", what, summarize_error(error))
+
+
+def _search(session: "Session"):
+    """Searches from the last checkpoint to the end; the search and its images."""
+    import keras
+
+    settings = session.settings
+    # First of all: TensorFlow accepts a cluster only before it has done anything else.
+    strategy = method.make_strategy(settings.strategy)
+    keras.utils.set_random_seed(settings.seed)
+    checkpoints = runs.Checkpoints(session)
+    method.check_same_step(strategy, checkpoints.step)
+    images, space = _load_images_and_space(settings)
+    batches = _make_batches(settings, images, checkpoints.step)
+    steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
+    search = _make_search(settings, space, steps_per_epoch, strategy)
+    _log_space(search, steps_per_epoch * settings.epochs)
+    files = {"space": settings.space, "latency_table": settings.latency_table}
+    session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
+    rows, callbacks = _make_callbacks(session, search)
+    with method.worker_failures(strategy), data.naming_unreadable(images):
+        checkpoints.fit(search, batches, settings.epochs, rows, callbacks)
+    _finish(session, search, batches, checkpoints)
+    return search, images
+
+
+def _load_images_and_space(settings):
+    if not settings.space.endswith(".py"):  # which may be for these images only
+        spaces.get(settings.space)  # A bad space should not wait for the data.
+    images = settings.load_images("train", settings.input_size)
+    return images, spaces.get(settings.space, images.image_shape, len(images.class_names))
+
+
+def _make_batches(settings, images, first_step):
+    return data.search_batches(
+        images.x,
+        images.y,
+        settings.batch_size,
+        settings.seed,
+        settings.steps_per_epoch,
+        images.image_shape,
+        settings.architecture_batch_size,
+        first_step,
+    )
+
+
+def _make_search(
+    settings: SearchSettings,
+    space: spaces.Space,
+    steps_per_epoch: int,
+    strategy: "tf.distribute.Strategy | None",
+) -> "ArchitectureSearch":
+    """The compiled search."""
+    import keras
+
+    steps = steps_per_epoch * settings.epochs
+    warmup_steps = settings.count_warmup_steps(steps_per_epoch)
+    anneal_steps = settings.anneal_steps
+    if anneal_steps is None:
+        anneal_steps = (steps - warmup_steps) // 3
+    cost_coefficient = settings.cost_coefficient
+    if cost_coefficient is None:
+        cost_coefficient = method.CostController(settings.two_sided, anneal_steps=anneal_steps)
+    search = method.ArchitectureSearch(
+        space,
+        samples=settings.samples
+        or method.AdaptiveSamples(
+            settings.sample_scale, settings.min_samples, settings.max_samples
+        ),
+        cost=make_cost(settings.cost, settings.target, settings.latency_table),
+        distribution=settings.distribution,
+        cost_coefficient=cost_coefficient,
+        cost_penalty=settings.cost_penalty,
+        warmup_steps=warmup_steps,
+        likelihood_scale=settings.likelihood_scale,
+        control_variate=settings.control_variate,
+        stratified=settings.stratified,
+        deduplicate=settings.deduplicate,
+        recompute=settings.recompute,
+        seed=settings.seed,
+        strategy=strategy,
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(settings.learning_rate, steps)
+    search.compile(
+        optimizer=keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True),
+        architecture_optimizer=keras.optimizers.Adam(settings.architecture_learning_rate),
+    )
+    return search
+
+
+def _log_space(search, steps):
+    logging.info(
+        "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
+        search.space.name,
+        search.space.num_architectures,
+        search.distribution.count_params(),
+        format_cost(search.space_cost.least()),
+        format_cost(search.space_cost.largest()),
+        search.cost.unit,
+        steps,
+    )
+
+
+def _make_callbacks(session, search):
+    """The files with rows for each epoch, and further callbacks."""
+    settings, run = session.settings, session.run
+    callbacks = [runs.StopOnDivergence()]
+    if settings.epochs_before_joint is not None:
+        callbacks.append(method.CoarseToFine(settings.epochs_before_joint))
+    if not session.writes:
+        return [], callbacks
+
+    def metrics(epoch, logs):
+        return _metrics_row(search, epoch, logs)
 
     def probabilities(epoch, logs):
         blocks = search.distribution.probabilities()
         return {"step": int(search.step.numpy()), "epoch": epoch + 1, "blocks": blocks}
 
-    files = [
-        MetricsFile(run.path("metrics.csv"), row),
-        MetricsFile(run.path("probabilities.jsonl"), probabilities),
-    ]
-    callbacks = [EpochLine(lambda epoch, logs: _line(search, row(epoch, logs)))]
-    if FLAGS.tensorboard:
-        callbacks.append(
-            TensorBoardFile(
-                run.path("tensorboard"),
-                row,
-                run.flag_values,
-                lambda: _entry_probabilities(search.distribution),
-            )
-        )
-    return files, callbacks
+    callbacks.append(runs.EpochLine(lambda epoch, logs: _epoch_line(search, metrics(epoch, logs))))
+    if settings.tensorboard:
+        folder, flags = run.tensorboard_folder, settings.given()
+        histograms = functools.partial(_entry_probabilities, search)
+        callbacks.append(runs.TensorBoardFile(folder, metrics, flags, histograms))
+    return [
+        runs.MetricsFile(run.metrics_file, metrics),
+        runs.MetricsFile(run.probabilities_file, probabilities),
+    ], callbacks
 
 
-def _entry_probabilities(distribution):
-    rows = zip(distribution.entry_probabilities().numpy(), distribution.entries.exists)
-    return [row[exists] for row, exists in rows]
-
-
-def _visualize(run):
-    """Ranks some architectures and makes the report."""
-    from fpnas_keras import report  # and matplotlib, which the first step need not wait for
-
-    if FLAGS.ranked_samples:
-        search = searched.load(run.directory)
-        architectures = {"derived": Architecture.load(run.path("architecture.json"))}
-        architectures |= ranking.draw(search, FLAGS.ranked_samples, FLAGS.seed)
-        images = cli.load_data("train", FLAGS.input_size)
-        ranked = ranking.rank(search, architectures, images, FLAGS.seed)
-        ranking.save(run.path("ranking.json"), ranked, search.cost.unit)
-    report.write(run.directory)
-
-
-def _coarse_to_fine():
-    if FLAGS.distribution != "coarse_to_fine":
-        return []
-    return [CoarseToFine(_coarse_epochs())]
-
-
-def _coarse_epochs():
-    return FLAGS.coarse_epochs or FLAGS.epochs // 2
-
-
-def _set_up(checkpoints, strategy):
-    """The compiled search and its data, or a `UserError` about the flags."""
-    if not FLAGS.space.endswith(".py"):  # which may be for these images only
-        spaces.get(FLAGS.space)  # A bad space should not wait for the data.
-    images = cli.load_data("train", FLAGS.input_size)
-    space = spaces.get(FLAGS.space, images.image_shape, len(images.class_names))
-    batches = data.search_batches(
-        images.x,
-        images.y,
-        FLAGS.batch_size,
-        FLAGS.seed,
-        FLAGS.steps_per_epoch,
-        images.image_shape,
-        FLAGS.architecture_batch_size,
-        checkpoints.step,
-    )
-    steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
-    search = _make_search(space, steps_per_epoch, strategy)
-    logging.info(
-        "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
-        space.name,
-        space.num_architectures,
-        search.distribution.count_params(),
-        format_cost(search.cost_table.least()),
-        format_cost(search.cost_table.largest()),
-        search.cost.unit,
-        steps_per_epoch * FLAGS.epochs,
-    )
-    return search, batches
-
-
-def _make_search(space, steps_per_epoch, strategy):
-    """The compiled search, or a `UserError` about the flags."""
-    steps = steps_per_epoch * FLAGS.epochs
-    warmup_steps = _warmup_steps(steps_per_epoch)
-    adaptive = AdaptiveSamples(FLAGS.sample_scale, FLAGS.min_samples, FLAGS.max_samples)
-    anneal_steps = FLAGS.anneal_steps
-    if anneal_steps is None:
-        anneal_steps = (steps - warmup_steps) // 3
-    controller = CostController(FLAGS.two_sided, anneal_steps=anneal_steps)
-    search = ArchitectureSearch(
-        space,
-        samples=FLAGS.samples or adaptive,
-        cost=make_cost(FLAGS.cost, FLAGS.target, FLAGS.latency_table),
-        distribution=FLAGS.distribution,
-        cost_coefficient=controller if FLAGS.cost_coefficient is None else FLAGS.cost_coefficient,
-        cost_penalty=FLAGS.cost_penalty,
-        warmup_steps=warmup_steps,
-        likelihood_scale=FLAGS.likelihood_scale,
-        control_variate=FLAGS.control_variate,
-        stratified=FLAGS.stratified,
-        deduplicate=FLAGS.deduplicate,
-        recompute=FLAGS.recompute,
-        seed=FLAGS.seed,
-        strategy=strategy,
-    )
-    search.compile(
-        optimizer=keras.optimizers.SGD(
-            keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps),
-            momentum=0.9,
-            nesterov=True,
-        ),
-        architecture_optimizer=keras.optimizers.Adam(FLAGS.architecture_learning_rate),
-    )
-    return search
-
-
-def _warmup_steps(steps_per_epoch):
-    steps = steps_per_epoch * FLAGS.epochs
-    warmup_steps = min(300, steps // 5) if FLAGS.warmup_steps is None else FLAGS.warmup_steps
-    if warmup_steps >= steps:
-        raise UserError(
-            f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
-            f"`steps_per_epoch`). Received: warmup_steps={warmup_steps}"
-        )
-    if FLAGS.distribution == "coarse_to_fine":
-        coarse_steps = steps_per_epoch * _coarse_epochs()
-        if coarse_steps <= warmup_steps:
-            raise UserError(
-                f"`coarse_epochs` must reach beyond the {warmup_steps} steps of the warm-up. "
-                f"Received: coarse_epochs={_coarse_epochs()}, {coarse_steps} steps"
-            )
-    return warmup_steps
-
-
-def _row(search, epoch, logs):
+def _metrics_row(search, epoch, logs):
     step = int(search.step.numpy())
-    phase = "joint" if isinstance(search.distribution, JointLogits) else "factorized"
-    first = {
+    phase = "joint" if isinstance(search.distribution, method.JointLogits) else "factorized"
+    known = {
         "step": step,
         "epoch": epoch + 1,
         "phase": "warm_up" if step <= search.warmup_steps else phase,
-        "samples": logs["samples"],
         "total_samples": int(search.total_samples.numpy()),
     }
-    return first | {name: value for name, value in logs.items() if name != "samples"}
+    return {name: (known | logs)[name] for name in runs.SEARCH_METRICS if name != "seconds"}
 
 
-def _line(search, row):
-    """A row for people."""
+def _entry_probabilities(search):
+    """For each block, the probabilities of its entries."""
+    rows = search.distribution.entry_probabilities().numpy()
+    return [row[exists] for row, exists in zip(rows, search.space.entries.exists)]
+
+
+def _epoch_line(search, row):
+    """A row of the metrics for people."""
     cost = f"{format_cost(row['expected_cost'])} {search.cost.unit}"
     if search.cost.target is not None:
         cost += f" of {format_cost(search.cost.target)}"
@@ -493,25 +516,56 @@ def _line(search, row):
     )
 
 
-def _summary(search, derivation):
-    table, architecture = search.cost_table, derivation.architecture
+def _finish(session, search, batches, checkpoints):
+    """Derives the result and writes what the search leaves."""
+    settings, run = session.settings, session.run
+    if session.writes:
+        with replacing(run.weights_file) as temporary:
+            try:
+                search.save_weights(temporary)
+            except RuntimeError as error:  # what h5py raises when the disk is full
+                raise UserError(
+                    f"cannot write {run.weights_file}: {summarize_error(error)}"
+                ) from None
+    derivation = search.derivation(
+        seconds=settings.derive_seconds, least_share=settings.least_share
+    )
+    # What the most probable architecture reaches with the shared weights.
+    mode = search.evaluate(
+        batches.map(lambda _, validation: validation),
+        steps=checkpoints.steps_per_epoch,
+        verbose=0,
+        return_dict=True,
+    )
+    mode = {f"mode_{name}": value for name, value in mode.items()}
+    mode["mode_macs"] = search.derive(budget=None).macs()
+    if session.writes:
+        derivation.architecture.save(run.architecture_file)
+        session.finish(**_summarize(settings, search, derivation), **mode)
+
+
+def _summarize(
+    settings: SearchSettings, search: "ArchitectureSearch", derivation: "Derivation"
+) -> dict[str, Any]:
+    architecture = derivation.architecture
+    expected_cost = search.space_cost.expected(search.distribution.entry_probabilities())
     return {
         "space": search.space.name,
         "input_shape": search.space.input_shape,
         "num_classes": search.space.num_classes,
         "num_architectures": search.space.num_architectures,
         "num_logits": search.distribution.count_params(),
-        "distribution": FLAGS.distribution,
-        "data": FLAGS.data,
-        "seed": FLAGS.seed,
+        "distribution": settings.distribution,
+        "data": settings.data,
+        "seed": settings.seed,
         "steps": int(search.step.numpy()),
         "total_samples": int(search.total_samples.numpy()),
         "total_evaluated": int(search.total_evaluated.numpy()),
-        "initial_entropy": float(FactorizedLogits(search.space.blocks).entropy()),
+        "initial_entropy": float(method.FactorizedLogits(search.space).entropy()),
         "entropy": float(search.distribution.entropy()),
-        "cost": FLAGS.cost,
-        "target": FLAGS.target,
-        "expected_cost": float(table.expected(search.distribution.entry_probabilities())),
+        "cost": settings.cost,
+        "target": settings.target,
+        "expected_cost": float(expected_cost),
         "found_cost": derivation.cost,
         "derivation_log_prob": derivation.log_prob,
         "derivation_least": derivation.least,
@@ -521,55 +575,88 @@ def _summary(search, derivation):
     }
 
 
-def _report(run):
-    """Prints the result of a finished run and what to type next."""
-    summary = run.summary()
-    architecture = Architecture.load(run.path("architecture.json"))
-    print(f"\n{'block':>5} {'stride':>6} {'filters':>7} kernel expansion activation splits")
-    for index, block in enumerate(architecture.blocks):
-        row = f"{index:5} {block.strides:6} {block.filters:7} "
-        if block.skip:
-            print(row + "skip")
-        else:
-            kernel = f"{block.kernel_size}x{block.kernel_size}"
-            print(row + f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}")
-    target = ""
-    if summary["cost"] == "latency":
-        target = f", {format_cost(summary['found_cost'])} ms by {FLAGS.latency_table}"
-    if summary["target"] is not None:
-        target += f" (target {format_cost(summary['target'])})"
-    if summary["derivation_gap"]:
-        target += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
+def _rank_and_report(run, settings, search=None, images=None):
+    """Ranks some architectures and writes the report."""
+    if settings.ranked_samples:
+        if search is None:  # The search was finished before; its report was not.
+            search = run.load_search()
+            images = settings.load_images("train", settings.input_size)
+        architectures = {"derived": run.architecture}
+        architectures |= runs.draw_architectures(search, settings.ranked_samples, settings.seed)
+        with data.naming_unreadable(images):
+            ranked = runs.rank_by_shared_weights(search, architectures, images, settings.seed)
+        run.write_ranking(ranked, search.cost.unit)
+    report.write_report(run.directory)
+
+
+def _search_and_print(settings):
+    run = run_search(settings)
+    if run.finished and method.is_chief(settings.strategy):
+        print(_describe_result(run, settings))
+
+
+def _describe_result(run, settings):
+    """The result of a finished search, and what to type next."""
+    summary = run.summary
+    sections = [_block_table(run.architecture)]
     initial = summary.get("initial_entropy", math.inf)  # earlier versions did not have it
     if summary["entropy"] > initial / 2:
-        print(
-            f"\nThe search is undecided: entropy {summary['entropy']:.1f} nats of {initial:.1f} at "
-            "its start. More --epochs, or a larger --architecture_learning_rate, decide more."
+        sections.append(
+            f"The search is undecided: entropy {summary['entropy']:.1f} nats of {initial:.1f} at "
+            "its start. More --epochs or a larger --architecture_learning_rate decide more."
         )
-    file = shlex.quote(str(run.path("architecture.json")))
-    page = run.path("report.html")
-    page = f"report: {page}\n" if page.exists() else ""
-    print(
-        f"\n{summary['macs']:,} MACs, {summary['params']:,} parameters{target}; "
+    cost = ""
+    if summary["cost"] == "latency":
+        cost = f", {format_cost(summary['found_cost'])} ms by {settings.latency_table}"
+    if summary["target"] is not None:
+        cost += f" (target {format_cost(summary['target'])})"
+    if summary["derivation_gap"]:
+        cost += f", not proven to be the most probable (gap {summary['derivation_gap']:.3g} nats)"
+    sections.append(
+        f"{summary['macs']:,} MACs, {summary['params']:,} parameters{cost}; "
         f"{summary['total_samples']:,} samples in {summary['steps']:,} steps, "
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_mb']:,} MB\n"
-        f"results: {run.directory}\n{page}"
-        "next, train it:\n"
-        f"  python -m fpnas_keras.train --architecture={file} {cli.data_arguments()} "
+        f"results: {run.directory}"
+        + (f"\nreport: {run.report}" if run.report.exists() else "")
+        + _next_commands(run, settings)
+    )
+    return "\n" + "\n\n".join(sections)
+
+
+def _block_table(architecture):
+    lines = [f"{'block':>5} {'stride':>6} {'filters':>7} kernel expansion activation splits"]
+    for index, block in enumerate(architecture.blocks):
+        line = f"{index:5} {block.strides:6} {block.filters:7} "
+        if block.skip:
+            lines.append(line + "skip")
+        else:
+            kernel = f"{block.kernel_size}x{block.kernel_size}"
+            line += f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _next_commands(run, settings):
+    file = shlex.quote(str(run.architecture_file))
+    commands = (
+        "\nnext, train it:\n"
+        f"  python -m fpnas_keras.train --architecture={file} {settings.data_arguments()} "
         f"--output_dir={shlex.quote(str(run.directory) + '_trained')}"
     )
-    if summary["cost"] == "latency":
-        print(
-            "measure it on the device:\n"
-            f"  python -m export.latency --architecture={file} {_device_arguments()}"
+    if settings.cost == "latency":
+        commands += (
+            "\nmeasure it on the device:\n"
+            f"  python -m export.latency --architecture={file} "
+            f"{_device_arguments(settings.latency_table)}"
         )
+    return commands
 
 
-def _device_arguments():
-    """Flags of `export.latency` for the device of the table."""
-    arguments = [f"--latency_table={FLAGS.latency_table}"]
-    if FLAGS.latency_table.endswith(".json"):
-        device = latency.read(FLAGS.latency_table)["device"]
+def _device_arguments(table):
+    """Flags of `export.latency` for the device of a latency table."""
+    arguments = [f"--latency_table={table}"]
+    if table.endswith(".json"):
+        device = latency_table.read(table)["device"]
         arguments += [f"--device={device['kind']}", f"--threads={device['threads']}"]
         if device["kind"] == "adb":
             arguments += ["--benchmark_model=BENCHMARK_MODEL"]
@@ -578,5 +665,20 @@ def _device_arguments():
     return shlex.join(arguments)
 
 
+COMMAND = Command(
+    name="search",
+    summary="Searches a space for an architecture that meets a target.",
+    examples=(
+        (
+            "Your own photos, one folder of images for each class",
+            "fpnas search --data=folder:photos --input_size=64 --cost=macs --target=8e6 "
+            "--output_dir=runs/mine",
+        ),
+        ("The first search, 1 to 2 minutes", "fpnas search --flagfile=configs/quickstart.flags"),
+    ),
+    settings=SearchSettings,
+    run=_search_and_print,
+)
+
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(run_command(COMMAND))

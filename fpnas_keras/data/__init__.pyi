@@ -1,4 +1,9 @@
-from .augmentation import Augmentation
-from .batches import search_batches, test_batches, train_batches
-from .reading import Images, load, split
-from .settings import DataSettings
+from .augmentation import Augmentation as Augmentation
+from .batches import search_batches as search_batches
+from .batches import test_batches as test_batches
+from .batches import train_batches as train_batches
+from .reading import Images as Images
+from .reading import load as load
+from .reading import naming_unreadable as naming_unreadable
+from .reading import split as split
+from .settings import DataSettings as DataSettings

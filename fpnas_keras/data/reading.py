@@ -1,6 +1,8 @@
 """Reads labelled images: digits, tfds:NAME, folder:PATH."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +37,7 @@ class Images(NamedTuple):
     image_shape: tuple[int, int, int]
 
     def part(self, indices: np.ndarray) -> "Images":
-        """Those with the given indices, in their order."""
+        """The images with the given indices, in the order of the indices."""
         return self._replace(x=self.x[indices], y=self.y[indices])
 
 
@@ -106,6 +108,27 @@ def decode(encoded: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
     """An encoded image as uint8 pixels of `image_shape`."""
     image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
     return _resize(image, image_shape[0])
+
+
+@contextlib.contextmanager
+def naming_unreadable(images: Images | None) -> Iterator[None]:
+    """Names the image that cannot be read, where TensorFlow fails inside the block for that.
+
+    TensorFlow's own error does not say which file it was.
+
+    Args:
+        images: The images that are read inside the block; `None` for no images.
+
+    Raises:
+        UserError: When one of them, on the disk, cannot be decoded.
+    """
+    try:
+        yield
+    except tf.errors.OpError:
+        on_disk = images is not None and images.x.dtype.kind in "SUO" and images.x.ndim == 1
+        for file in images.x if on_disk else ():
+            _decode_file(file)
+        raise
 
 
 def _resize(image, image_size):
@@ -256,12 +279,8 @@ def _folder(path, split_name, image_size):
         lambda file, label: (decode(tf.io.read_file(file), image_shape), label),
         num_parallel_calls=_AUTOTUNE,
     )
-    try:
+    with naming_unreadable(Images(paths, y, names, image_shape)):
         x, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, f"reading {path}")
-    except tf.errors.OpError:
-        for file in paths:  # which one it was, the error does not say
-            _decode_file(file)
-        raise
     return Images(x, y, names, image_shape)
 
 

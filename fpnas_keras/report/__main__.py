@@ -1,22 +1,33 @@
-"""The command line of the report."""
+"""Writes the report of a search.
 
-from absl import flags
+python -m fpnas_keras.report --search_dir=runs/x
+"""
 
-from fpnas_keras import cli, report
+import dataclasses
+import sys
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "search_dir",
-    None,
-    "Run directory of a search, finished or not; report.html and report/ are written into it.",
-    required=True,
+from fpnas_keras import report
+from fpnas_keras.commands import Command, run_command
+from fpnas_keras.settings import Settings, setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportSettings(Settings):
+    """Settings of a report. Each is a flag of `fpnas report`."""
+
+    search_dir: str = setting(
+        "Run directory of a search, finished or not. report.html and report/ are written into it.",
+        basic=True,
+    )
+
+
+COMMAND = Command(
+    name="report",
+    summary="Writes the report of a search, which may still be running.",
+    examples=(("A search", "fpnas report --search_dir=runs/mine"),),
+    settings=ReportSettings,
+    run=lambda settings: print(report.write_report(settings.search_dir)),
 )
 
-
-def main() -> None:
-    """Writes the report of the run directory that the flag names."""
-    print(report.write(FLAGS.search_dir))
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(run_command(COMMAND))

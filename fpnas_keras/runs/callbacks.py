@@ -1,4 +1,4 @@
-"""Keras callbacks of the command lines."""
+"""Keras callbacks of searches and trainings that have a run directory."""
 
 import csv
 import datetime
@@ -35,48 +35,11 @@ class StopOnDivergence(keras.callbacks.Callback):
                 )
 
 
-class CoarseToFine(keras.callbacks.Callback):
-    """Turns the factorized logits of an `ArchitectureSearch` into joint ones.
-
-    Args:
-        epoch: Number of epochs that the search stays factorized.
-
-    Raises:
-        UserError: When training begins with a search that has no joint logits to go to.
-
-    Example:
-
-    ```python
-    search = fpnas.ArchitectureSearch(space, distribution="coarse_to_fine")
-    search.compile("sgd", "adam")
-    search.fit(batches, epochs=30, callbacks=[fpnas.CoarseToFine(epoch=15)])
-    ```
-
-    Reference: FP-NAS (arXiv:2011.10949), "coarse-to-fine search".
-    """
-
-    def __init__(self, epoch: int):
-        super().__init__()
-        self.epoch = epoch
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        if len(self.model.distributions) == 1:
-            raise UserError(
-                "`CoarseToFine` needs a search with distribution='coarse_to_fine'. "
-                f"Received: {type(self.model.distribution).__name__} alone"
-            )
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        refined = self.model.distribution is self.model.distributions[-1]
-        if epoch >= self.epoch and not refined:
-            self.model.refine()
-
-
 class EpochLine(keras.callbacks.Callback):
-    """Logs a line an epoch that a person can read, with the time that is left.
+    """Logs one line after each epoch, with the time that is left.
 
     Args:
-        line: From the index of the epoch and its logs to what the line says.
+        line: Makes the text of the line from the index of the epoch and its logs.
     """
 
     def __init__(self, line: Callable[[int, dict], str]):
@@ -93,7 +56,7 @@ class EpochLine(keras.callbacks.Callback):
         self._log()
 
     def _log(self):
-        # Not at the end of the epoch: Keras' progress bar has not ended its line then.
+        # Not at the end of the epoch: Keras' progress bar has not ended its line by then.
         if self.message:
             logging.info("%s", self.message)
             self.message = None
@@ -101,21 +64,22 @@ class EpochLine(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self.seconds.append(time.monotonic() - self.start)
         epochs = self.params["epochs"]
-        # Of the last few: the first traces, and later ones draw fewer samples.
+        # The last few epochs: the first one traces, and later ones draw fewer samples.
         left = statistics.median(self.seconds[-5:]) * (epochs - epoch - 1)
         left = datetime.timedelta(seconds=round(left))
         self.message = f"epoch {epoch + 1}/{epochs}: {self.line(epoch, logs)}; {left} left"
 
 
 class MetricsFile(keras.callbacks.Callback):
-    """Writes a file with a row an epoch, complete after every epoch.
+    """Writes a file with one row for each epoch. The file is complete after every epoch.
 
     `keras.callbacks.CSVLogger` sorts its columns and knows neither steps nor time.
 
     Args:
-        path: The file, made anew: CSV, or, ending in .jsonl, a JSON object a line.
-        row: From the index of the epoch and its logs to the row. A column
-            `seconds`, since training began, is added.
+        path: The file, which is replaced: a CSV file, or one JSON object in each line of a .jsonl
+            file.
+        row: Makes the row from the index of the epoch and its logs. A column `seconds`, since
+            training began, is added.
     """
 
     def __init__(self, path: str | os.PathLike, row: Callable[[int, dict], dict[str, Any]]):
@@ -155,9 +119,9 @@ class TensorBoardFile(keras.callbacks.Callback):
 
     Args:
         directory: Folder of the event files.
-        row: From the index of the epoch and its logs to the scalars, `step` among them.
+        row: Makes the scalars, `step` among them, from the index of the epoch and its logs.
         hyperparameters: Their values by name.
-        probabilities: Gives for each block the probabilities of all that can be chosen there.
+        probabilities: Gives the probabilities of the entries of each block.
     """
 
     def __init__(

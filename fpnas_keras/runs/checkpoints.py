@@ -1,8 +1,8 @@
 """Checkpoints: a run that is killed at any moment goes on exactly where it was.
 
-A checkpoint holds every variable (weights, logits, slots of the optimizers, metrics of the
-epoch), the rows of the epochs and what the run has used. Batches and drawn architectures are
-pure functions of seed and step, so that is all.
+A checkpoint holds every variable (weights, logits, optimizer slots, metrics of the epoch), the
+rows of the metrics files, and the time that the run has used. Nothing else is needed: batches and
+drawn architectures are pure functions of seed and step.
 """
 
 import hashlib
@@ -18,27 +18,12 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags, logging
+from absl import logging
 
-from fpnas_keras.commands import Interrupted
-from fpnas_keras.errors import UserError
+from fpnas_keras.errors import Interrupted, UserError
 from fpnas_keras.files import replacing
 from fpnas_keras.runs.callbacks import MetricsFile
-from fpnas_keras.runs.run_directory import Run
-
-flags.DEFINE_string(
-    "checkpoint_every",
-    "60s",
-    "How often a checkpoint is saved: seconds (60s) or steps (500). What is done since the last "
-    "one is lost when the process is killed, but not at Ctrl-C or SIGTERM.",
-)
-FLAGS = flags.FLAGS
-_EVERY = re.compile(r"([1-9][0-9]{0,8})(s?)")
-flags.register_validator(
-    "checkpoint_every",
-    lambda value: value is not None and _EVERY.fullmatch(value),
-    "must be a number of seconds above 0 with an s (60s) or of steps (500)",
-)
+from fpnas_keras.runs.session import Session
 
 _KEPT = 2
 _DIGEST = hashlib.sha256().digest_size
@@ -46,31 +31,28 @@ _STEP = re.compile(r"step_(\d+)\.ckpt")
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves the state of a training, and goes on from the last that is whole.
+    """Saves the state of a run, and goes on from the last checkpoint that is whole.
 
-    A file is a SHA-256 digest and an `.npz` archive; it has its name only when it is whole. The
-    last two are kept.
+    A checkpoint file is a SHA-256 digest followed by an `.npz` archive. It gets its name only when
+    it is whole. The last two are kept.
 
     Args:
-        run: The run; its checkpoints lie in the folder `checkpoints` of its directory.
-        every: As `--checkpoint_every`.
+        session: The session that makes the run; its settings say how often to save.
 
     Example:
 
     ```python
-    checkpoints = Checkpoints(run, "60s")
+    checkpoints = Checkpoints(session)
     batches = data.train_batches(images, first_step=checkpoints.step)
     checkpoints.fit(model, batches, epochs=20, files=[metrics_file])
     ```
     """
 
-    def __init__(self, run: Run, every: str):
+    def __init__(self, session: Session):
         super().__init__()
-        self.run = run
-        self.directory = run.checkpoints
-        number, is_seconds = _EVERY.fullmatch(every).groups()
-        self.seconds = int(number) if is_seconds else float("inf")
-        self.steps = float("inf") if is_seconds else int(number)
+        self.session = session
+        self.directory = session.run.checkpoint_folder
+        self.seconds, self.steps = session.settings.checkpoint_interval()
         self.step = 0
         self.steps_per_epoch = None
         self._good = []  # steps of the checkpoints that are known to be whole
@@ -95,7 +77,7 @@ class Checkpoints(keras.callbacks.Callback):
             logging.info("going on after step %d, from %s", step, found[step])
             return
         if found:
-            logging.warning("no checkpoint is whole; the run begins anew")
+            logging.warning("no checkpoint is whole: the run begins anew")
 
     def fit(
         self,
@@ -152,7 +134,7 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         if self._state is not None:
-            self.run.add_usage(self._state["usage"])
+            self.session.add_usage(self._state["usage"])
             for file in self.files:
                 file.set_state(self._state["files"][file.path.name])
         if threading.current_thread() is threading.main_thread():
@@ -171,7 +153,7 @@ class Checkpoints(keras.callbacks.Callback):
         if self._interruptions:
             raise Interrupted(number=number)
         self._interruptions += 1
-        if self.run.writes:
+        if self.session.writes:
             self._signal = number
             logging.info("interrupted: saving after this step (once more to end at once)")
         else:  # It needs the others to finish its step, and so do they.
@@ -223,7 +205,7 @@ class Checkpoints(keras.callbacks.Callback):
         )
 
     def _save(self):
-        if self.run.writes:
+        if self.session.writes:
             self._write()
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self._end_if_interrupted()
@@ -244,7 +226,7 @@ class Checkpoints(keras.callbacks.Callback):
         state = {
             "steps_per_epoch": self.steps_per_epoch,
             "files": {file.path.name: file.get_state() for file in self.files},
-            "usage": self.run.usage(),
+            "usage": self.session.usage(),
         }
         self.directory.mkdir(exist_ok=True)
         archive = io.BytesIO()

@@ -1,8 +1,6 @@
 """Architectures ranked by what they reach with the shared weights of a search."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +10,10 @@ from tqdm import tqdm
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.data import Images, split, test_batches
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import replacing
-from fpnas_keras.method.architecture_search import ArchitectureSearch
-from fpnas_keras.networks.plain_network import recalibrate
+from fpnas_keras.method import ArchitectureSearch
+from fpnas_keras.networks import recalibrate
 
-FORMAT = 1
-# Of a batch, at most: 250 images of 28 pixels or 39 of 224.
+# Most pixels and images in a batch: 250 images of 28 pixels, or 39 of 224.
 _PIXELS, _IMAGES = 2_000_000, 250
 
 
@@ -45,14 +41,17 @@ class Ranked(NamedTuple):
     pareto: bool = False
 
 
-def draw(search: ArchitectureSearch, count: int, seed: int) -> dict[str, Architecture]:
+def draw_architectures(
+    search: ArchitectureSearch, count: int, seed: int
+) -> dict[str, Architecture]:
     """Architectures drawn from the distribution of a search, each once: at most `count`."""
+    space = search.space
     drawn = search.distribution.sample(count, seed, step=0).numpy()
-    unique = dict.fromkeys(search.space.architecture(choices) for choices in drawn)
+    unique = dict.fromkeys(map(space.architecture, space.entries.to_choices(drawn)))
     return {f"sample {index}": each for index, each in enumerate(unique)}
 
 
-def rank(
+def rank_by_shared_weights(
     search: ArchitectureSearch,
     architectures: Mapping[str, Architecture],
     images: Images,
@@ -60,25 +59,29 @@ def rank(
     evaluation_images: int = 5000,
     recalibration_images: int = 2000,
 ) -> list[Ranked]:
-    """Evaluates architectures with shared weights, the most accurate first, then the cheaper.
+    """Evaluates architectures with the shared weights of a search.
 
-    Each is built, takes its slice of the shared weights, gets the statistics of its batch norms
-    on images of the weights part, and is evaluated on images of the architecture part: the test
-    set is not touched.
+    Each architecture is built and takes its slice of the shared weights. The statistics of its
+    batch norms are estimated on images of the weights part. It is evaluated on images of the
+    architecture part; the test set is not read.
 
     Args:
         search: The search.
-        architectures: Architectures of its space, by name; of equal ones the first counts.
+        architectures: Architectures of its space, by name. Equal ones are evaluated once.
         images: The training images of the search.
         seed: Seed of the search, which split them.
         evaluation_images: Most images to evaluate on.
         recalibration_images: Most images for the statistics.
 
+    Returns:
+        The most accurate first; of equally accurate ones the cheapest first.
+
     Raises:
         UserError: When an architecture is not in the space.
     """
-    choices = {name: _choices(search.space, name, each) for name, each in architectures.items()}
-    names = {each.tobytes(): name for name, each in reversed(choices.items())}.values()
+    entries = {name: _entries(search.space, name, each) for name, each in architectures.items()}
+    # Of equal architectures the first name stays.
+    names = {each.tobytes(): name for name, each in reversed(entries.items())}.values()
     weights_part, architecture_part = split(images.y, 0.5, seed)
     rng = np.random.default_rng(seed)
     recalibration = _batches(images, rng.permutation(weights_part)[:recalibration_images])
@@ -89,14 +92,14 @@ def rank(
         search.supernet.give_weights(model)
         recalibrate(model, (tf.cast(x, tf.float32) for x, _ in recalibration))
         loss, accuracy = _evaluate(model, evaluation)
-        chosen = tf.constant(choices[name][None])
+        chosen = tf.constant(entries[name][None])
         ranked.append(
             Ranked(
                 name,
                 architectures[name],
                 accuracy,
                 loss,
-                cost=float(search.cost_table(chosen)[0]),
+                cost=float(search.space_cost(chosen)[0]),
                 log_prob=float(search.distribution.log_prob(chosen)[0]),
                 images=sum(len(y) for _, y in evaluation),
             )
@@ -105,51 +108,23 @@ def rank(
     return [each._replace(pareto=_is_pareto(each, ranked)) for each in ranked]
 
 
-def save(path: str | os.PathLike, ranked: Sequence[Ranked], unit: str) -> None:
-    """Writes a ranking as JSON.
-
-    Args:
-        path: The file.
-        ranked: What `rank` gives.
-        unit: Unit of the costs.
-    """
-    rows = [
-        each._asdict()
-        | {
-            "rank": number,
-            "macs": each.architecture.macs(),
-            "params": each.architecture.params(),
-            "architecture": each.architecture.to_dict(),
-        }
-        for number, each in enumerate(ranked, 1)
-    ]
-    contents = {
-        "format": FORMAT,
-        "images": ranked[0].images,
-        "cost_unit": unit,
-        "architectures": rows,
-    }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1) + "\n")
-
-
-def _choices(space, name, architecture):
+def _entries(space, name, architecture):
     try:
-        return space.choices(architecture)
+        return space.entries.from_choices(space.choices(architecture))
     except ValueError as error:
         raise UserError(f"{name} is not of the search: {error}") from None
 
 
 def _batches(images, indices):
     part = images.part(np.sort(indices))
-    # Decoded once for all networks; as bytes, a quarter of the memory.
+    # Decoded once for all networks. Bytes take a quarter of the memory of floats.
     height, width, _ = images.image_shape
     batch_size = min(max(_PIXELS // (height * width), 1), _IMAGES)
     return [(tf.cast(x, tf.uint8), y) for x, y in test_batches(part, batch_size)]
 
 
 def _evaluate(model, batches):
-    """Mean loss and accuracy; run eagerly, since a graph for each network takes longer to make."""
+    """Mean loss and accuracy. Eager: tracing a graph for each network would take longer."""
     losses, right = [], []
     for x, y in batches:
         logits = model(tf.cast(x, tf.float32), training=False)

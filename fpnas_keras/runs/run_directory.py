@@ -1,220 +1,568 @@
-"""The directory of a search or a training: its flags, its lock, what it used, its result."""
+"""The files of a run directory: their names and formats, written and read here alone.
 
-import contextlib
-import fcntl
+| file | search | training |
+|---|---|---|
+| `flags.txt` | flags that repeat the run | the same |
+| `metrics.csv` | one row after each epoch | the same |
+| `summary.json` | totals, cost of the result; written last | accuracies; written last |
+| `architecture.json` | the result | the network |
+| `probabilities.jsonl` | one line after each epoch | |
+| `search.weights.h5` | shared weights and logits | |
+| `ranking.json`, `pareto/` | architectures ranked by shared weights | |
+| `report.html`, `report/` | a page about the search, and its plots | |
+| `space.*`, `latency_table.*` | copies of the user's files | |
+| `model.keras` | | the trained network |
+| `teacher.*`, `teacher_weights.h5` | | copies of the user's files |
+| `tensorboard/` | event files | event files |
+| `checkpoints/` | while the run lasts | while the run lasts |
+"""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import itertools
 import json
+import math
 import os
 import pathlib
-import re
-import resource
-import shlex
-import shutil
-import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import keras
-import tensorflow as tf
-from absl import flags, logging
+import numpy as np
 
-from fpnas_keras.commands import Interrupted
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.cost import COSTS, Cost, MacsCost, make_cost
+from fpnas_keras.data.settings import NAMES, DataSettings
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import flag_values, read_json, replacing
-
-flags.DEFINE_string(
-    "output_dir",
-    None,
-    "Directory of the run: new, empty, or that of the same run, which goes on where it stopped.",
+from fpnas_keras.files import (
+    KINDS,
+    abbreviate,
+    check_fields,
+    check_format,
+    read_json,
+    replacing,
+    summarize_error,
 )
-FLAGS = flags.FLAGS
+from fpnas_keras.settings import flag_values
+from fpnas_keras.spaces import SUFFIXES
+from fpnas_keras.spaces import get as get_space
 
-# Flags that say where things are, how often they are saved, or what is made of the result; a run
-# goes on under others.
-_MAY_DIFFER = {
-    *("--output_dir", "--data_dir", "--download", "--nodownload", "--checkpoint_every"),
-    "--ranked_samples",
+if TYPE_CHECKING:
+    import keras
+
+    from fpnas_keras.method import ArchitectureSearch
+    from fpnas_keras.runs.ranking import Ranked
+
+RANKING_FORMAT = 1
+UNITS = {name: cost.unit for name, cost in COSTS.items()}
+# Values of the column `phase`, and what reports call them.
+PHASES = {"warm_up": "warm-up", "factorized": "factorized", "joint": "joint"}
+# Columns of a search's metrics.csv, in their order.
+SEARCH_METRICS = {
+    "step": int,
+    "epoch": int,
+    "phase": str,
+    "samples": float,
+    "total_samples": int,
+    "train_loss": float,
+    "train_accuracy": float,
+    "validation_loss": float,
+    "validation_accuracy": float,
+    "entropy": float,
+    "evaluated": float,
+    "expected_cost": float,
+    "cost_coefficient": float,
+    "seconds": float,
 }
-# What `files.replacing` leaves behind when its process is killed.
-_TEMPORARY = re.compile(r"\.\d+\..+")
+_SUMMARY_OF_SEARCH = dict.fromkeys(
+    ("macs", "params", "steps", "total_samples", "total_evaluated"), int
+) | dict.fromkeys(("found_cost", "wall_seconds", "cpu_seconds", "peak_memory_mb"), float)
 
 
-class Run:
-    """A run directory: `flags.txt` first, the results, `summary.json` last.
-
-    One process at a time works in it. When the directory holds an unfinished run with the same
-    flags, this one goes on with it.
+class RunDirectory:
+    """What searches and trainings have in common.
 
     Args:
-        directory: The directory, made when the run begins.
-        module: The module whose flags describe the run.
-        command_name: The same as `python -m` takes it.
-        writes: Whether this process writes; of several that work together only one does.
-
-    Raises:
-        UserError: When the directory holds anything but a run with these very flags, or
-            when another process is at work in it.
+        directory: The directory. It need not exist yet.
     """
 
-    def __init__(self, directory: str, module: str, command_name: str, writes: bool = True):
+    def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
-        self.command_name = command_name
-        self.writes = writes
-        own = sorted(FLAGS.get_key_flags_for_module(module), key=lambda flag: flag.name)
-        self._own_flags = own
-        self.flags = [flag.serialize() for flag in own if flag.value is not None]
-        self.flag_values = {flag.name: flag.value for flag in own if flag.value is not None}
-        self.started = time.monotonic()
-        self.finished = False
-        self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}
-        self._lock = None
-        if self.directory.exists():
-            if not self.directory.is_dir():
-                raise UserError(
-                    f"`output_dir` is not a directory. Received: output_dir={directory}"
-                )
-            self._take()
 
-    def _take(self):
-        """Locks the directory and looks at what it holds."""
-        if self.writes and self._lock is None:
-            # Held until the process ends, however it ends; nothing is left behind.
-            self._lock = os.open(self.directory, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is at work in `output_dir` {self.directory}. Wait for it or "
-                    "choose another directory."
-                ) from None
-            except OSError as error:
-                logging.warning(
-                    "%s cannot be locked (%s): see to it that no other process uses it",
-                    self.directory,
-                    error.strerror,
-                )
-        if any(not _TEMPORARY.fullmatch(path.name) for path in self.directory.iterdir()):
-            self.finished = self.path("summary.json").is_file()
-            self._check_same_run()
-            if self.finished:
-                self._remove_checkpoints()  # in case that a kill came in between
-
-    def _check_same_run(self):
-        flag_file = self.path("flags.txt")
-        if not flag_file.is_file():
-            raise UserError(
-                f"`output_dir` must be new, empty or hold a run. Received: {self.directory}, which "
-                "holds other files"
-            )
-        theirs = flag_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        differing = set(theirs) ^ set(self.flags)
-        if self.finished:  # maybe by an earlier version, which did not have all flags
-            given = flag_values(theirs)
-            differing -= {
-                flag.serialize()
-                for flag in self._own_flags
-                if flag.value == flag.default and flag.name not in given
-            }
-        differing = {line.split("=")[0] for line in differing} - _MAY_DIFFER
-        if differing:
-            raise UserError(
-                f"`output_dir` {self.directory} holds another run; it differs in "
-                f"{', '.join(sorted(differing))}. Choose another directory."
-            )
-
-    def begin(self, **files: str | None) -> None:
-        """Makes the directory and writes `flags.txt`, a flag file that repeats the run.
-
-        Args:
-            **files: By the name of a flag, the user's file that it names. The run keeps a copy,
-                and does not go on when the file has changed since.
-
-        Raises:
-            UserError: When another process has taken the directory meanwhile, or when a file
-                has changed since the run began.
-        """
-        if self.writes:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._take()
-            if self.finished:
-                raise UserError(f"another process has just finished `output_dir` {self.directory}")
-            for path in self.directory.iterdir():
-                if _TEMPORARY.fullmatch(path.name):
-                    path.unlink()
-            if not self.path("flags.txt").exists():
-                with replacing(self.path("flags.txt")) as temporary:
-                    temporary.write_text("\n".join(self.flags) + "\n", encoding="utf-8")
-        for name, file in files.items():
-            if file is not None:
-                self._keep(name, pathlib.Path(file))
-
-    def _keep(self, name, file):
-        copy = self.path(name + file.suffix)
-        if not copy.exists():
-            if self.writes:
-                with replacing(copy) as temporary:
-                    shutil.copyfile(file, temporary)
-        elif copy.read_bytes() != file.read_bytes():
-            raise UserError(
-                f"`{name}` {file} is not what the run in {self.directory} began with, which is "
-                f"{copy}. Give it that one or choose another directory."
-            )
-
-    @contextlib.contextmanager
-    def interruptions(self) -> Iterator[None]:
-        """Adds to an interruption inside the block the command that goes on."""
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            message = str(error) or "interrupted"
-            if self.path("flags.txt").exists():
-                message += f"; to go on:\n  {self.command()}"
-            raise Interrupted(message, getattr(error, "signal", 2)) from None
-
-    def command(self) -> str:
-        """What to type to go on with the run: its flag file, and the flags that differ from it."""
-        file = self.path("flags.txt")
-        theirs = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        differing = [flag for flag in self.flags if flag not in theirs]
-        return shlex.join(["python", "-m", self.command_name, f"--flagfile={file}", *differing])
-
-    @property
-    def checkpoints(self) -> pathlib.Path:
-        """The folder of the checkpoints, there while the run lasts."""
-        return self.path("checkpoints")
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.directory)!r})"
 
     def path(self, name: str) -> pathlib.Path:
         """Path of a file of the run."""
         return self.directory / name
 
-    def usage(self) -> dict[str, float]:
-        """What the run took until now, earlier parts of it included: time and memory."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        earlier = self._earlier
-        return {
-            "wall_seconds": round(earlier["wall_seconds"] + time.monotonic() - self.started, 1),
-            "cpu_seconds": round(earlier["cpu_seconds"] + usage.ru_utime + usage.ru_stime, 1),
-            "peak_memory_mb": max(earlier["peak_memory_mb"], usage.ru_maxrss // 1024),
-        }
+    @property
+    def flag_file(self) -> pathlib.Path:
+        """A flag file that repeats the run."""
+        return self.path("flags.txt")
 
-    def add_usage(self, usage: dict[str, float]) -> None:
-        """Takes over what earlier parts of the run took, as their `usage` said."""
-        self._earlier = usage
+    @property
+    def metrics_file(self) -> pathlib.Path:
+        """A CSV file with one row after each epoch."""
+        return self.path("metrics.csv")
 
-    def finish(self, **summary: Any) -> None:
-        """Writes `summary.json`, with what the run took, and removes the checkpoints."""
-        if not self.writes:
-            return
-        summary |= self.usage()
-        summary["versions"] = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        with replacing(self.path("summary.json")) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        self.finished = True
-        self._remove_checkpoints()
+    @property
+    def summary_file(self) -> pathlib.Path:
+        """What the run did and found. It is written last: a run that has it is finished."""
+        return self.path("summary.json")
 
-    def _remove_checkpoints(self):
-        if self.writes and self.checkpoints.is_dir():
-            shutil.rmtree(self.checkpoints)
+    @property
+    def architecture_file(self) -> pathlib.Path:
+        """The architecture that was found or trained."""
+        return self.path("architecture.json")
 
-    def summary(self) -> dict[str, Any]:
-        """What `finish` wrote."""
-        return read_json(self.path("summary.json"), "a summary", dict)
+    @property
+    def tensorboard_folder(self) -> pathlib.Path:
+        """Event files for TensorBoard."""
+        return self.path("tensorboard")
+
+    @property
+    def checkpoint_folder(self) -> pathlib.Path:
+        """The checkpoints. The folder is there while the run lasts."""
+        return self.path("checkpoints")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.summary_file.is_file()
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The architecture that was found or trained, `None` before that.
+
+        Raises:
+            UserError: When the file is damaged.
+        """
+        file = self.architecture_file
+        return Architecture.load(file) if file.is_file() else None
+
+    def write_flags(self, lines: Sequence[str]) -> None:
+        """Writes the flag file."""
+        _write_text(self.flag_file, "".join(f"{line}\n" for line in lines))
+
+    def flag_lines(self) -> list[str]:
+        """The lines of the flag file, read leniently: to be compared with those of another run."""
+        return self.flag_file.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    @functools.cached_property
+    def flags(self) -> dict[str, str]:
+        """The flags of the run by name, as text.
+
+        Raises:
+            UserError: When the flag file is missing or not text.
+        """
+        try:
+            return flag_values(self.flag_file.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.flag_file} must be text in UTF-8. Received: {error}") from None
+        except OSError as error:
+            raise UserError(f"cannot read {self.flag_file}: {error.strerror}") from None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes the summary, which finishes the run."""
+        write_json(self.summary_file, summary)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the run did and found, `None` before it is finished.
+
+        Raises:
+            UserError: When the file is damaged.
+        """
+        if not self.finished:
+            return None
+        return read_json(self.summary_file, "a summary", self._checked_summary)
+
+    def _checked_summary(self, summary: Any) -> dict[str, Any]:
+        check_fields(summary, "the summary")
+        return summary
+
+
+class TrainingRun(RunDirectory):
+    """What a training left in its run directory.
+
+    Example:
+
+    ```python
+    run = fpnas.train_architecture(architecture="architecture.json", output_dir="runs/mine_trained")
+    run.summary["test_accuracy"]
+    model = run.model()
+    ```
+    """
+
+    @property
+    def model_file(self) -> pathlib.Path:
+        """The trained network."""
+        return self.path("model.keras")
+
+    def model(self) -> "keras.Model":
+        """The trained network, from pixels 0..255 to logits.
+
+        Raises:
+            UserError: When there is none, or the file is damaged.
+        """
+        from fpnas_keras.networks import load_model
+
+        return load_model(str(self.model_file))
+
+
+class SearchRun(RunDirectory):
+    """What a search left in its run directory. Unfinished searches can be read as well.
+
+    Example:
+
+    ```python
+    run = fpnas.search_architecture(data="digits", output_dir="runs/digits", ...)
+    run.architecture.build()
+    search = run.load_search()
+    search.derive(budget=3e5)
+    ```
+    """
+
+    @property
+    def probabilities_file(self) -> pathlib.Path:
+        """One JSON object after each epoch, with the probability of each choice."""
+        return self.path("probabilities.jsonl")
+
+    @property
+    def weights_file(self) -> pathlib.Path:
+        """Shared weights and logits."""
+        return self.path("search.weights.h5")
+
+    @property
+    def ranking_file(self) -> pathlib.Path:
+        """Architectures ranked by the shared weights."""
+        return self.path("ranking.json")
+
+    @property
+    def report(self) -> pathlib.Path:
+        """The page about the search."""
+        return self.path("report.html")
+
+    @property
+    def plot_folder(self) -> pathlib.Path:
+        """The plots of the report as PNG files."""
+        return self.path("report")
+
+    @property
+    def cost_kind(self) -> str:
+        """The flag `--cost`: one of `COSTS`."""
+        return self._flag("cost")
+
+    @property
+    def unit(self) -> str:
+        """Unit of the costs."""
+        return UNITS[self.cost_kind]
+
+    @property
+    def target(self) -> float | None:
+        """The target of the cost."""
+        return self._number("target", float) if "target" in self.flags else None
+
+    @property
+    def planned_epochs(self) -> int:
+        """The flag `--epochs`."""
+        return self._number("epochs", int)
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        """The cost of the search. MACs where the copy of the latency table is gone."""
+        table = self._latency_table()
+        if self.cost_kind == "latency" and table is None:
+            return MacsCost()
+        return make_cost(self.cost_kind, table=table)
+
+    @functools.cached_property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The rows of the metrics, with the columns `SEARCH_METRICS`.
+
+        Raises:
+            UserError: When no epoch has ended yet, or the file is damaged.
+        """
+        return _read_metrics(self.metrics_file)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the metrics, float64. Values that no plot can show become NaN."""
+        values = np.array([row[name] for row in self.epochs], float)
+        return np.where(np.abs(values) < 1e300, values, np.nan)
+
+    @property
+    def phases(self) -> list[tuple[str, int, int]]:
+        """Name, first and last step of each phase, as far as whole epochs tell."""
+        phases, start = [], 0
+        for name, rows in itertools.groupby(self.epochs, key=lambda row: row["phase"]):
+            end = list(rows)[-1]["step"]
+            phases.append((name, start, end))
+            start = end
+        return phases
+
+    @functools.cached_property
+    def probabilities(self) -> list[dict[str, Any]]:
+        """`{"step": ..., "epoch": ..., "blocks": [{variable: {choice: probability}}]}` by epoch.
+
+        Raises:
+            UserError: When the file is damaged.
+        """
+        file = self.probabilities_file
+        return _read_probabilities(file) if file.is_file() else []
+
+    @property
+    def ranking(self) -> dict[str, Any] | None:
+        """What `write_ranking` wrote, `None` before that.
+
+        Raises:
+            UserError: When the file is damaged.
+        """
+        if not self.ranking_file.is_file():
+            return None
+        return read_json(self.ranking_file, "a ranking", _checked_ranking)
+
+    def write_ranking(self, ranked: "Sequence[Ranked]", unit: str) -> None:
+        """Writes a ranking.
+
+        Args:
+            ranked: Architectures, best first.
+            unit: Unit of their costs.
+        """
+        rows = []
+        for number, each in enumerate(ranked, 1):
+            count = each.architecture.count()
+            row = each._asdict() | {"rank": number, "macs": count.macs, "params": count.params}
+            rows.append(row | {"architecture": each.architecture.to_dict()})
+        contents = {"format": RANKING_FORMAT, "images": ranked[0].images, "cost_unit": unit}
+        write_json(self.ranking_file, contents | {"architectures": rows})
+
+    def write_pareto_front(self, ranked: "Sequence[Ranked]") -> None:
+        """Writes the architectures on the Pareto front of a ranking to files of their own."""
+        for each in ranked:
+            if each.pareto:
+                file = self.pareto_file(each)
+                file.parent.mkdir(exist_ok=True)
+                each.architecture.save(file)
+
+    def pareto_file(self, ranked: "Ranked") -> pathlib.Path:
+        """The file of an architecture on the Pareto front.
+
+        Its name depends on its content. A later ranking does not overwrite it, since trainings
+        refer to it.
+        """
+        content = json.dumps(ranked.architecture.to_dict(), sort_keys=True)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+        name = pathlib.Path(ranked.name).stem.replace(" ", "_")
+        return self.path("pareto") / f"{name}_{digest}.json"
+
+    @classmethod
+    def of_architecture(cls, file: str | os.PathLike) -> "SearchRun":
+        """The run directory that an architecture file lies in, itself or on the Pareto front."""
+        folder = pathlib.Path(file).parent
+        return cls(folder.parent if folder.name == "pareto" else folder)
+
+    def data_settings(self) -> DataSettings:
+        """Which images the search used.
+
+        Raises:
+            UserError: When the flag file is damaged.
+        """
+        lines = [line for line in self.flag_lines() if flag_values([line]).keys() & set(NAMES)]
+        try:
+            return DataSettings.from_flags(lines)
+        except UserError as error:
+            raise UserError(f"{self.flag_file} is not the flag file of a run: {error}") from None
+
+    def load_search(self) -> "ArchitectureSearch":
+        """The search with its shared weights and logits, not compiled.
+
+        Raises:
+            UserError: When the directory holds no finished search, or one of its files is damaged.
+        """
+        from fpnas_keras.method import ArchitectureSearch
+
+        summary = read_json(self.summary_file, "a finished search's summary", _checked_for_loading)
+        table = self._latency_table()
+        if summary["cost"] == "latency" and table is None:
+            raise UserError(
+                f"{self.directory} lacks the search's latency table (latency_table.json)"
+            )
+        copies = [self.path(f"space{suffix}") for suffix in SUFFIXES]
+        space = get_space(
+            next((file for file in copies if file.is_file()), summary["space"]),
+            tuple(summary["input_shape"]),
+            summary["num_classes"],
+        )
+        search = ArchitectureSearch(
+            dataclasses.replace(space, name=summary["space"]),  # not that of the copied file
+            cost=make_cost(summary["cost"], summary["target"], table),
+            distribution=summary["distribution"],
+            warmup_steps=0,
+        )
+        try:
+            search.load_weights(self.weights_file)
+        except Exception as error:  # Keras raises what its many readers raise.
+            raise UserError(
+                f"{self.weights_file} must hold the weights of the search: {summarize_error(error)}"
+            ) from None
+        return search
+
+    def check(self) -> None:
+        """Raises `UserError` unless the directory holds a search, finished or not."""
+        for file in (self.flag_file, self.metrics_file):
+            if not file.is_file():
+                raise UserError(
+                    "`search_dir` must be the run directory of a search, with flags.txt and "
+                    f"metrics.csv. Received: {self.directory}, which lacks {file.name}"
+                )
+        for name in ("space", "data", "cost", "epochs"):
+            self._flag(name)
+        if self.cost_kind not in UNITS:
+            raise UserError(
+                f"--cost in {self.flag_file} must be one of {', '.join(UNITS)}. "
+                f"Received: {self.cost_kind}"
+            )
+
+    def _flag(self, name: str) -> str:
+        if name not in self.flags:
+            raise UserError(f"{self.flag_file} must hold the flags of a search. It lacks --{name}")
+        return self.flags[name]
+
+    def _number(self, name: str, kind: Callable[[str], float]) -> float:
+        value = self._flag(name)
+        try:
+            number = kind(value)
+            if 0 < number < math.inf:
+                return number
+        except ValueError:
+            pass
+        raise UserError(
+            f"--{name} in {self.flag_file} must be a number above 0. Received: --{name}={value}"
+        )
+
+    def _latency_table(self) -> pathlib.Path | None:
+        tables = sorted(self.directory.glob("latency_table.*"))
+        return tables[0] if tables else None
+
+    def _checked_summary(self, summary: Any) -> dict[str, Any]:
+        check_fields(summary, "the summary", **_SUMMARY_OF_SEARCH)
+        return summary
+
+
+def write_json(path: pathlib.Path, contents: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    _write_text(path, json.dumps(contents, indent=1) + "\n")
+
+
+def _write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _checked_for_loading(summary):
+    kinds = {"space": str, "input_shape": list, "num_classes": int, "distribution": str}
+    check_fields(summary, "the summary", **kinds, cost=str)
+    if summary.get("target", 0) is not None:  # where it is missing too
+        check_fields(summary, "the summary", target=float)
+    if summary["cost"] not in COSTS:
+        raise UserError(f"`cost` must be one of {', '.join(COSTS)}. Received: {summary['cost']}")
+    return summary
+
+
+def _read_metrics(path):
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            missing = [name for name in SEARCH_METRICS if name not in (reader.fieldnames or ())]
+            if reader.fieldnames and missing:
+                raise UserError(
+                    f"it lacks the columns {', '.join(missing)}. "
+                    f"Received: {abbreviate(','.join(reader.fieldnames))}"
+                )
+            for cells in reader:
+                row = {name: _read_cell(cells, name) for name in SEARCH_METRICS}
+                _check_step(rows, row)
+                rows.append(row)
+            if not rows:
+                raise UserError("no epoch has ended yet")
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"{path} is not the metrics of a search: line {reader.line_num}: {error}"
+            ) from None
+    return rows
+
+
+def _read_cell(cells, name):
+    kind, received = SEARCH_METRICS[name], abbreviate(cells[name])
+    if name == "phase" and cells[name] not in PHASES:
+        raise UserError(f"`phase` must be one of {', '.join(PHASES)}. Received: {received}")
+    try:
+        # A search that diverged has NaN among its metrics.
+        return kind(cells[name])
+    except (TypeError, ValueError):
+        raise UserError(f"`{name}` must be {KINDS[kind]}. Received: {received}") from None
+
+
+def _check_step(rows, row):
+    before = rows[-1]["step"] if rows else 0
+    if not before < row["step"] < 1e15:
+        raise UserError(
+            f"`step` must rise from line to line. Received: {row['step']} after {before}"
+        )
+
+
+def _read_probabilities(path):
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        try:
+            for line in file:
+                row = json.loads(line)
+                check_fields(row, "it", step=int, epoch=int, blocks=list)
+                _check_step(rows, row)
+                if _choice_names(row) != _choice_names(rows[0] if rows else row):
+                    raise UserError("it must have the blocks and choices of line 1")
+                rows.append(row)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not the probabilities of a search: line {len(rows) + 1}: {error}"
+            ) from None
+    return rows
+
+
+def _choice_names(row):
+    """Names of the choices of each variable of each block, after a check of their values."""
+    for block in row["blocks"]:
+        variables = block.values() if isinstance(block, dict) else [block]
+        for choices in variables:
+            if not isinstance(choices, dict) or not choices:
+                raise UserError(
+                    "a block must hold {variable: {choice: probability}}. "
+                    f"Received: {abbreviate(block)}"
+                )
+            for value in choices.values():
+                # A search that diverged has NaN.
+                if type(value) not in (int, float) or value < 0 or value > 1:
+                    raise UserError(
+                        f"a probability must be from 0 to 1. Received: {abbreviate(value)}"
+                    )
+    return [{name: list(each) for name, each in block.items()} for block in row["blocks"]]
+
+
+def _checked_ranking(data):
+    check_fields(data, "the ranking", format=int, images=int, cost_unit=str, architectures=list)
+    check_format(data, RANKING_FORMAT)
+    if data["cost_unit"] not in UNITS.values():
+        raise UserError(
+            f"`cost_unit` must be one of {', '.join(dict.fromkeys(UNITS.values()))}. "
+            f"Received: {abbreviate(data['cost_unit'])}"
+        )
+    for index, each in enumerate(data["architectures"]):
+        numbers = {"accuracy": float, "loss": float, "cost": float, "macs": int, "params": int}
+        if isinstance(each, dict) and each.get("log_prob") is not None:
+            numbers["log_prob"] = float
+        where = f"`architectures[{index}]`"
+        check_fields(each, where, name=str, rank=int, pareto=bool, **numbers)
+    return data

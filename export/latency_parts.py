@@ -1,0 +1,108 @@
+"""Parts of networks, and whole networks, as `.tflite` files to be timed."""
+
+import concurrent.futures
+import hashlib
+import math
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from export import conversion
+from fpnas_keras.architecture import Architecture, Block, Part, Stem
+from fpnas_keras.cost import latency_table
+from fpnas_keras.files import replacing
+from fpnas_keras.method import FactorizedLogits
+from fpnas_keras.networks import NetworkBuilder
+from fpnas_keras.spaces import Space
+
+# Bias of all layers of a part that is timed; see `write_file`.
+_BIAS = 6.0
+
+
+def named_parts(space: Space) -> dict[str, Part]:
+    """All parts that networks of a space can have, by their names in a latency table."""
+    return {name: part for part in space.parts() for name in latency_table.names(part)}
+
+
+def random_networks(space: Space, count: int, seed: int) -> list[Architecture]:
+    """Networks whose variables are drawn uniformly, no two alike; fewer where there are no more."""
+    drawn = FactorizedLogits(space).sample(2 * count, seed, step=0, stratified=False).numpy()
+    networks = dict.fromkeys(map(space.architecture, space.entries.to_choices(drawn)))
+    return list(networks)[:count]
+
+
+def sum_of_entries(entries: Mapping[str, float], architecture: Architecture) -> float:
+    """Sum of the table's entries of a network's parts, in milliseconds."""
+    parts = architecture.parts()
+    return math.fsum(entries[name] for part in parts for name in latency_table.names(part))
+
+
+def write_files(
+    items: Mapping[str, Architecture | Part | None], quantize: str, folder: pathlib.Path
+) -> dict[str, pathlib.Path]:
+    """Converts parts and architectures to files, in parallel processes.
+
+    Args:
+        items: What to convert, by name; see `write_file`.
+        quantize: "none" or "int8".
+        folder: Where the files go. Files that are there already are kept.
+
+    Returns:
+        The files by name.
+    """
+    files = {
+        name: folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.tflite" for name in items
+    }
+    missing = [name for name, file in files.items() if not file.exists()]
+    if not missing:
+        return files
+    context = multiprocessing.get_context("spawn")
+    workers = min(len(os.sched_getaffinity(0)), len(missing))
+    # The converter logs each file, which would break the progress bar.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
+        tqdm(total=len(missing), desc="converting", unit=" files") as progress,
+    ):
+        jobs = [pool.submit(write_file, items[name], quantize, files[name]) for name in missing]
+        for job in concurrent.futures.as_completed(jobs):
+            job.result()
+            progress.update()
+    return files
+
+
+def write_file(item: Architecture | Part | None, quantize: str, path: pathlib.Path) -> None:
+    """Converts an architecture, a part, or for `None` a single addition, to a file."""
+    model = item.build() if isinstance(item, Architecture) else part_model(item)
+    # More than a random convolution takes away. An attention bottleneck that is 0 for all inputs
+    # has no range, and XNNPACK refuses the int8 file.
+    for variable in model.trainable_variables:
+        if variable.name == "bias":
+            variable.assign(tf.fill(variable.shape, _BIAS))
+    generator = np.random.default_rng(0)
+    representative = [generator.uniform(0, 6, model.input_shape[1:]) for _ in range(4)]
+    with replacing(path) as temporary:
+        temporary.write_bytes(conversion.convert(model, quantize, representative))
+    keras.backend.clear_session()
+
+
+def part_model(part: Part | None) -> keras.Model:
+    """A part of a network as a model of its own; for `None` a single addition."""
+    if part is None:
+        x = keras.Input((1, 1, 1))
+        return keras.Model(x, keras.layers.Rescaling(1.0, 1.0)(x))
+    builder = NetworkBuilder()
+    x = keras.Input((*part.size, part.channels))
+    if isinstance(part.layers, Stem):
+        y = builder.stem(x, part.layers)
+    elif isinstance(part.layers, Block):
+        y = builder.block(x, part.layers, "block")
+    else:
+        y = builder.head(x, part.layers, part.num_classes)
+    return keras.Model(x, y)

@@ -1,0 +1,99 @@
+"""Which images a job uses."""
+
+import dataclasses
+import shlex
+from typing import TYPE_CHECKING
+
+from fpnas_keras import data as images_data
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from fpnas_keras.data import Images
+
+_GROUP = "Data"
+# The settings that name the images, to be repeated in the next command.
+NAMES = ("data", "data_dir", "train_images", "download")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """Settings that name the images of a job."""
+
+    data: str = setting(
+        "Images to use: digits (1,797 images of 8x8 pixels that come with scikit-learn), "
+        "tfds:NAME (a data set of tensorflow_datasets) or folder:PATH (a folder with one folder of "
+        "images for each class, or with the folders train and test or val that hold such folders).",
+        "digits",
+        basic=True,
+    )
+    data_dir: str | None = setting(
+        "Folder where tensorflow_datasets keeps its data. Default: ~/tensorflow_datasets.",
+        None,
+        group=_GROUP,
+        may_change=True,
+    )
+    download: bool = setting(
+        "Whether tensorflow_datasets may download data that is not in --data_dir.",
+        True,
+        group=_GROUP,
+        may_change=True,
+    )
+    train_images: int | None = setting(
+        "Use only this many of the training images: the same share of each class, and the same "
+        "images every time. For comparing settings in less time.",
+        None,
+        least=2,
+        group=_GROUP,
+    )
+
+    def load_images(self, split: str, image_size: int) -> "Images":
+        """Reads the training or the test set.
+
+        Args:
+            split: "train" or "test".
+            image_size: Height and width that the images are resized to.
+
+        Raises:
+            UserError: When there is no such data.
+        """
+        images = images_data.load(self.data, split, image_size, self.data_dir, self.download)
+        if split != "train" or self.train_images is None:
+            return images
+        count = len(images.y)
+        if self.train_images >= count:
+            raise UserError(
+                f"`train_images` must be below the {count} training images of {self.data}. "
+                f"Received: train_images={self.train_images}"
+            )
+        # scikit-learn rounds a share up to the next image.
+        _, kept = images_data.split(images.y, (self.train_images - 0.5) / count, seed=0)
+        return images.part(kept)
+
+    def load_images_for(
+        self, owner: str, input_shape: tuple[int, int, int], num_classes: int, split: str
+    ) -> "Images":
+        """Reads the images for a network.
+
+        Args:
+            owner: What the network is called in the message of the error.
+            input_shape: Shape of the images that the network takes.
+            num_classes: Number of its classes.
+            split: "train" or "test".
+
+        Raises:
+            UserError: When the data has other images or another number of classes.
+        """
+        images = self.load_images(split, input_shape[0])
+        received = (images.image_shape, len(images.class_names))
+        if received != (input_shape, num_classes):
+            raise UserError(
+                f"{owner} is for images of {input_shape} and {num_classes} classes. Received: "
+                f"data={self.data} with images of {received[0]} and {received[1]} classes"
+            )
+        return images
+
+    def data_arguments(self) -> str:
+        """The flags that name the images, to be typed in another command."""
+        others = self.to_arguments(NAMES[1:])
+        return " ".join([shlex.quote(f"--data={self.data}"), *([others] if others else [])])

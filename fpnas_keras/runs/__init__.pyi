@@ -1,0 +1,14 @@
+from .callbacks import EpochLine as EpochLine
+from .callbacks import MetricsFile as MetricsFile
+from .callbacks import StopOnDivergence as StopOnDivergence
+from .callbacks import TensorBoardFile as TensorBoardFile
+from .checkpoints import Checkpoints as Checkpoints
+from .ranking import Ranked as Ranked
+from .ranking import draw_architectures as draw_architectures
+from .ranking import rank_by_shared_weights as rank_by_shared_weights
+from .run_directory import SEARCH_METRICS as SEARCH_METRICS
+from .run_directory import RunDirectory as RunDirectory
+from .run_directory import SearchRun as SearchRun
+from .run_directory import TrainingRun as TrainingRun
+from .session import Session as Session
+from .settings import RunSettings as RunSettings

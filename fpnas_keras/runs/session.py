@@ -1,0 +1,208 @@
+"""A process at work in a run directory: its lock, the flags of the run, what the run uses."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import re
+import resource
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+from fpnas_keras.errors import Interrupted, UserError
+from fpnas_keras.files import replacing
+from fpnas_keras.runs.run_directory import RunDirectory
+from fpnas_keras.settings import Settings, flag_values
+
+# What `files.replacing` leaves behind when its process is killed.
+_TEMPORARY = re.compile(r"\.\d+\..+")
+
+
+class Session:
+    """One process that makes a run, or goes on with it, in its directory.
+
+    The flags are written first and `summary.json` last. One process at a time works in a
+    directory. When the directory holds an unfinished run with the same flags, this process goes on
+    with it.
+
+    Args:
+        run: The run directory.
+        settings: The settings of the job.
+        module: The module that runs the job as a command, for the command that goes on.
+        writes: Whether this process writes. Of several workers only one does.
+
+    Raises:
+        UserError: When the directory holds anything but a run with these settings, or when another
+            process is at work in it.
+    """
+
+    def __init__(self, run: RunDirectory, settings: Settings, module: str, writes: bool = True):
+        self.run = run
+        self.settings = settings
+        self.module = module
+        self.writes = writes
+        self._started = time.monotonic(), _cpu_seconds()
+        self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}
+        self._lock = None
+        if run.directory.exists():
+            if not run.directory.is_dir():
+                raise UserError(
+                    f"`output_dir` is not a directory. Received: output_dir={run.directory}"
+                )
+            self._take()
+
+    def _take(self):
+        """Locks the directory and looks at what it holds."""
+        if self.writes and self._lock is None:
+            self._acquire()
+        if any(not _TEMPORARY.fullmatch(path.name) for path in self.run.directory.iterdir()):
+            try:
+                self._check_same_run()
+            except UserError:
+                self.close()
+                raise
+            if self.run.finished:
+                self._remove_checkpoints()  # in case that a kill came in between
+
+    def _acquire(self):
+        # Held until `close`, or until the process ends, however it ends. Nothing is left behind.
+        self._lock = os.open(self.run.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(
+                f"another process is at work in `output_dir` {self.run.directory}. Wait for it or "
+                "choose another directory."
+            ) from None
+        except OSError as error:
+            logging.warning(
+                "%s cannot be locked (%s): make sure that no other process uses it",
+                self.run.directory,
+                error.strerror,
+            )
+
+    def close(self) -> None:
+        """Gives the directory free for other processes and jobs."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_same_run(self):
+        if not self.run.flag_file.is_file():
+            raise UserError(
+                "`output_dir` must be new, empty or hold a run. "
+                f"Received: {self.run.directory}, which holds other files"
+            )
+        theirs, ours = self.run.flag_lines(), self.settings.to_flags()
+        differing = flag_values(set(theirs) ^ set(ours)).keys()
+        if self.run.finished:  # maybe by an earlier version, which did not have all flags
+            differing = differing - (self.settings.defaults() - flag_values(theirs).keys())
+        differing = differing - self.settings.may_change()
+        if differing:
+            names = ", ".join(f"--{name}" for name in sorted(differing))
+            raise UserError(
+                f"`output_dir` {self.run.directory} holds another run; it differs in {names}. "
+                "Choose another directory."
+            )
+
+    def begin(self, **files: str | None) -> None:
+        """Makes the directory and writes the flag file.
+
+        Args:
+            **files: By the name of a flag, the user's file that it names. The run keeps a copy,
+                and does not go on when the file has changed since.
+
+        Raises:
+            UserError: When another process has taken the directory meanwhile, or when a file has
+                changed since the run began.
+        """
+        if self.writes:
+            self.run.directory.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if self.run.finished:
+                raise UserError(
+                    f"another process has just finished `output_dir` {self.run.directory}"
+                )
+            for path in self.run.directory.iterdir():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink()
+            if not self.run.flag_file.exists():
+                self.run.write_flags(self.settings.to_flags())
+        for name, file in files.items():
+            if file is not None:
+                self._keep(name, pathlib.Path(file))
+
+    def _keep(self, name, file):
+        copy = self.run.path(name + file.suffix)
+        if not copy.exists():
+            if self.writes:
+                with replacing(copy) as temporary:
+                    shutil.copyfile(file, temporary)
+        elif copy.read_bytes() != file.read_bytes():
+            raise UserError(
+                f"`{name}` {file} is not what the run in {self.run.directory} began with, which is "
+                f"{copy}. Give it that one or choose another directory."
+            )
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Releases the directory at the end; adds to an interruption the command that goes on."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            message = str(error) or "interrupted"
+            if self.run.flag_file.exists():
+                message += f"; to go on:\n  {self._command()}"
+            raise Interrupted(message, getattr(error, "signal", 2)) from None
+        finally:
+            self.close()
+
+    def _command(self):
+        """Goes on with the run: its flag file, and the flags that differ from it."""
+        theirs = self.run.flag_lines()
+        differing = [flag for flag in self.settings.to_flags() if flag not in theirs]
+        file = f"--flagfile={self.run.flag_file}"
+        return shlex.join(["python", "-m", self.module, file, *differing])
+
+    def usage(self) -> dict[str, float]:
+        """Time and memory of the run until now, earlier parts of it included.
+
+        The peak of the memory is that of the process.
+        """
+        wall, cpu = self._started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        earlier = self._earlier
+        return {
+            "wall_seconds": round(earlier["wall_seconds"] + time.monotonic() - wall, 1),
+            "cpu_seconds": round(earlier["cpu_seconds"] + _cpu_seconds() - cpu, 1),
+            "peak_memory_mb": max(earlier["peak_memory_mb"], peak),
+        }
+
+    def add_usage(self, usage: dict[str, float]) -> None:
+        """Takes over what earlier parts of the run used, as their `usage` said."""
+        self._earlier = usage
+
+    def finish(self, **summary: Any) -> None:
+        """Writes the summary, with what the run used, and removes the checkpoints."""
+        if not self.writes:
+            return
+        versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
+        self.run.write_summary(summary | self.usage() | {"versions": versions})
+        self._remove_checkpoints()
+
+    def _remove_checkpoints(self):
+        if self.writes and self.run.checkpoint_folder.is_dir():
+            shutil.rmtree(self.run.checkpoint_folder)
+
+
+def _cpu_seconds():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

@@ -1,0 +1,285 @@
+"""Settings of a job as fields of a dataclass, and the command-line flags made from them.
+
+A field states the type, default, range and help of a setting once. `Settings` checks the values,
+whether they come from Python or from flags.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import numbers
+import os
+import pathlib
+import shlex
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from absl import flags, logging
+
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import abbreviate
+
+FLAG_FILE = "flagfile"
+
+
+def setting(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    choices: Sequence[str] = (),
+    group: str = "Others",
+    basic: bool = False,
+    path: bool = False,
+    may_change: bool = False,
+) -> Any:
+    """A field of a `Settings` class.
+
+    Args:
+        help: What it sets, with its unit and what a larger value does.
+        default: Its default. A setting without one must be given.
+        least: Least number.
+        most: Largest number.
+        choices: The values that are allowed.
+        group: Heading that it stands under in `--help`.
+        basic: Whether `--help` shows it first, among the few that a newcomer needs.
+        path: Whether it may name a file that comes with the package, such as
+            `configs/architectures/mobilenet_v2.json`.
+        may_change: Whether a run goes on when nothing but this is different.
+    """
+    metadata = {
+        "help": help,
+        "least": least,
+        "most": most,
+        "choices": tuple(choices),
+        "group": group,
+        "basic": basic,
+        "path": path,
+        "may_change": may_change,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a job is told. Subclasses add fields made by `setting`, and rules between them.
+
+    Raises:
+        UserError: When a value has the wrong type or is out of its range.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        self.check()
+
+    def check(self) -> None:
+        """Raises `UserError` when settings do not fit together."""
+
+    @classmethod
+    def from_flags(cls, arguments: Sequence[str]) -> Self:
+        """Reads settings from command-line flags such as `["--epochs=3", "--nodownload"]`.
+
+        Raises:
+            UserError: When a flag is unknown, missing or has a bad value.
+        """
+        return cls(**parse_flags(define_flags(cls), arguments))
+
+    @classmethod
+    def from_flag_file(cls, path: str | os.PathLike) -> Self:
+        """Reads the flag file of a run. Flags that this version does not know are an error."""
+        return cls.from_flags([f"--{FLAG_FILE}={os.fspath(path)}"])
+
+    def to_flags(self) -> list[str]:
+        """The flags that give these settings, sorted by name, without those that are `None`."""
+        return [format_flag(name, value) for name, value in sorted(self.given().items())]
+
+    def given(self) -> dict[str, Any]:
+        """The settings by name, without those that are `None`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def may_change(cls) -> set[str]:
+        """Names of the settings that may be different when a run goes on."""
+        return {each.name for each in dataclasses.fields(cls) if each.metadata["may_change"]}
+
+    def defaults(self) -> set[str]:
+        """Names of the settings that have their default."""
+        return {
+            each.name
+            for each in dataclasses.fields(self)
+            if getattr(self, each.name) == each.default
+        }
+
+    def to_arguments(self, names: Iterable[str]) -> str:
+        """Some of the flags, to be typed in another command; without those at their default."""
+        given = [name for name in names if name not in self.defaults()]
+        return shlex.join(format_flag(name, getattr(self, name)) for name in given)
+
+
+def define_flags(cls: type[Settings]) -> flags.FlagValues:
+    """Flags for the fields of a `Settings` class, apart from absl's global flags."""
+    values = flags.FlagValues()
+    for field in dataclasses.fields(cls):
+        default = None if field.default is dataclasses.MISSING else field.default
+        if _kind(field) is bool:
+            flags.DEFINE_boolean(field.name, default, "", flag_values=values)
+        else:
+            flags.DEFINE(_Parser(field), field.name, default, "", values)
+    return values
+
+
+def parse_flags(values: flags.FlagValues, arguments: Sequence[str]) -> dict[str, Any]:
+    """Values of the flags that are given.
+
+    Args:
+        values: The flags, as from `define_flags`.
+        arguments: Arguments of the command line.
+
+    Raises:
+        UserError: When a flag is unknown or has a bad value, or an argument is no flag.
+    """
+    try:
+        others = values(["", *map(_with_found_flag_file, arguments)])[1:]
+    except flags.Error as error:
+        # absl wraps what `_Parser` raises, which names the flag already.
+        cause = error.__context__
+        raise cause if isinstance(cause, UserError) else UserError(str(error)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"`{FLAG_FILE}` must be text in UTF-8. Received: {error}") from None
+    except RecursionError:
+        raise UserError(f"`{FLAG_FILE}` is nested too deeply") from None
+    except ValueError as error:  # as of --nodownload=1
+        raise UserError(str(error)) from None
+    if others:
+        raise UserError(f"unexpected argument {others[0]!r}; flags begin with --")
+    return {name: values[name].value for name in values if values[name].present}
+
+
+def check_required(cls: type[Settings], given: Iterable[str]) -> None:
+    """Raises `UserError` when a setting without a default is not given."""
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UserError(f"--{field.name} must be given: {field.metadata['help']}")
+
+
+def format_flag(name: str, value: Any) -> str:
+    """A flag as it stands in a flag file and on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no{name}"
+    return f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
+
+
+def flag_values(lines: Iterable[str]) -> dict[str, str]:
+    """The inverse of `format_flag`, as text; switches are "true" or "false"."""
+    values = {}
+    for line in lines:
+        name, given, value = line.removeprefix("--").partition("=")
+        if not given:
+            name, value = (name[2:], "false") if name.startswith("no") else (name, "true")
+        values[name] = value
+    return values
+
+
+def find_file(path: str) -> str:
+    """The path of a file of the user, or else of one of that name that comes with the package.
+
+    `configs/quickstart.flags` is found from every folder; so is `quickstart.flags`.
+    """
+    if not path or pathlib.Path(path).exists():
+        return path
+    name = pathlib.PurePath(path)
+    name = name.relative_to("configs") if name.parts[0] == "configs" else name
+    for folder in _CONFIGS:  # Joined to a folder, an absolute path stays what it is.
+        if (folder / name).is_file():
+            logging.info("%s: taken from the package, %s", path, folder / name)
+            return str(folder / name)
+    return path
+
+
+# Inside the installed package, and beside it in a checkout.
+_CONFIGS = [folder / "configs" for folder in pathlib.Path(__file__).parents[:2]]
+
+
+class _Parser(flags.ArgumentParser):
+    """Parses and checks the flag of one field."""
+
+    def __init__(self, field):
+        super().__init__()
+        self._field = field
+
+    def parse(self, argument):
+        kind = _kind(self._field)
+        if isinstance(argument, str) and kind in (int, float):
+            with contextlib.suppress(ValueError):  # `_checked` says what was expected.
+                argument = kind(argument)
+        elif isinstance(argument, str) and kind is tuple:
+            argument = tuple(argument.split(",")) if argument else ()
+        return _checked(self._field, argument)
+
+    def flag_type(self):
+        return _kind(self._field).__name__
+
+
+@functools.cache
+def _kind_of(annotation):
+    """int, float, bool, str or tuple, of an annotation such as `int | None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(each for each in annotation.__args__ if each is not types.NoneType)
+    return typing.get_origin(annotation) or annotation
+
+
+def _kind(field):
+    return _kind_of(field.type)
+
+
+def _checked(field, value):
+    """The value in the type of the field, or a `UserError`."""
+    if value is None and field.default is None:
+        return None
+    kind = _kind(field)
+    if kind in (int, float):
+        return _checked_number(field, kind, value)
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(map(os.fspath, value))
+    if not isinstance(value, kind):
+        expected = {str: "text", bool: "true or false", tuple: "a list of texts"}[kind]
+        raise _error(field, expected, value)
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise _error(field, f"one of {', '.join(choices)}", value)
+    return find_file(value) if field.metadata["path"] else value
+
+
+def _checked_number(field, kind, value):
+    least, most = field.metadata["least"], field.metadata["most"]
+    legal = numbers.Integral if kind is int else numbers.Real
+    is_number = isinstance(value, legal) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not least <= value <= most:
+        raise _error(field, _describe_range(kind, least, most), value)
+    return kind(value)
+
+
+def _describe_range(kind, least, most):
+    text = "an integer" if kind is int else "a finite number"
+    text += "" if least == -math.inf else f" from {least:g}"
+    return text if most == math.inf else f"{text} to {most:g}"
+
+
+def _error(field, expected, value):
+    received = value if isinstance(value, str) else abbreviate(value)
+    return UserError(f"`{field.name}` must be {expected}. Received: {field.name}={received}")
+
+
+def _with_found_flag_file(argument):
+    name, equals, path = argument.partition("=")
+    if name.lstrip("-") == FLAG_FILE and equals:
+        return f"--{FLAG_FILE}={find_file(path)}"
+    return argument
