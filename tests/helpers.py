@@ -1,19 +1,23 @@
 """Small spaces, ways to walk a space, an independent count of MACs, commands as processes."""
 
+import contextlib
 import functools
+import importlib
+import io
 import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 import keras
 import numpy as np
+from absl import logging
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.cost import CostTable, latency
+from fpnas_keras.commands import run_command
+from fpnas_keras.cost import latency_table
 from fpnas_keras.spaces import SAME, SearchBlock, Space
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,10 +46,10 @@ SMALL_SPACE = {
 
 
 def make_tiny_space(input_shape=(8, 8, 1), num_classes=3, blocks=4):
-    """Small enough to enumerate: every variable, kept filters, shared choices.
+    """A space that is small enough to enumerate, with every feature of a search block.
 
-    The first two blocks have every variable too; one, all but skip, is traced in a fourth of the
-    time.
+    Fewer blocks are traced faster: with 1 block in a fourth of the time. The first two have every
+    variable. The first alone cannot be skipped.
     """
     return Space(
         name="tiny",
@@ -78,15 +82,18 @@ def make_tiny_space(input_shape=(8, 8, 1), num_classes=3, blocks=4):
 
 
 def write_latency_table(path, space, milliseconds, **changes):
-    """A finished table of a space, of a function from parts to milliseconds."""
-    entries = {}
+    """Writes a finished latency table of a space.
 
-    def record(part):
-        entries.update((name, milliseconds(part)) for name in latency.names(part))
-        return 0.0
-
-    CostTable(space, record)
-    table = {key: {} for key in latency.KEYS} | {
+    Args:
+        path: The file.
+        space: The space.
+        milliseconds: Gives the milliseconds of a part.
+        **changes: Keys of the table to change.
+    """
+    entries = {
+        name: milliseconds(part) for part in space.parts() for name in latency_table.names(part)
+    }
+    table = {key: {} for key in latency_table.KEYS} | {
         "format": 1,
         "complete": True,
         "space": space.name,
@@ -101,7 +108,7 @@ def write_latency_table(path, space, milliseconds, **changes):
 
 
 def random_choices(space, rng):
-    """Choices of a random architecture, each variable uniform, irrelevant ones 0."""
+    """Choices of a random architecture, each variable uniform; 0 for irrelevant variables."""
     choices = rng.integers(0, space.cardinalities)
     for row, block in enumerate(space.blocks):
         if block.operation:
@@ -109,9 +116,17 @@ def random_choices(space, rng):
     return space.choices(space.architecture(choices))
 
 
+def all_entries(space):
+    """Entries of `all_choices`, in the same order."""
+    return space.entries.from_choices(all_choices(space))
+
+
 @functools.cache
 def all_choices(space):
-    """Choices of all architectures of a space, each network once; read only."""
+    """Choices of all architectures of a space, each architecture once. The array is read-only.
+
+    It does not use the entries of the space, so that tests can compare with it.
+    """
     ranges = [range(n) for n in space.cardinalities.ravel()]
     every = np.array(list(itertools.product(*ranges))).reshape(-1, *space.cardinalities.shape)
     kept = {}
@@ -124,7 +139,10 @@ def all_choices(space):
 
 
 def counted_macs(model):
-    """Independent of the project: a walk over the built layers and their output shapes."""
+    """MACs of a Keras model, from its layers and their output shapes.
+
+    It is independent of how the project counts.
+    """
     total = 0
     for layer in model.layers:
         if isinstance(layer, keras.layers.DepthwiseConv2D):
@@ -149,44 +167,15 @@ def run_process(module, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
-# It has imported what takes longest to import, and forks a process for each command.
-FORKS = """
-import gc, json, os, runpy, sys
-import sklearn.datasets, sklearn.model_selection
-import fpnas_keras.commands
-gc.freeze()  # else each process copies all that was imported, to look for garbage
-for line in sys.stdin:
-    module, arguments, environment, outputs = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.environ.update(environment)
-        for number, path in outputs:
-            os.dup2(os.open(path, os.O_WRONLY), number)
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@functools.cache
-def _forks():
-    return subprocess.Popen(
-        [sys.executable, "-c", FORKS],
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(module, *arguments, **changes):
-    """As `run_process`, with changes of the environment, but without the time of importing."""
-    forks = _forks()
-    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
-        outputs = [(1, stdout.name), (2, stderr.name)]
-        job = [module, [*map(str, arguments)], changes, outputs]
-        print(json.dumps(job), file=forks.stdin, flush=True)
-        code = int(forks.stdout.readline())
-        return subprocess.CompletedProcess(job, code, stdout.read(), stderr.read())
+def run(module, *arguments):
+    """As `run_process`, inside this process."""
+    command = importlib.import_module(module).COMMAND
+    stdout, stderr = io.StringIO(), io.StringIO()
+    handler = logging.get_absl_handler().python_handler
+    stream = handler.setStream(stderr)
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = run_command(command, [*map(str, arguments)])
+    finally:
+        handler.setStream(stream)
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())

@@ -1,22 +1,23 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import all_choices, random_choices, write_latency_table
+from helpers import all_choices, all_entries, random_choices, write_latency_table
 
 from fpnas_keras import Architecture, LatencyCost, MacsCost, ParamsCost, spaces
-from fpnas_keras.architecture import Block, Head, Part, Stem
-from fpnas_keras.cost import CostTable, count, latency
+from fpnas_keras.architecture import Block, Head, Part, Stem, count_part
+from fpnas_keras.cost import SpaceCost, latency_table
 from fpnas_keras.method.distributions import FactorizedLogits
 
 COSTS = [(MacsCost, "macs"), (ParamsCost, "params")]
 
 
 @pytest.mark.parametrize(("cost", "method"), COSTS)
-def test_table_in_the_graph_is_exact(cost, method):
+def test_costs_in_the_graph_are_exact(cost, method):
     space = spaces.get("mobile_mini", input_shape=(96, 96, 3), num_classes=7)
     rng = np.random.default_rng(0)
     choices = np.array([random_choices(space, rng) for _ in range(100)], np.int32)
-    costs = tf.function(CostTable(space, cost()))(tf.constant(choices))
+    entries = space.entries.from_choices(choices)
+    costs = tf.function(SpaceCost(space, cost()))(tf.constant(entries))
     expected = [getattr(space.architecture(each), method)() for each in choices]
     assert costs.dtype == tf.float64
     assert costs.numpy().tolist() == expected
@@ -24,16 +25,17 @@ def test_table_in_the_graph_is_exact(cost, method):
 
 @pytest.mark.parametrize(("cost", "method"), COSTS)
 def test_expectation_and_extremes_are_those_of_an_enumeration(tiny_space, cost, method):
-    table = CostTable(tiny_space, cost())
-    distribution = FactorizedLogits(tiny_space.blocks)
+    space_cost = SpaceCost(tiny_space, cost())
+    distribution = FactorizedLogits(tiny_space)
     distribution.logits.assign(tf.random.stateless_normal(distribution.logits.shape, (1, 2)))
     choices = all_choices(tiny_space)
     costs = np.array([getattr(tiny_space.architecture(each), method)() for each in choices])
-    p = np.exp(distribution.log_prob(tf.constant(choices)).numpy().astype(np.float64))
-    assert float(table.expected(distribution.entry_probabilities())) == pytest.approx(
+    log_p = distribution.log_prob(tf.constant(all_entries(tiny_space))).numpy()
+    p = np.exp(log_p.astype(np.float64))
+    assert float(space_cost.expected(distribution.entry_probabilities())) == pytest.approx(
         (p * costs).sum(), rel=1e-5
     )
-    assert (table.least(), table.largest()) == (costs.min(), costs.max())
+    assert (space_cost.least(), space_cost.largest()) == (costs.min(), costs.max())
 
 
 @pytest.mark.parametrize("target", [0, -1, float("nan"), float("inf")])
@@ -44,7 +46,7 @@ def test_targets_must_be_positive(target):
 
 def some_milliseconds(part):
     """Depends on everything that a part computes, as a device's time does."""
-    return 1e-6 * count.part(part).macs + 1e-5 * len(latency.names(part)[0])
+    return 1e-6 * count_part(part).macs + 1e-5 * len(latency_table.names(part)[0])
 
 
 def test_latency_is_the_sum_of_the_entries_in_the_graph_too(tiny_space, tmp_path):
@@ -54,11 +56,12 @@ def test_latency_is_the_sum_of_the_entries_in_the_graph_too(tiny_space, tmp_path
         sum(
             some_milliseconds(part)
             for part in tiny_space.architecture(each).parts()
-            if latency.names(part)
+            if latency_table.names(part)
         )
         for each in choices
     ]
-    costs = tf.function(CostTable(tiny_space, cost))(tf.constant(choices))
+    entries = tiny_space.entries.from_choices(choices)
+    costs = tf.function(SpaceCost(tiny_space, cost))(tf.constant(entries))
     np.testing.assert_allclose(costs, expected, rtol=1e-12)
     own = [sum(map(cost, tiny_space.architecture(each).parts())) for each in choices]
     np.testing.assert_allclose(own, expected, rtol=1e-12)
@@ -70,8 +73,8 @@ def test_parts_of_one_name_compute_the_same_and_others_do_not(tiny_space):
         rng = np.random.default_rng(0)
         for _ in range(30):
             for part in space.architecture(random_choices(space, rng)).parts():
-                for name in latency.names(part):
-                    by_name.setdefault(name, set()).add(count.part(part))
+                for name in latency_table.names(part):
+                    by_name.setdefault(name, set()).add(count_part(part))
     assert all(len(counts) == 1 for counts in by_name.values())
     base = {"filters": 24, "kernel_size": 3, "expansion": 3, "strides": 2}
     changes = (
@@ -79,16 +82,16 @@ def test_parts_of_one_name_compute_the_same_and_others_do_not(tiny_space):
         *({"activation": "hard_silu"}, {"splits": 1}, {"splits": 2}, {"skip": True}),
     )
     blocks = [Block(**base), *(Block(**base | change) for change in changes)]
-    names = {latency.names(Part(block, (8, 8), 16))[0] for block in blocks}
+    names = {latency_table.names(Part(block, (8, 8), 16))[0] for block in blocks}
     assert len(names) == len(blocks)
-    assert latency.names(Part(Block(16, skip=True), (8, 8), 16)) == []
+    assert latency_table.names(Part(Block(16, skip=True), (8, 8), 16)) == []
 
 
 def test_a_table_that_lacks_parts_of_the_space_is_refused_with_their_names(tmp_path, tiny_space):
     table = write_latency_table(tmp_path / "table.json", tiny_space, some_milliseconds)
     other = spaces.get("mobile_mini", (16, 16, 1), 10)
     with pytest.raises(ValueError, match=r"lacks \d+ parts .*`mobile_mini`.*: stem 16x16x1 k3 f16"):
-        CostTable(other, LatencyCost(table))
+        SpaceCost(other, LatencyCost(table))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_published_tables(tmp_path, name):
     assert sum(map(LatencyCost(path), PUBLISHED.parts())) == 31
     # What is missing is named as it is in that table.
     with pytest.raises(ValueError, match=r"lacks \d+ parts .*: (Conv|first_conv)-input:64x64x3"):
-        CostTable(spaces.get("mobilenet_v3", (64, 64, 3)), LatencyCost(path))
+        SpaceCost(spaces.get("mobilenet_v3", (64, 64, 3)), LatencyCost(path))
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,10 @@ def test_penalty_coefficients_are_the_gradient_of_the_hinge():
 def test_counted_samples_are_worth_their_draws(which, control_variate):
     """Equal samples evaluated once give the sums that evaluating every draw gives."""
     log_likelihoods, costs = np.array([-0.1, -2.0, -0.7, 1.3]), np.array([1.0, 5.0, 3.0, 2.0])
-    drawn = tf.constant(which)[:, None, None]
+    drawn = tf.constant(which)[:, None]
     samples = Samples.unique(drawn)
     assert int(tf.reduce_sum(samples.counts)) == len(which)
-    kept = samples.choices.numpy().ravel()
+    kept = samples.entries.numpy().ravel()
     assert kept.tolist() == list(dict.fromkeys(which))
     each, ones = np.array(which), tf.ones(len(which), tf.int32)
     for values, coefficients, options in (
@@ -128,28 +128,26 @@ def test_impossible_controllers_are_refused(name):
 
 def estimates(tiny_space, table, count, draws, control_variate, stratified=False):
     """Gradient estimates of the logits of a distribution whose likelihoods are a table."""
-    distribution = FactorizedLogits(tiny_space.blocks)
+    distribution = FactorizedLogits(tiny_space)
     distribution.logits.assign(tf.random.stateless_normal(distribution.logits.shape, (3, 4)))
 
     @tf.function
     def estimate(step):
-        choices = distribution.sample(count, 0, step, stratified)
-        log_likelihoods = tf.reduce_sum(tf.gather_nd(table, _table_index(choices)), axis=-1)
+        entries = distribution.sample(count, 0, step, stratified)
+        log_likelihoods = likelihoods_of(tiny_space, table, entries)
         coefficients = likelihood_coefficients(
             log_likelihoods, tf.ones(count, tf.int32), control_variate=control_variate
         )
-        return distribution.gradient(choices, coefficients)
+        return distribution.gradient(entries, coefficients)
 
     return distribution, np.array([estimate(tf.constant(step)) for step in range(draws)])
 
 
-def _table_index(choices):
-    blocks, variables = choices.shape[1:]
-    positions = tf.constant(np.indices((blocks, variables)).transpose(1, 2, 0), tf.int32)
-    positions = tf.broadcast_to(positions, (*choices.shape[:1], blocks, variables, 2))
-    return tf.reshape(
-        tf.concat([positions, choices[..., None]], -1), (choices.shape[0], blocks * variables, 3)
-    )
+def likelihoods_of(space, table, entries):
+    """Sums the values that a table has for each choice of each variable."""
+    blocks, variables = np.indices(table.shape[:2])
+    values = table.numpy()[blocks[:, None], variables[:, None], space.entries.choices].sum(axis=-1)
+    return tf.reduce_sum(tf.gather(values.ravel(), entries + space.entries.offsets), axis=-1)
 
 
 def test_the_control_variate_changes_the_variance_and_not_the_mean(tiny_space):
@@ -176,14 +174,14 @@ def test_stratified_draws_lower_the_relative_variance(tiny_space):
 
 def test_the_estimator_reaches_the_exact_gradient_as_samples_grow(tiny_space):
     """The exact gradient is that of log E_p[exp(l)], PARSEC's objective, by enumeration."""
-    from helpers import all_choices
+    from helpers import all_entries
 
     table = tf.random.stateless_normal((4, 6, 3), (5, 6))
     distribution, many = estimates(tiny_space, table, 4096, 20, True)
-    choices = tf.constant(all_choices(tiny_space))
-    log_likelihoods = tf.reduce_sum(tf.gather_nd(table, _table_index(choices)), axis=-1)
+    entries = tf.constant(all_entries(tiny_space))
+    log_likelihoods = likelihoods_of(tiny_space, table, entries)
     with tf.GradientTape() as tape:
-        objective = tf.reduce_logsumexp(distribution.log_prob(choices) + log_likelihoods)
+        objective = tf.reduce_logsumexp(distribution.log_prob(entries) + log_likelihoods)
     exact = -tape.gradient(objective, distribution.logits.value).numpy()
     _, few = estimates(tiny_space, table, 4, 4000, True)
     bias_few = np.linalg.norm(few.mean(axis=0) - exact)

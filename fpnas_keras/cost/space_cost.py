@@ -1,4 +1,4 @@
-"""A cost over a whole space, evaluated inside the graph."""
+"""The costs of all architectures of a space, evaluated inside the graph."""
 
 import math
 from collections.abc import Callable
@@ -6,127 +6,128 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.architecture import Part, output_size
+from fpnas_keras.cost.costs import Cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.spaces import VARIABLES, Space
-from fpnas_keras.spaces.entries import Entries
 
 _FILTERS = VARIABLES.index("filters")
 
 
-class CostTable:
-    """Costs of all blocks of a space by (filters in, entry).
+class SpaceCost:
+    """A cost over a whole space.
 
-    The cost of a network is the sum of its blocks' entries and of the fixed
-    stem. Everything is float64: float32 loses single MACs above 16.7M.
+    The cost of an architecture is the sum of the costs of its parts. What a block costs depends on
+    its own entry and on the filters that come into it. So the costs of all blocks, by filters in
+    and entry, give the cost of every architecture.
+
+    All costs are float64. In float32, single MACs are lost above 16.7M.
 
     Args:
         space: The space.
-        cost: `MacsCost`, `ParamsCost`, `LatencyCost`, or a function of your own from a `Part`.
+        cost: The cost of a part.
+
+    Attributes:
+        space: The space.
+        stem_cost: Cost of the stem.
+        block_costs: For each search block, float64 of shape `(filters in, entries)`: the cost on
+            each of `space.filters_in(index)`.
+        head_costs: Cost of the head, by the filters that come into it: float64 of shape
+            `(filters in,)`.
 
     Raises:
-        UserError: When the cost does not know all parts of the space.
+        UserError: If the cost does not know all parts of the space.
 
     Example:
 
     ```python
-    table = CostTable(space, MacsCost())
-    table(distribution.sample(8, seed=0, step=0))  # float64, shape (8,)
+    space_cost = SpaceCost(space, MacsCost())
+    space_cost(distribution.sample(8, seed=0, step=0))  # float64, shape (8,)
     ```
     """
 
-    def __init__(self, space: Space, cost: Callable[[Part], float]):
-        missing = {}  # in order, without doubles
+    def __init__(self, space: Space, cost: Cost):
+        self.space = space
+        missing = {}  # As an ordered set.
 
-        def known(part):
+        def cost_of(part):
             try:
-                return cost(part)
+                return float(cost(part))
             except KeyError as error:
-                missing[error.args[0]] = part
+                missing[error.args[0]] = None
                 return math.nan
 
-        sizes = space.input_sizes()
-        self._entries = Entries(space.blocks)
-        self.fixed = float(known(Part(space.stem, space.input_shape[:2], space.input_shape[2])))
-        # One float64 array for each of the space's blocks: (choices of filters in, entries).
-        self.blocks = [
+        self.stem_cost = cost_of(space.stem_part())
+        self.block_costs = [
             np.array(
                 [
-                    [_sum(known, own, sizes[index], filters) for own in block.all_blocks(filters)]
-                    for filters in space.filters_in(index)
+                    [sum(map(cost_of, parts)) for parts in entries]
+                    for entries in space.block_parts(index)
                 ],
                 np.float64,
             )
-            for index, block in enumerate(space.blocks)
+            for index in range(len(space.blocks))
         ]
-        # The head, by the filters that reach it.
-        self.heads = np.array(
-            [
-                known(Part(space.head, sizes[-1], filters, space.num_classes))
-                for filters in space.filters_in(len(space.blocks))
-            ],
-            np.float64,
-        )
+        self.head_costs = np.array([cost_of(part) for part in space.head_parts()], np.float64)
         if missing:
             raise UserError(
                 f"the cost lacks {len(missing)} parts of the space `{space.name}` at "
                 f"{space.input_shape}, the first ones: {'; '.join(list(missing)[:5])}"
             )
-        # The block whose choice of filters reaches each block and, last, the head.
-        self.sources = [space.filters_source(index) for index in range(len(space.blocks) + 1)]
 
-    def __call__(self, choices: tf.Tensor) -> tf.Tensor:
+    def __call__(self, entries: tf.Tensor) -> tf.Tensor:
         """Costs of architectures.
 
         Args:
-            choices: Integers of shape `(samples, blocks, variables)`.
+            entries: Entry of each search block, integers of shape `(samples, blocks)`.
 
         Returns:
             float64 of shape `(samples,)`.
         """
-        # Where the row of block b with filters in i begins in the flat table.
-        row_sizes = np.array([block.shape[1] for block in self.blocks])
-        first_rows = np.cumsum([0] + [block.size for block in self.blocks[:-1]])
-        flat = np.concatenate([block.ravel() for block in self.blocks])
-        own = tf.cast(self._entries.index(choices), tf.int64)
-        # Column 0 stands for the stem, which has one choice.
-        filters = tf.pad(tf.cast(choices[..., _FILTERS], tf.int64), [[0, 0], [1, 0]])
-        sources = [0 if source is None else source + 1 for source in self.sources]
-        filters_in = tf.gather(filters, sources, axis=1)
-        index = first_rows + filters_in[:, :-1] * row_sizes + own
-        blocks = tf.reduce_sum(tf.gather(tf.constant(flat), index), axis=-1)
-        return self.fixed + blocks + tf.gather(tf.constant(self.heads), filters_in[:, -1])
+        space, entries = self.space, tf.cast(entries, tf.int64)
+        filters = tf.constant(space.entries.choices[..., _FILTERS].ravel())
+        filters = tf.cast(tf.gather(filters, entries + space.entries.offsets), tf.int64)
+        # Column 0 stands for the stem, whose filters are the only choice.
+        filters = tf.pad(filters, [[0, 0], [1, 0]])
+        sources = [space.filters_source(index) for index in range(len(space.blocks) + 1)]
+        columns = [0 if source is None else source + 1 for source in sources]
+        filters_in = tf.gather(filters, columns, axis=1)
+        # All costs in one array: search block after search block, in each by (filters in, entry).
+        costs = np.concatenate([each.ravel() for each in self.block_costs])
+        starts = np.cumsum([0] + [each.size for each in self.block_costs[:-1]])
+        positions = starts + filters_in[:, :-1] * space.entries.counts + entries
+        blocks = tf.reduce_sum(tf.gather(tf.constant(costs), positions), axis=-1)
+        return self.stem_cost + blocks + tf.gather(tf.constant(self.head_costs), filters_in[:, -1])
 
     def expected(self, probabilities: tf.Tensor) -> tf.Tensor:
-        """The exact expectation of the cost, E[cost(A)] for A ~ p.
+        """The exact expectation E[cost(A)] for A ~ p.
 
         Args:
-            probabilities: Probability of each entry of each block, shape
-                `(blocks, entries)`; blocks are independent.
+            probabilities: p of each entry of each search block, shape `(blocks, entries)`. Search
+                blocks are independent.
 
         Returns:
             A float64 scalar.
         """
-        total = tf.constant(self.fixed, tf.float64)
-        filters_in = tf.ones((1,), tf.float64)
-        for index, (table, own) in enumerate(zip(self.blocks, tf.unstack(probabilities))):
-            own = tf.cast(own[: table.shape[1]], tf.float64)
-            total += tf.reduce_sum(filters_in[:, None] * tf.constant(table) * own[None, :])
-            if self.sources[index + 1] == index:
-                filters = self.filters_of_entries(index)
-                filters_in = tf.math.unsorted_segment_sum(own, filters, filters.max() + 1)
-        return total + tf.reduce_sum(filters_in * tf.constant(self.heads))
+        total = tf.constant(self.stem_cost, tf.float64)
+        filters_in = tf.ones((1,), tf.float64)  # p of each of the filters in
+        for index, (costs, p) in enumerate(zip(self.block_costs, tf.unstack(probabilities))):
+            p = tf.cast(p[: costs.shape[1]], tf.float64)
+            total += tf.reduce_sum(filters_in[:, None] * tf.constant(costs) * p[None, :])
+            if not self.space.blocks[index].keeps_filters:
+                filters = self._filters_of_entries(index)
+                filters_in = tf.math.unsorted_segment_sum(p, filters, filters.max() + 1)
+        return total + tf.reduce_sum(filters_in * tf.constant(self.head_costs))
 
     def expected_and_slope(self, probabilities: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The expectation E[cost], and p * dE / dp for each entry of each block.
+        """The expectation E[cost], and p * dE / dp of each entry of each search block.
 
-        `entry_gradient` of a distribution makes of the slope the gradient of its logits.
+        `BlockLogits.entry_gradient` turns the slope into the gradient of the logits.
 
         Args:
-            probabilities: p, as in `expected`.
+            probabilities: p, as for `expected`.
 
         Returns:
-            A float64 scalar, and a tensor shaped as `probabilities`.
+            A float64 scalar, and a tensor of the shape and dtype of `probabilities`.
         """
         with tf.GradientTape() as tape:
             tape.watch(probabilities)
@@ -141,31 +142,26 @@ class CostTable:
         """Cost of the most expensive architecture of the space."""
         return self._extreme(np.max)
 
+    def filters_out(self, index: int) -> np.ndarray:
+        """Index of the filters that leave search block `index`, among those that can.
+
+        Returns:
+            Integers of shape `(filters in, entries)`, as `block_costs[index]`.
+        """
+        shape = self.block_costs[index].shape
+        if self.space.blocks[index].keeps_filters:
+            return np.broadcast_to(np.arange(shape[0])[:, None], shape)
+        return np.broadcast_to(self._filters_of_entries(index), shape)
+
     def _extreme(self, reduce: Callable) -> float:
-        """Dynamic programming over the filters between blocks."""
-        best = np.zeros(1)  # by choice of filters in
-        for index, table in enumerate(self.blocks):
-            if self.sources[index + 1] != index:
-                best = best + reduce(table, axis=1)
-                continue
-            filters = self.filters_of_entries(index)
-            best = np.array(
-                [
-                    reduce(best + reduce(table[:, filters == each], axis=1))
-                    for each in range(filters.max() + 1)
-                ]
-            )
-        return self.fixed + float(reduce(best + self.heads))
+        """Dynamic programming: the extreme up to each search block, by the filters that leave."""
+        extremes = np.zeros(1)
+        for index, costs in enumerate(self.block_costs):
+            filters_out, totals = self.filters_out(index), extremes[:, None] + costs
+            choices = range(filters_out.max() + 1)
+            extremes = np.array([reduce(totals[filters_out == each]) for each in choices])
+        return self.stem_cost + float(reduce(extremes + self.head_costs))
 
-    def filters_of_entries(self, index: int) -> np.ndarray:
-        """The choice of filters of each entry of a block, integers of shape `(entries,)`."""
-        return self._entries.choices[index, : self.blocks[index].shape[1], _FILTERS]
-
-
-def _sum(cost, blocks, size, filters_in):
-    """Cost of blocks in a row."""
-    total = 0.0
-    for block in blocks:
-        total += cost(Part(block, size, filters_in))
-        size, filters_in = output_size(size, block.strides), block.filters
-    return total
+    def _filters_of_entries(self, index):
+        """The choice of filters of each entry of a search block that chooses them."""
+        return self.space.blocks[index].entries[:, _FILTERS]

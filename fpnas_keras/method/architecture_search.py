@@ -1,4 +1,4 @@
-"""The search: a Keras model whose training step updates weights and architecture."""
+"""The search: a Keras model whose training step updates the weights and the architecture."""
 
 import contextlib
 import math
@@ -10,69 +10,74 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras import estimator, replicas
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import CostTable, MacsCost, format_cost
+from fpnas_keras.cost import Cost, MacsCost, SpaceCost, format_cost
 from fpnas_keras.errors import UserError
+from fpnas_keras.method import estimator, replicas
 from fpnas_keras.method.derivation import Derivation, most_probable
 from fpnas_keras.method.distributions import BlockLogits, FactorizedLogits, JointLogits
 from fpnas_keras.method.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
-from fpnas_keras.networks.supernet import Supernet
-from fpnas_keras.spaces import Space
+from fpnas_keras.networks import Supernet, check_floatx
+from fpnas_keras.spaces import VARIABLES, Space
 
 _DISTRIBUTIONS = {
     "factorized": (FactorizedLogits,),
     "joint": (JointLogits,),
     "coarse_to_fine": (FactorizedLogits, JointLogits),
 }
+_METRICS = (
+    *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *("entropy", "samples", "evaluated", "expected_cost", "cost_coefficient"),
+)
 
 
 class ArchitectureSearch(keras.Model):
     """Learns a distribution over the architectures of a space, and shared weights.
 
-    Every step draws K architectures once. The weights follow the importance
-    weighted gradient of a batch of the weights part; the architecture logits
-    follow, forward only, the likelihoods on a batch of the architecture part
-    and the cost. One sample's activations are in memory at a time, whatever K is.
+    Every step draws K architectures. Both updates of the step use them. The weights are updated by
+    the importance-weighted gradient on a batch of the weights part of the training set. The
+    architecture logits are updated from the likelihoods on a batch of the architecture part, which
+    needs the forward pass only, and from the cost. The memory holds the activations of one
+    architecture at a time, for any K.
 
-    Called on images, the search gives the logits of its most probable
-    architecture under the shared weights, with the batch's own statistics.
+    When the search is called on images, it returns the logits of its most probable architecture.
+    Batch normalization then uses the statistics of the batch.
 
     Args:
         space: The space to search.
-        samples: Architectures a step: an `AdaptiveSamples`, or a fixed number.
-        cost: `MacsCost`, `ParamsCost`; what `expected_cost` reports and what the
-            target, if it has one, is held against.
-        distribution: "factorized"; "joint"; or "coarse_to_fine", which starts
-            factorized and becomes joint by `refine`. All start uniform in each variable.
-        cost_coefficient: Weight of the cost in the gradient of the logits (the
-            paper's beta): a `CostController`, or a fixed number.
-        cost_penalty: What that weighs: "expected", E[cost] / target, whose gradient
-            is exact; "hinge", the paper's mean of max(0, cost / target - 1) over the
-            samples; or "log", its logarithm.
-        warmup_steps: Steps at the start that train the weights alone, on uniformly
-            drawn architectures. Untrained weights favour the smallest networks, which
-            learn first; a few hundred steps are enough to turn that round.
-        warmup_samples: Architectures a step in the warm-up.
-        likelihood_scale: tau of the importance weights softmax(tau * l_k), l_k the
-            mean log-likelihood of an example.
-        control_variate: Whether 1/K is subtracted from the importance weights in
-            the gradient of the logits; the expectation is the same, the variance
-            much lower. The paper has none.
-        stratified: Whether a choice of probability p is drawn as near to K * p times
-            as can be, instead of K independent draws.
+        samples: Number of architectures per step: an `AdaptiveSamples`, or a fixed number.
+        cost: The cost that `expected_cost` reports, with the target of the search. `None` is
+            `MacsCost()`, without a target.
+        distribution: "factorized", "joint", or "coarse_to_fine". The last starts factorized and
+            becomes joint by `refine`. In all of them every variable starts uniform.
+        cost_coefficient: Weight of the cost in the gradient of the logits (the paper's beta):
+            a `CostController`, or a fixed number.
+        cost_penalty: What the coefficient weighs: "expected" is E[cost] / target, with an exact
+            gradient; "hinge" is the paper's mean of max(0, cost / target - 1) over the samples;
+            "log" is its logarithm.
+        warmup_steps: Number of steps at the start that train only the weights, on uniformly drawn
+            architectures. Small networks learn faster, so that the likelihoods under untrained
+            weights favor them. A few hundred steps are enough to change that.
+        warmup_samples: Number of architectures per step in the warm-up.
+        likelihood_scale: tau in the importance weights softmax_k(tau * l_k), where l_k is the mean
+            log-likelihood per example.
+        control_variate: Whether 1/K is subtracted from the importance weights in the gradient of
+            the logits. The expectation does not change, and the variance is much lower. The paper
+            has no control variate.
+        stratified: Whether the draws of a step are stratified, so that a choice of probability p
+            is drawn floor(K * p) or ceil(K * p) times. Otherwise the draws are independent.
         deduplicate: Whether equal samples of a step are evaluated once.
-        recompute: Whether the backward pass computes the activations inside each
-            block anew instead of keeping them: less memory, more time.
-        seed: Seed of the drawn architectures.
-        strategy: Shares the samples of a step out among the replicas of a
-            `MirroredStrategy` or `MultiWorkerMirroredStrategy`; each sees the whole batch.
-            `fit` is called outside its scope.
+        recompute: Whether the backward pass computes the activations inside each block again
+            instead of keeping them. It needs less memory and more time.
+        seed: Seed of the draws.
+        strategy: A `MirroredStrategy` or `MultiWorkerMirroredStrategy` whose replicas evaluate the
+            samples of a step in parallel. Each replica sees the whole batch. Call `fit` outside the
+            scope of the strategy.
 
     Raises:
-        UserError: When the target lies outside the costs of the space, when the
-            control variate meets K = 1, where it makes every gradient zero, or when an
-            argument is out of its range.
+        UserError: If the target is outside the costs of the space, if an argument is out of its
+            range, if K can be 1 with the control variate, which makes every gradient zero, or if
+            Keras' floatx is not float32.
 
     Example:
 
@@ -84,15 +89,15 @@ class ArchitectureSearch(keras.Model):
     model = search.derive().build()
     ```
 
-    Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture
-    Search", CVPR 2021, arXiv:2011.10949.
+    Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search", CVPR 2021,
+    arXiv:2011.10949.
     """
 
     def __init__(
         self,
         space: Space,
         samples: AdaptiveSamples | int = AdaptiveSamples(),
-        cost: MacsCost | None = None,
+        cost: Cost | None = None,
         distribution: str = "factorized",
         cost_coefficient: CostController | float = CostController(),
         cost_penalty: str = "expected",
@@ -107,63 +112,57 @@ class ArchitectureSearch(keras.Model):
         strategy: tf.distribute.Strategy | None = None,
         **kwargs,
     ):
+        check_floatx()
         super().__init__(**kwargs)
         _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient)
+        _check_choice("cost_penalty", cost_penalty, ("expected", "hinge", "log"))
+        _check_choice("distribution", distribution, tuple(_DISTRIBUTIONS))
         self.space = space
         self.samples = samples
         self.cost = cost or MacsCost()
         self.cost_coefficient = cost_coefficient
-        self.cost_penalty = _checked("cost_penalty", cost_penalty, ("expected", "hinge", "log"))
+        self.cost_penalty = cost_penalty
         self.warmup_steps = warmup_steps
         self.warmup_samples = warmup_samples
         self.likelihood_scale = likelihood_scale
         self.control_variate = control_variate
         self.stratified = stratified
         self.deduplicate = deduplicate
-        self.cost_table = CostTable(space, self.cost)
-        _check_target(space, self.cost, self.cost_table)
-        _checked("distribution", distribution, tuple(_DISTRIBUTIONS))
-        # Keras knows nothing of the strategy: it would share out the images, not the samples.
+        self.space_cost = SpaceCost(space, self.cost)
+        _check_target(self.cost, self.space_cost)
+        # Keras does not know the strategy: it would distribute the images, not the samples.
         self.strategy = strategy
         with self._scope():
-            self.distributions = [kind(space.blocks) for kind in _DISTRIBUTIONS[distribution]]
+            self.distributions = [kind(space) for kind in _DISTRIBUTIONS[distribution]]
             self.supernet = Supernet(space, recompute)
         if distribution == "joint":
-            # All distributions start from the same p(A), uniform in each variable.
-            self.distributions[0].assign(FactorizedLogits(space.blocks))
+            # Uniform in each variable, as the factorized distribution at its start.
+            self.distributions[0].assign(FactorizedLogits(space))
         start = self.distributions[0].entry_probabilities()
-        self._start_cost = float(self.cost_table.expected(start))
-        self.step = self._counter("step")
-        self.total_samples = self._counter("total_samples")
-        self.total_evaluated = self._counter("total_evaluated")
-        # Which of the distributions the search is at.
-        self.phase = self._counter("phase")
-        self.seed = self._counter("seed", seed)
-        self.cost_integral = self.add_weight(
-            name="cost_integral", shape=(), initializer="zeros", trainable=False, autocast=False
-        )
-        self._trackers = {
-            name: keras.metrics.Mean(name=name)
-            for name in (
-                "train_loss",
-                "train_accuracy",
-                "validation_loss",
-                "validation_accuracy",
-                "entropy",
-                "samples",
-                "evaluated",
-                "expected_cost",
-                "cost_coefficient",
-            )
-        }
+        self._start_cost = float(self.space_cost.expected(start))
+        self._add_state(seed)
         self.architecture_optimizer = None
         self.built = True
 
-    def _counter(self, name, value=0):
-        start = keras.initializers.Constant(value)
-        return self.add_weight(
-            name=name, shape=(), dtype="int64", initializer=start, trainable=False
+    def _add_state(self, seed):
+        """Adds the counters, the state of the controller and the metrics."""
+
+        def counter(name, value=0):
+            start = keras.initializers.Constant(value)
+            return self.add_weight(
+                name=name, shape=(), dtype="int64", initializer=start, trainable=False
+            )
+
+        self.step = counter("step")
+        self.total_samples = counter("total_samples")
+        self.total_evaluated = counter("total_evaluated")
+        # Index of the current distribution.
+        self.phase = counter("phase")
+        self.seed = counter("seed", seed)
+        self.cost_integral = self.add_weight(
+            name="cost_integral", shape=(), initializer="zeros", trainable=False, autocast=False
         )
+        self._trackers = {name: keras.metrics.Mean(name=name) for name in _METRICS}
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -178,51 +177,82 @@ class ArchitectureSearch(keras.Model):
         """Configures the search.
 
         Args:
-            optimizer: Updates the shared weights, and nothing else.
-            architecture_optimizer: Updates the logits, and nothing else.
-            **kwargs: As in `keras.Model.compile`, but for loss and metrics, which
-                the method sets, and `jit_compile`: shapes are dynamic.
+            optimizer: Updates the shared weights and nothing else.
+            architecture_optimizer: Updates the logits and nothing else.
+            **kwargs: Arguments of `keras.Model.compile`. `loss`, `metrics` and `jit_compile` must
+                not be given: the method sets the first two, and shapes are dynamic.
         """
-        super().compile(optimizer=self._made_here(optimizer), jit_compile=False, **kwargs)
-        self.architecture_optimizer = self._made_here(architecture_optimizer)
+        super().compile(optimizer=self._place_optimizer(optimizer), jit_compile=False, **kwargs)
+        self.architecture_optimizer = self._place_optimizer(architecture_optimizer)
         with self._scope():
-            self.optimizer.build(self.supernet.trainable_variables)
+            self.optimizer.build(self._weights())
             self.architecture_optimizer.build([each.logits for each in self.distributions])
 
-    def _made_here(self, optimizer):
-        """The optimizer, or one like it: it belongs to the strategy that it is made under."""
+    def _place_optimizer(self, optimizer):
+        """The optimizer, or with a strategy a copy that is created in its scope."""
         optimizer = keras.optimizers.get(optimizer)
         if self.strategy is None:
             return optimizer
         with self._scope():
             return type(optimizer).from_config(optimizer.get_config())
 
+    def _weights(self):
+        return self.supernet.stem_variables + self.supernet.body_variables
+
     def _scope(self):
         return self.strategy.scope() if self.strategy else contextlib.nullcontext()
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
-        return self.supernet(images, self.distribution.mode())
+        """Logits of the most probable architecture.
+
+        Args:
+            images: Pixels 0..255, shape `(batch,) + input_shape`.
+
+        Returns:
+            float32 of shape `(batch, num_classes)`.
+        """
+        return self.supernet(images, self._choices(self.distribution.mode()))
+
+    def _choices(self, entries):
+        """The choices that the supernet takes: `(..., blocks)` to `(..., blocks, variables)`."""
+        choices = tf.constant(self.space.entries.choices.reshape(-1, len(VARIABLES)))
+        return tf.gather(choices, entries + self.space.entries.offsets)
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
-        """One update of the weights on the first batch and of the logits on the second."""
+        """Updates the weights on the first batch and the logits on the second.
+
+        Args:
+            data: Images and labels of the weights part, and images and labels of the architecture
+                part.
+
+        Returns:
+            The means of all metrics so far in this epoch.
+        """
         train_batch, validation_batch = data
         samples = self.ask()
-        # Both halves use the weights and the logits from the step's start.
+        # Both updates use the weights and the logits from the start of the step.
         if self.strategy is None:
             gradients, train = self.weight_gradients(samples, train_batch)
             validation = self.evaluate_samples(samples, validation_batch)
         else:
-            gradients, train, validation = self._shared_out(samples, train_batch, validation_batch)
-        self.optimizer.apply(gradients, self.supernet.trainable_variables)
+            gradients, train, validation = self._evaluate_on_replicas(
+                samples, train_batch, validation_batch
+            )
+        self.optimizer.apply(gradients, self._weights())
         for part, results in (("train", train), ("validation", validation)):
             loss, accuracy = tf.unstack(results, axis=1)
             self._track(samples.counts, **{f"{part}_loss": loss, f"{part}_accuracy": accuracy})
         self._track(**self.tell(samples, -validation[:, 0]))
         return {name: tracker.result() for name, tracker in self._trackers.items()}
 
-    def _shared_out(self, samples, train_batch, validation_batch):
-        """`weight_gradients` and `evaluate_samples` by all replicas; the same on each of them."""
-        costs = self.cost_table(samples.choices)
+    def _evaluate_on_replicas(self, samples, train_batch, validation_batch):
+        """Computes `weight_gradients` and `evaluate_samples` on all replicas together.
+
+        Returns:
+            Gradients, results on the training batch and results on the validation batch. All
+            replicas have the same ones.
+        """
+        costs = self.space_cost(samples.entries)
 
         def run(samples, train_batch, validation_batch):
             replica = tf.distribute.get_replica_context()
@@ -236,62 +266,74 @@ class ArchitectureSearch(keras.Model):
             results = tf.scatter_nd(own[:, None], results, (tf.size(samples.counts), 4))
             (results,) = replicas.sum_over_replicas([results])
             train, validation = tf.split(results, 2, axis=1)
-            # The sum of the importance weights of this replica's samples.
+            # The gradients of a replica are normalized over its own samples.
             scores = estimator.scores(-train[:, 0], samples.counts, self.likelihood_scale)
             weight = tf.reduce_sum(tf.gather(tf.nn.softmax(scores), own))
             gradients = [weight * tf.cast(each, tf.float32) for each in gradients]
             return replicas.sum_over_replicas(gradients), train, validation
 
         results = self.strategy.run(run, args=(samples, train_batch, validation_batch))
-        return tf.nest.map_structure(lambda each: replicas.local(each, self.strategy), results)
+        return tf.nest.map_structure(
+            lambda each: replicas.first_replica_value(each, self.strategy), results
+        )
 
     def ask(self) -> Samples:
         """Draws the architectures of a step.
 
-        With `tell` it makes a search of any evaluation: `fit` asks, evaluates with the
-        shared weights, and tells.
+        `ask` and `tell` make a search with any evaluation of architectures. `fit` calls `ask`,
+        evaluates the samples with the shared weights, and calls `tell`.
 
         Example:
 
         ```python
         samples = search.ask()
-        log_likelihoods = [my_evaluation(space.architecture(c)) for c in samples.choices.numpy()]
+        log_likelihoods = [my_evaluation(each) for each in search.architectures(samples)]
         search.tell(samples, tf.constant(log_likelihoods))
         ```
         """
         count = self.samples
         if callable(count):
             count = count(self.distribution.entropy())
-        count = tf.where(self.step < self.warmup_steps, self.warmup_samples, count)
+        count = tf.where(self._is_warming_up(), self.warmup_samples, count)
         drawn = self.distribution.sample(count, self.seed, self.step, self.stratified)
         return Samples.unique(drawn) if self.deduplicate else Samples.each(drawn)
 
-    def tell(self, samples: Samples, log_likelihoods: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Updates the logits and the cost coefficient; counts the step.
+    def architectures(self, samples: Samples) -> list[Architecture]:
+        """The architectures of samples. It runs eagerly only.
 
         Args:
-            samples: What `ask` drew.
-            log_likelihoods: Mean log-likelihood of each, float32 of shape `(evaluated,)`.
+            samples: The result of `ask`.
+        """
+        choices = self.space.entries.to_choices(samples.entries.numpy())
+        return [self.space.architecture(each) for each in choices]
+
+    def tell(self, samples: Samples, log_likelihoods: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Updates the logits and the cost coefficient, and counts the step.
+
+        Args:
+            samples: The result of `ask`.
+            log_likelihoods: Mean log-likelihood per example of each architecture, float32 of shape
+                `(evaluated,)`.
 
         Returns:
-            What is known of the step: `entropy` (nats), `samples` (draws), `evaluated`
-            (networks), `expected_cost`, `cost_coefficient`.
+            Scalars: `entropy` (nats), `samples` (number of draws), `evaluated` (number of different
+            architectures), `expected_cost`, `cost_coefficient`.
         """
-        warming_up = self.step < self.warmup_steps
         entropy = self.distribution.entropy()
-        expected_cost, cost_slope = self.cost_table.expected_and_slope(
+        expected_cost, cost_slope = self.space_cost.expected_and_slope(
             self.distribution.entry_probabilities()
         )
         coefficients = estimator.likelihood_coefficients(
             log_likelihoods, samples.counts, self.likelihood_scale, self.control_variate
         )
-        gradient = self.distribution.gradient(samples.choices, coefficients)
+        gradient = self.distribution.gradient(samples.entries, coefficients)
         coefficient = tf.constant(0.0)
         if self.cost.target is not None:
             coefficient = self._cost_coefficient(expected_cost)
             gradient += coefficient * self._cost_gradient(samples, cost_slope)
-        # A zero gradient would not do: the optimizer would count the step.
-        tf.cond(warming_up, lambda: None, lambda: self._update_logits(gradient))
+        # In the warm-up the optimizer must not run at all: it would count a step even for a
+        # gradient of zero.
+        tf.cond(self._is_warming_up(), lambda: None, lambda: self._update_logits(gradient))
         draws = tf.reduce_sum(samples.counts)
         self.step.assign_add(1)
         self.total_samples.assign_add(tf.cast(draws, tf.int64))
@@ -304,6 +346,9 @@ class ArchitectureSearch(keras.Model):
             "cost_coefficient": coefficient,
         }
 
+    def _is_warming_up(self):
+        return self.step < self.warmup_steps
+
     def _update_logits(self, gradient):
         self.architecture_optimizer.apply([gradient], [self.distribution.logits])
 
@@ -311,71 +356,73 @@ class ArchitectureSearch(keras.Model):
         controller = self.cost_coefficient
         if not isinstance(controller, CostController):
             return tf.constant(controller, tf.float32)
-        # In the warm-up the logits stand still, and so does the controller.
+        # The warm-up does not change the logits, so the controller must not accumulate excess.
         steps = tf.maximum(self.step - self.warmup_steps, 0)
         goal = controller.goal(self._start_cost, self.cost.target, steps)
         excess = tf.cast(expected_cost / goal - 1, tf.float32)
-        excess = tf.where(self.step < self.warmup_steps, 0.0, excess)
+        excess = tf.where(self._is_warming_up(), 0.0, excess)
         coefficient, integral = controller(self.cost_integral.value, excess)
         self.cost_integral.assign(integral)
         return coefficient
 
     def _cost_gradient(self, samples, cost_slope):
-        """Gradient of the penalty in the logits."""
+        """The gradient of the penalty with respect to the logits."""
         target = self.cost.target
         if self.cost_penalty == "expected":
             return self.distribution.entry_gradient(cost_slope / target)
         coefficients = estimator.penalty_coefficients(
-            self.cost_table(samples.choices), samples.counts, target, self.cost_penalty == "log"
+            self.space_cost(samples.entries), samples.counts, target, self.cost_penalty == "log"
         )
-        return self.distribution.gradient(samples.choices, coefficients)
+        return self.distribution.gradient(samples.entries, coefficients)
 
     def refine(self) -> None:
-        """From factorized to joint logits: the same p(A), and fresh optimizer slots.
+        """Converts the factorized logits into joint logits with the same p(A).
 
-        For `distribution="coarse_to_fine"`; the callback `CoarseToFine` does it at an
-        epoch. `fit` traces the next step anew, and a learning rate schedule of the
-        architecture optimizer starts again. A `tf.function` of your own around `ask` or
-        `tell` must be made anew.
+        For `distribution="coarse_to_fine"`. The callback `CoarseToFine` calls it at an epoch.
+
+        The architecture optimizer starts again: with empty slots and at the beginning of its
+        learning rate schedule. `fit` traces the next step again. If you have wrapped `ask` or
+        `tell` in a `tf.function`, create a new one.
 
         Raises:
-            UserError: When the search has no joint logits to go to, or is not compiled.
+            UserError: If the search has no joint logits, if it has been refined already, or if it
+                is not compiled.
         """
         if self.architecture_optimizer is None:
-            raise UserError("`refine` needs a search that is compiled.")
+            raise UserError("`refine` needs a search that is compiled: call `compile` first.")
         if self.distribution is self.distributions[-1]:
             raise UserError(
-                "only a search with distribution='coarse_to_fine' can be refined, and once. "
+                "only a search with distribution='coarse_to_fine' can be refined, and only once. "
                 f"Received: distribution={type(self.distribution).__name__}"
             )
         self.distributions[1].assign(self.distribution)
         self.phase.assign_add(1)
-        # The joint logits have slots of their own, still empty.
+        # `compile` has given the joint logits their own slots, which are still empty.
         self.architecture_optimizer.iterations.assign(0)
         self._forget_traces()
 
     def load_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As `keras.Model.load_weights`; the search goes on in the phase of the file."""
+        """Loads weights as `keras.Model.load_weights` does, with the phase of the search."""
         super().load_weights(*args, **kwargs)
         self._forget_traces()
 
     def _forget_traces(self):
-        """The phase is fixed when a step is traced."""
+        """Makes Keras trace its functions again: tracing fixes the phase."""
         for name in ("train", "test", "predict"):
             if getattr(self, f"{name}_function") is not None:
                 getattr(self, f"make_{name}_function")(force=True)
 
     @property
     def distribution(self) -> BlockLogits:
-        """The distribution that the search is at: `FactorizedLogits` or `JointLogits`."""
-        with tf.init_scope():  # While a step is traced too.
+        """The current distribution: `FactorizedLogits` or `JointLogits`."""
+        with tf.init_scope():  # Reads the value even while a step is traced.
             return self.distributions[int(self.phase.numpy())]
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Loss and accuracy of the most probable architecture under the shared weights."""
         images, labels = data
         loss, accuracy = tf.unstack(_loss_and_accuracy(labels, self(images)))
-        # The last batch may be smaller.
+        # The last batch can be smaller.
         count = tf.shape(images)[0]
         self._track(count, validation_loss=loss, validation_accuracy=accuracy)
         names = ("validation_loss", "validation_accuracy")
@@ -390,18 +437,20 @@ class ArchitectureSearch(keras.Model):
         """The most probable architecture, or the most probable one within a budget.
 
         Args:
-            budget: Most that it may cost; several, for a list of architectures;
-                "target" for the target of the search's cost, if it has one; `None` for
-                no budget.
-            seconds: Time to prove that nothing more probable is within the budget;
-                after that the best so far is returned, with a warning.
-            least_share: Least share of the budget that it should cost, 0 to 1. A search
-                may leave much of a budget unused where its last doubts are about large
-                blocks; the command line asks for 0.95.
+            budget: Largest cost of the architecture. "target" is the target of the search's cost,
+                if it has one. `None` is no budget. A list of budgets gives a list of architectures.
+            seconds: Time limit for the proof that no architecture within the budget is more
+                probable. After it, the best architecture so far is returned, with a warning.
+            least_share: Smallest share of the budget to use, 0 to 1. Without it, much of the
+                budget can stay unused if the search is still undecided about large blocks. The
+                command uses 0.95.
+
+        Returns:
+            The architecture, or one architecture for each budget.
 
         Raises:
-            UserError: When no architecture is within the budget, or when the search
-                has not left its warm-up, and knows nothing.
+            UserError: If no architecture is within the budget, or if the search has made no steps
+                after its warm-up.
         """
         if np.ndim(budget) > 0:
             return [self.derive(each, seconds, least_share) for each in budget]
@@ -409,8 +458,8 @@ class ArchitectureSearch(keras.Model):
         if found.gap > 0:
             warnings.warn(
                 f"not proven in {seconds:g} s: another architecture that costs from "
-                f"{format_cost(found.least)} to the budget may be up to {math.exp(found.gap):.3g} times "
-                "as probable",
+                f"{format_cost(found.least)} to the budget may be up to "
+                f"{math.exp(found.gap):.3g} times as probable",
                 stacklevel=2,
             )
         return found.architecture
@@ -421,11 +470,23 @@ class ArchitectureSearch(keras.Model):
         seconds: float = 60.0,
         least_share: float = 0.0,
     ) -> Derivation:
-        """As `derive` for one budget, with what is proven of the result."""
+        """Derives an architecture as `derive` does, and reports what has been proven.
+
+        Args:
+            budget: As for `derive`, but only one.
+            seconds: As for `derive`.
+            least_share: As for `derive`.
+
+        Returns:
+            The architecture with its cost, its probability and the gap of the proof.
+
+        Raises:
+            UserError: As `derive`.
+        """
         if self.warmup_steps > 0 and self.step <= self.warmup_steps:
             raise UserError(
-                f"the search has made {int(self.step.numpy())} steps, all of them in its warm-up: "
-                f"`warmup_steps` must be lower, or the search longer. "
+                f"the search has made {int(self.step.numpy())} steps, all of them in its warm-up. "
+                "Use a lower `warmup_steps` or a longer search. "
                 f"Received: warmup_steps={self.warmup_steps}"
             )
         limit = self.cost.target if isinstance(budget, str) and budget == "target" else budget
@@ -435,45 +496,58 @@ class ArchitectureSearch(keras.Model):
                 "`budget` must be a cost above 0, 'target' or None and `least_share` from 0 to 1. "
                 f"Received: budget={budget!r}, least_share={least_share}"
             )
-        least = 0.0 if limit == math.inf else least_share * min(limit, self.cost_table.largest())
+        least = 0.0 if limit == math.inf else least_share * min(limit, self.space_cost.largest())
         log_p = self.distribution.log_probabilities().numpy()
-        return most_probable(self.space, log_p, self.cost_table, limit, seconds, least)
+        return most_probable(log_p, self.space_cost, limit, seconds, least)
 
     def weight_gradients(
         self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """The weight half of a step: forward and backward, one sample at a time.
+        """The gradient of the weights: a forward and a backward pass for each sample.
 
         Args:
-            samples: What `ask` drew.
+            samples: The result of `ask`.
             batch: Images and labels.
 
         Returns:
-            The gradient of each weight of the supernet, the sum of the samples' weighted by
-            their importance, and loss and accuracy of each sample, shape `(evaluated, 2)`.
+            The gradients of `supernet.stem_variables` and `supernet.body_variables`, one after the
+            other: sums over the samples, weighted by importance. And loss and accuracy of each
+            sample, float32 of shape `(evaluated, 2)`.
         """
         images, labels = batch
-        # The stem runs once: what is summed over the samples is the gradient of its features.
+        # The stem runs once for all samples. The loop sums the gradients of its features.
         with tf.GradientTape() as tape:
             features = self.supernet.features(images)
-        stem = self.supernet.stem_variables
-        rest = self.supernet.trainable_variables[len(stem) :]
-        inputs = [features, *(variable.value for variable in rest)]
-        count = tf.size(samples.counts)
+        sums, results = self._sum_gradients(samples, features, labels)
+        feature_gradient, *body_gradients = sums
+        feature_gradient = tf.cast(feature_gradient, features.dtype)
+        stem = [variable.value for variable in self.supernet.stem_variables]
+        stem_gradients = tape.gradient(features, stem, feature_gradient)
+        return stem_gradients + body_gradients, results
+
+    def _sum_gradients(self, samples, features, labels):
+        """Sums gradients over the samples, weighted by importance, one sample at a time.
+
+        Returns:
+            The gradients of `features` and of each of `supernet.body_variables`, and loss and
+            accuracy of each sample.
+        """
+        inputs = [features, *(variable.value for variable in self.supernet.body_variables)]
+        choices, count = self._choices(samples.entries), tf.size(samples.counts)
 
         def body(index, sums, results):
             with tf.GradientTape() as tape:
                 tape.watch(features)
-                result = self._evaluate(features, labels, samples.choices[index])
+                result = self._evaluate(features, labels, choices[index])
                 loss = result[0]
             score = estimator.scores(-loss, samples.counts[index], self.likelihood_scale)
             sums, factor = sums.admit(score)
-            # Scaled where it is one number, before the backward pass.
+            # The factor scales the loss, which is cheaper than to scale the gradients.
             gradients = tape.gradient(loss, inputs, factor, unconnected_gradients="zero")
             return index + 1, sums.add(gradients), results.write(index, result)
 
-        # One at a time: it bounds the memory, and with TensorFlow 2.21's default of 10
-        # the oneDNN kernels corrupt the heap within a minute.
+        # One iteration at a time, which bounds the memory. Also, with TensorFlow 2.21's default of
+        # 10 parallel iterations, the oneDNN kernels corrupt the heap within a minute.
         _, sums, results = tf.while_loop(
             lambda index, *_: index < count,
             body,
@@ -484,20 +558,25 @@ class ArchitectureSearch(keras.Model):
             ),
             parallel_iterations=1,
         )
-        feature_gradient, *gradients = sums.result()
-        feature_gradient = tf.cast(feature_gradient, features.dtype)
-        weights = [variable.value for variable in stem]
-        return tape.gradient(features, weights, feature_gradient) + gradients, results.stack()
+        return sums.result(), results.stack()
 
     def evaluate_samples(self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        """Loss and accuracy of each sample on images and labels, shape `(evaluated, 2)`."""
+        """Evaluates samples with the shared weights: a forward pass for each.
+
+        Args:
+            samples: The result of `ask`.
+            batch: Images and labels.
+
+        Returns:
+            Loss and accuracy of each sample, float32 of shape `(evaluated, 2)`.
+        """
         images, labels = batch
         features = self.supernet.features(images)
         return tf.map_fn(
             lambda choices: self._evaluate(features, labels, choices),
-            samples.choices,
+            self._choices(samples.entries),
             fn_output_signature=tf.TensorSpec((2,)),
-            parallel_iterations=1,  # as above
+            parallel_iterations=1,  # See `_sum_gradients`.
         )
 
     def _evaluate(self, features, labels, choices):
@@ -512,7 +591,7 @@ def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_
     fewest = samples.minimum if isinstance(samples, AdaptiveSamples) else samples
     if fewest < 1 + control_variate:
         raise UserError(
-            f"`samples` must be at least {1 + control_variate} a step"
+            f"`samples` must be at least {1 + control_variate} per step"
             f"{' with the control variate' if control_variate else ''}. "
             f"Received: samples={samples}"
         )
@@ -524,28 +603,28 @@ def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_
     is_controller = isinstance(cost_coefficient, CostController)
     if not is_controller and not 0 <= cost_coefficient < math.inf:
         raise UserError(
-            "`cost_coefficient` must be a `CostController` or a number from 0. "
+            "`cost_coefficient` must be a `CostController` or a number of at least 0. "
             f"Received: cost_coefficient={cost_coefficient}"
         )
 
 
-def _check_target(space, cost, table):
-    least, largest = table.least(), table.largest()
+def _check_target(cost, space_cost):
+    least, largest = space_cost.least(), space_cost.largest()
     if cost.target is not None and not least <= cost.target <= largest:
         raise UserError(
-            f"`target` must be from {format_cost(least)} to {format_cost(largest)} {cost.unit}, the least and "
-            f"the largest cost in the space `{space.name}`. Received: target={format_cost(cost.target)}"
+            f"`target` must be from {format_cost(least)} to {format_cost(largest)} {cost.unit}, "
+            f"the least and the largest cost in the space `{space_cost.space.name}`. "
+            f"Received: target={format_cost(cost.target)}"
         )
 
 
-def _checked(name, value, legal):
+def _check_choice(name, value, legal):
     if value not in legal:
         raise UserError(f"`{name}` must be one of {', '.join(legal)}. Received: {name}={value!r}")
-    return value
 
 
 def _loss_and_accuracy(labels, logits):
-    """Mean cross-entropy (minus the mean log-likelihood) and accuracy, shape `(2,)`."""
+    """Mean cross-entropy, which is minus the mean log-likelihood, and accuracy: shape `(2,)`."""
     logits = tf.cast(logits, tf.float32)
     loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
     accuracy = keras.metrics.sparse_categorical_accuracy(labels, logits)

@@ -1,7 +1,7 @@
-"""From a distribution to its most probable architecture under a budget, with a proof.
+"""The most probable architecture of a distribution within a budget, with a proof.
 
-max log p(A) subject to cost(A) <= budget is a knapsack over a chain of blocks: a block's
-cost depends on its own entry and on the filters that reach it.
+It maximizes log p(A) subject to cost(A) <= budget. This is a knapsack problem over a chain of
+search blocks: the cost of a block depends on its entry and on the filters that come into it.
 """
 
 import math
@@ -12,28 +12,27 @@ from typing import NamedTuple
 import numpy as np
 
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.cost import CostTable, format_cost
+from fpnas_keras.cost import SpaceCost, format_cost
 from fpnas_keras.errors import UserError
-from fpnas_keras.spaces import Space
 
-# Labels kept after each block in the first pass; each further pass keeps more.
+# Labels kept after each search block in the first pass. Each further pass keeps more.
 _FIRST_WIDTH, _WIDTH_FACTOR = 1_000, 8
-# Labels times moves that are held at once.
+# Labels times moves that are in memory at once.
 _CHUNK = 2_000_000
-# Log-probabilities closer than this are equal.
+# Log-probabilities that differ by less are equal.
 _TOLERANCE = 1e-9
 
 
 class Derivation(NamedTuple):
-    """An architecture and what is proven of it.
+    """An architecture and what has been proven of it.
 
     Attributes:
         architecture: The architecture.
         cost: Its cost.
-        log_prob: log p of it.
-        least: The lower limit of the cost that was kept.
-        gap: No architecture that costs from `least` to the budget has a log p above
-            `log_prob + gap`; 0 when it is proven to be the most probable one.
+        log_prob: Its log p.
+        least: The lower limit of the cost.
+        gap: No architecture with a cost from `least` to the budget has a log p above
+            `log_prob + gap`. 0 means that the architecture is proven to be the most probable one.
     """
 
     architecture: Architecture
@@ -44,48 +43,204 @@ class Derivation(NamedTuple):
 
 
 def most_probable(
-    space: Space,
     log_probabilities: np.ndarray,
-    table: CostTable,
+    space_cost: SpaceCost,
     budget: float,
     seconds: float = 60.0,
     least: float = 0.0,
 ) -> Derivation:
-    """The most probable architecture whose cost is at or under a budget.
+    """Finds the most probable architecture with a cost of at most a budget.
 
-    Label setting over (block, filters): a label is the beginning of an
-    architecture. It is dropped when another one with the same filters is neither dearer
-    nor less probable (and surely costs `least` in the end), when even its cheapest
-    completion is over the budget, or when a Lagrangian bound shows that no completion
-    beats the best architecture so far. Passes with more and more labels go on until one
-    drops no other label, which is a proof, or until the time is over.
+    The algorithm is label setting. A label is the beginning of an architecture: entries for the
+    first search blocks, with their cost, their log p, and the filters that leave the last of them.
+    Search block by search block, every label is extended by every entry. A label is dropped if
+
+    * another label dominates it (see `_undominated`),
+    * its cheapest completion is over the budget, or its most expensive one is under `least`,
+    * a Lagrangian bound shows that no completion is more probable than the best architecture so
+      far.
+
+    If too many labels remain, those with the lowest bounds are dropped too. The pass is then
+    repeated with room for more labels, until one pass drops none for lack of room, which is a
+    proof, or until the time limit.
 
     Args:
-        space: The space.
         log_probabilities: log p of each entry, shape `(blocks, entries)`.
-        table: The cost.
-        budget: In the unit of the cost.
-        seconds: Time after which the best one so far is returned with its gap.
-        least: Least that it should cost; where nothing that does is found in time, it is
-            dropped, with a warning.
+        space_cost: The cost.
+        budget: Largest cost, in the unit of the cost.
+        seconds: Time limit. After it, the best architecture so far is returned with its gap.
+        least: Smallest cost. If no such architecture is found in time, the limit is dropped, with
+            a warning.
 
     Raises:
-        UserError: When no architecture is within the budget.
+        UserError: If no architecture is within the budget.
 
     Example:
 
     ```python
-    found = most_probable(space, distribution.log_probabilities().numpy(), table, budget=3e6)
+    found = most_probable(distribution.log_probabilities().numpy(), space_cost, budget=3e6)
     ```
     """
-    if budget < table.least():
+    if budget < space_cost.least():
         raise UserError(
-            f"`budget` must be at least {format_cost(table.least())}, the least cost in the space. "
-            f"Received: budget={format_cost(budget)}"
+            f"`budget` must be at least {format_cost(space_cost.least())}, the least cost in the "
+            f"space. Received: budget={format_cost(budget)}"
         )
-    budget = min(budget, table.largest())  # which may be infinite
-    chain = _Chain(np.asarray(log_probabilities, np.float64), table, least)
+    budget = min(budget, space_cost.largest())  # The budget can be infinite.
+    chain = _Chain(np.asarray(log_probabilities, np.float64), space_cost, least)
     deadline = time.monotonic() + seconds
+    best, upper = _find_best(chain, budget, least, deadline)
+    if not best.entries:
+        reason = "there is no" if upper == -math.inf else f"{seconds:g} s were too short to find an"
+        warnings.warn(
+            f"{reason} architecture that costs from {format_cost(least)} to {format_cost(budget)}; "
+            f"the most probable one of at most {format_cost(budget)} is used",
+            stacklevel=2,
+        )
+        left = max(0.0, deadline - time.monotonic())
+        return most_probable(log_probabilities, space_cost, budget, left)
+    gap = upper - best.log_prob
+    return Derivation(
+        space_cost.space.architecture(space_cost.space.entries.to_choices(best.entries)),
+        best.cost,
+        best.log_prob,
+        least,
+        gap if gap > _TOLERANCE else 0.0,
+    )
+
+
+class _Found(NamedTuple):
+    """An architecture: the entry of each search block, the cost and log p. Empty: none."""
+
+    entries: list[int]
+    cost: float
+    log_prob: float
+
+
+class _Moves(NamedTuple):
+    """The ways through a search block from one of its filters in, as arrays of one length."""
+
+    entry: np.ndarray
+    cost: np.ndarray
+    log_p: np.ndarray
+    filters: np.ndarray  # Index of the filters out.
+
+
+class _Chain:
+    """The search blocks as moves from filters to filters. The head is the last one, with one move.
+
+    Args:
+        log_probabilities: log p of each entry, shape `(blocks, entries)`.
+        space_cost: The cost.
+        least: Smallest cost of an architecture.
+    """
+
+    def __init__(self, log_probabilities, space_cost, least):
+        self.start_cost = space_cost.stem_cost
+        # For each search block, for each of its filters in.
+        self.moves: list[list[_Moves]] = []
+        for index, costs in enumerate(space_cost.block_costs):
+            log_p = log_probabilities[index, : costs.shape[1]]
+            # Without a lower limit, a dominated move is never part of the best architecture.
+            safe = np.full(len(log_p), least <= 0)
+            self.moves.append([])
+            for own_costs, filters in zip(costs, space_cost.filters_out(index)):
+                kept = _undominated(filters, own_costs, log_p, safe)
+                self.moves[-1].append(_Moves(kept, own_costs[kept], log_p[kept], filters[kept]))
+        zero, nothing = np.zeros(1, int), np.zeros(1)
+        heads = space_cost.head_costs
+        self.moves.append([_Moves(zero, np.array([cost]), nothing, zero) for cost in heads])
+
+    def best_completions(self, multiplier, likelihood=1.0):
+        """Maximizes likelihood * log p - multiplier * cost over all completions.
+
+        Returns:
+            For each search block and each of its filters in: the value of the best completion from
+            there on, and the number of its first move.
+        """
+        values, choices = [np.zeros(1)], []
+        for moves_by_filters in reversed(self.moves):
+            scores = [
+                likelihood * moves.log_p - multiplier * moves.cost + values[0][moves.filters]
+                for moves in moves_by_filters
+            ]
+            choices.insert(0, [int(np.argmax(each)) for each in scores])
+            values.insert(0, np.array([np.max(each) for each in scores]))
+        return values, choices
+
+    def follow(self, choices):
+        """The architecture that takes the given move from each of the filters in."""
+        filters, cost, log_prob, entries = 0, self.start_cost, 0.0, []
+        for moves_by_filters, choice in zip(self.moves, choices):
+            moves, move = moves_by_filters[filters], choice[filters]
+            entries.append(moves.entry[move])
+            cost, log_prob = cost + moves.cost[move], log_prob + moves.log_p[move]
+            filters = moves.filters[move]
+        return _Found(entries[:-1], float(cost), float(log_prob))
+
+
+def _undominated(filters, cost, log_p, safe):
+    """Numbers of the labels that no other label dominates.
+
+    A label dominates another one if it has the same filters, costs no more and is at least as
+    probable: whatever completes the other one, also completes it, for a better architecture.
+
+    For example, of five labels, after a search block with two choices of filters:
+
+    | label | filters | cost | log p | |
+    |---|---|---|---|---|
+    | 0 | 0 | 10 | -3.0 | kept: the cheapest with these filters |
+    | 1 | 0 | 12 | -3.5 | dominated by 0, which costs less and is more probable |
+    | 2 | 0 | 12 | -1.0 | kept: it costs more than 0, but is more probable |
+    | 3 | 1 | 15 | -4.0 | kept: the only one with these filters |
+    | 4 | 0 | 14 | -1.5 | dominated by 2 |
+
+    >>> filters = np.array([0, 0, 0, 1, 0])
+    >>> cost = np.array([10, 12, 12, 15, 14])
+    >>> log_p = np.array([-3.0, -3.5, -1.0, -4.0, -1.5])
+    >>> _undominated(filters, cost, log_p, safe=np.full(5, True))
+    array([0, 2, 3])
+
+    With a lower limit of the cost, a cheaper label is not always better: its completions can be too
+    cheap. A label is safe if even its cheapest completion reaches the lower limit. Only safe labels
+    dominate labels that cost more. If labels 0, 1 and 2 are not safe, then label 2 still dominates
+    label 1, which costs the same, but no longer label 4:
+
+    >>> _undominated(filters, cost, log_p, safe=np.array([False, False, False, True, True]))
+    array([4, 3, 0, 2])
+
+    Args:
+        filters: Index of the filters of each label.
+        cost: Cost of each label.
+        log_p: log p of each label.
+        safe: Whether each label is safe.
+
+    Returns:
+        Numbers of labels, sorted by filters and cost. Labels that are not safe come last.
+    """
+    groups = filters
+    if not safe.all():
+        # Labels that are not safe are compared with labels of the same cost only.
+        _, code = np.unique(cost, return_inverse=True)
+        groups = np.where(safe, filters, (code + 1) * (filters.max() + 1) + filters)
+    order = np.lexsort((-log_p, cost, groups))
+    return order[_is_front(groups[order], log_p[order])]
+
+
+def _is_front(groups, log_p):
+    """Whether each label is more probable than all earlier ones of its group.
+
+    The labels are sorted by group and cost. The running maximum starts again in each group, because
+    the ranks of a group are raised above those of all earlier groups.
+    """
+    _, rank = np.unique(log_p, return_inverse=True)
+    starts = np.r_[True, groups[1:] != groups[:-1]]
+    rank = rank + np.cumsum(starts) * len(groups)
+    return starts | (rank > np.r_[-1, np.maximum.accumulate(rank)[:-1]])
+
+
+def _find_best(chain, budget, least, deadline):
+    """The best architecture that is found in time, and an upper bound of log p."""
     best, multipliers, upper = _relax(chain, budget, least)
     limits = _Limits(chain, budget, least, multipliers)
     width = _FIRST_WIDTH
@@ -96,125 +251,31 @@ def most_probable(
         best, cut = found
         upper = min(upper, max(cut, best.log_prob))
         width *= _WIDTH_FACTOR
-    if not best.entries:
-        reason = "there is no" if upper == -math.inf else f"in {seconds:g} s there was found no"
-        warnings.warn(
-            f"{reason} architecture that costs from {format_cost(least)} to {format_cost(budget)}; the "
-            f"most probable one up to {format_cost(budget)} is taken",
-            stacklevel=2,
-        )
-        left = max(0.0, deadline - time.monotonic())
-        return most_probable(space, log_probabilities, table, budget, left)
-    entries = zip(space.blocks, best.entries, strict=True)
-    choices = np.array([block.entries[index] for block, index in entries])
-    gap = upper - best.log_prob
-    return Derivation(
-        space.architecture(choices),
-        best.cost,
-        best.log_prob,
-        least,
-        gap if gap > _TOLERANCE else 0.0,
-    )
-
-
-class _Found(NamedTuple):
-    """Number of the entry of each block, with the cost and log p of the architecture."""
-
-    entries: list[int]
-    cost: float
-    log_prob: float
-
-
-class _Chain:
-    """Blocks as moves from filters to filters; the head is the last block."""
-
-    def __init__(self, log_probabilities, table, least):
-        self.fixed = table.fixed
-        # For each block and filters in: entry, cost, log p and filters out of each useful move.
-        self.moves = []
-        for index, costs in enumerate(table.blocks):
-            log_p = log_probabilities[index, : costs.shape[1]]
-            filters = table.filters_of_entries(index)
-            self.moves.append([])
-            for state, row in enumerate(costs):
-                chooses = table.sources[index + 1] == index
-                to = filters if chooses else np.full_like(filters, state)
-                kept = _undominated(to, row, log_p, np.full(len(row), least <= 0))
-                self.moves[-1].append((kept, row[kept], log_p[kept], to[kept]))
-        zeros = np.zeros(1)
-        self.moves.append(
-            [(np.zeros(1, int), np.array([cost]), zeros, np.zeros(1, int)) for cost in table.heads]
-        )
-
-    def best(self, multiplier, likelihood=1.0):
-        """max of likelihood * log p - multiplier * cost over all ways to the end.
-
-        Returns:
-            For each block, by filters, the value of the best way from there, and the
-            number of its first move.
-        """
-        values, choices = [np.zeros(1)], []
-        for block in reversed(self.moves):
-            scores = [
-                likelihood * log_p - multiplier * cost + values[0][states]
-                for _, cost, log_p, states in block
-            ]
-            choices.insert(0, [int(np.argmax(each)) for each in scores])
-            values.insert(0, np.array([np.max(each) for each in scores]))
-        return values, choices
-
-    def follow(self, choices):
-        """The architecture that takes the given move of each (block, filters)."""
-        state, cost, log_prob, entries = 0, self.fixed, 0.0, []
-        for block, move in zip(self.moves, choices):
-            entry, costs, log_p, states = (each[move[state]] for each in block[state])
-            cost, log_prob, state = cost + costs, log_prob + log_p, states
-            entries.append(entry)
-        return _Found(entries[:-1], float(cost), float(log_prob))
-
-
-def _undominated(states, cost, log_p, safe):
-    """Labels, in order, for which no other of the same state is as cheap and as probable.
-
-    Only those that are safe, which cost enough however they go on, may take the place of a
-    dearer one.
-    """
-    groups = states
-    if not safe.all():
-        _, code = np.unique(cost, return_inverse=True)
-        groups = np.where(safe, states, (code + 1) * (states.max() + 1) + states)
-    order = np.lexsort((-log_p, cost, groups))
-    return order[_is_front(groups[order], log_p[order])]
-
-
-def _is_front(groups, log_p):
-    """Which of the labels, sorted by (group, cost), are more probable than all cheaper ones."""
-    # A running maximum that starts anew in each group: ranks of later groups are all higher.
-    _, rank = np.unique(log_p, return_inverse=True)
-    starts = np.r_[True, groups[1:] != groups[:-1]]
-    rank = rank + np.cumsum(starts) * len(groups)
-    return starts | (rank > np.r_[-1, np.maximum.accumulate(rank)[:-1]])
+    return best, upper
 
 
 def _relax(chain, budget, least):
-    """Lagrangian relaxation, which bounds log p(A) for any multiplier m:
+    """Lagrangian relaxation. Every multiplier m gives an upper bound of log p(A):
 
         log p(A) <= max(log p - m * cost) + m * (budget if m >= 0 else least)
 
+    Bisection finds the m with the lowest bound.
+
     Returns:
-        The best architecture met that costs what it should, the multipliers worth using, and
-        the least upper bound.
+        The best architecture found with a cost from `least` to `budget`, multipliers that give
+        tight bounds, and the lowest upper bound.
     """
     best = _Found([], math.nan, -math.inf)
     if least <= 0:
-        best = chain.follow(chain.best(1.0, likelihood=0.0)[1])  # the cheapest
+        best = chain.follow(chain.best_completions(1.0, likelihood=0.0)[1])  # The cheapest.
     upper, tightest = math.inf, 0.0
     low, high, multiplier, sign = 0.0, None, 0.0, 1
-    sides = {}  # the last choices on each side of the limit
+    sides = {}  # The last choices on each side of the limit.
     for _ in range(60):
-        values, choices = chain.best(multiplier)
+        values, choices = chain.best_completions(multiplier)
         found = chain.follow(choices)
-        bound = values[0][0] + multiplier * ((budget if multiplier >= 0 else least) - chain.fixed)
+        limit = budget if multiplier >= 0 else least
+        bound = values[0][0] + multiplier * (limit - chain.start_cost)
         if bound < upper:
             upper, tightest = bound, multiplier
         if least <= found.cost <= budget:
@@ -223,31 +284,38 @@ def _relax(chain, budget, least):
                 break
         if multiplier == 0:
             sign = 1 if found.cost > budget else -1
-        crossed = (found.cost <= budget) if sign > 0 else (found.cost >= least)
-        sides[crossed] = choices
-        if crossed:
+        is_beyond = (found.cost <= budget) if sign > 0 else (found.cost >= least)
+        sides[is_beyond] = choices
+        if is_beyond:
             high = multiplier
         else:
             low = multiplier
-        # Doubled until on the other side, then halved.
+        # The multiplier is doubled until it is on the other side, then the interval is halved.
         further = 2 * low if low else sign / budget
         multiplier = further if high is None else (low + high) / 2
     if len(sides) == 2:
-        # Multipliers jump over what lies between: the first blocks of one, the rest of the other.
-        for first, rest in (sides.values(), reversed(sides.values())):
-            for count in range(1, len(first)):
-                found = chain.follow(first[:count] + rest[count:])
-                if least <= found.cost <= budget:
-                    best = max(best, found, key=lambda each: each.log_prob)
+        crossed = _cross(chain, *sides.values())
+        allowed = [found for found in crossed if least <= found.cost <= budget]
+        best = max([best, *allowed], key=lambda each: each.log_prob)
     return best, sorted({factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)}), upper
 
 
-class _Labels(NamedTuple):
-    """Beginnings of architectures, one an element."""
+def _cross(chain, one, other):
+    """Architectures that begin with the choices of one and end with those of the other.
 
-    parent: np.ndarray
-    entry: np.ndarray
-    state: np.ndarray
+    No multiplier gives an architecture between the last two of a bisection. These often do.
+    """
+    for first, rest in ((one, other), (other, one)):
+        for count in range(1, len(first)):
+            yield chain.follow(first[:count] + rest[count:])
+
+
+class _Labels(NamedTuple):
+    """Beginnings of architectures, as arrays with one element for each."""
+
+    parent: np.ndarray  # Number of the label that this one extends.
+    entry: np.ndarray  # Entry of the last search block.
+    filters: np.ndarray  # Index of the filters that leave it.
     cost: np.ndarray
     log_p: np.ndarray
 
@@ -256,31 +324,39 @@ class _Labels(NamedTuple):
 
 
 class _Limits:
-    """What labels must meet after each block: costs, bounds, dominance, number."""
+    """What labels must meet to be kept: limits of the cost, the bound, dominance, the number."""
 
     def __init__(self, chain, budget, least, multipliers):
         self.budget, self.least = budget, least
-        self.cheapest = [-values for values in chain.best(1.0, likelihood=0.0)[0]]
-        self.dearest = chain.best(-1.0, likelihood=0.0)[0]
-        self.completions = [(each, chain.best(each)[0]) for each in multipliers]
+        # Costs of the cheapest and the most expensive completion.
+        self.cheapest = [-values for values in chain.best_completions(1.0, likelihood=0.0)[0]]
+        self.dearest = chain.best_completions(-1.0, likelihood=0.0)[0]
+        self.completions = [(each, chain.best_completions(each)[0]) for each in multipliers]
 
     def prune(self, labels, index, best, width):
-        """The labels that may begin a better architecture than `best`.
+        """The labels that can begin a better architecture than `best`.
+
+        Args:
+            labels: The labels.
+            index: Number of search blocks that the labels have behind them.
+            best: The best architecture so far.
+            width: Largest number of labels to keep.
 
         Returns:
-            At most `width` labels, and the highest bound of those beyond (-inf: none).
+            The labels, and the highest bound of those that were dropped for lack of room (-inf if
+            none was).
         """
-        costs = labels.cost + self.cheapest[index][labels.state]
-        dearest = labels.cost + self.dearest[index][labels.state]
+        cheapest = labels.cost + self.cheapest[index][labels.filters]
+        dearest = labels.cost + self.dearest[index][labels.filters]
         completed = [
-            values[index][labels.state] + m * (self._limit(m) - labels.cost)
+            values[index][labels.filters] + m * (self._limit(m) - labels.cost)
             for m, values in self.completions
         ]
         bound = labels.log_p + np.min(completed, axis=0)
         better = bound > best.log_prob + _TOLERANCE
-        kept = np.flatnonzero((costs <= self.budget) & (dearest >= self.least) & better)
+        kept = np.flatnonzero((cheapest <= self.budget) & (dearest >= self.least) & better)
         own = labels.take(kept)
-        kept = kept[_undominated(own.state, own.cost, own.log_p, costs[kept] >= self.least)]
+        kept = kept[_undominated(own.filters, own.cost, own.log_p, cheapest[kept] >= self.least)]
         cut = -math.inf
         if len(kept) > width:
             order = np.argsort(-bound[kept], kind="stable")
@@ -293,23 +369,25 @@ class _Limits:
 
 
 def _search(chain, limits, best, width, deadline):
-    """One pass with at most `width` labels after each block.
+    """One pass that keeps at most `width` labels after each search block.
 
     Returns:
-        The best architecture and the highest bound of a dropped label (-inf: none was);
-        `None` when the time is over.
+        The best architecture, and the highest bound of a label that was dropped for lack of room
+        (-inf if none was). `None` if the time is over.
     """
     none, zero = np.zeros(0, int), np.zeros(1, int)
-    labels = _Labels(zero, zero, zero, np.array([chain.fixed]), np.zeros(1))
+    labels = _Labels(zero, zero, zero, np.array([chain.start_cost]), np.zeros(1))
     history, cut = [], -math.inf
-    for index, block in enumerate(chain.moves, 1):
+    for index, moves_by_filters in enumerate(chain.moves, 1):
         kept = _Labels(none, none, none, np.zeros(0), np.zeros(0))
-        # As many at once as fit into memory.
-        step = 1 + _CHUNK // max(len(moves[0]) for moves in block)
-        for start in range(0, len(labels.state), step):
+        # As many labels at once as fit into memory.
+        step = 1 + _CHUNK // max(len(moves.entry) for moves in moves_by_filters)
+        count = len(labels.filters)
+        for start in range(0, count, step):
             if time.monotonic() > deadline:
                 return None
-            new = _extend(block, labels, np.arange(start, min(start + step, len(labels.state))))
+            numbers = np.arange(start, min(start + step, count))
+            new = _extend(moves_by_filters, labels, numbers)
             new = _Labels(*map(np.concatenate, zip(kept, new)))
             kept, dropped = limits.prune(new, index, best, width)
             cut = max(cut, dropped)
@@ -325,19 +403,19 @@ def _search(chain, limits, best, width, deadline):
     return best, cut
 
 
-def _extend(block, labels, numbers):
-    """The labels with these numbers and all moves from there."""
+def _extend(moves_by_filters, labels, numbers):
+    """Extends the labels with these numbers by all moves from their filters."""
     parts = []
-    for value, (entries, costs, log_ps, states) in enumerate(block):
-        own = numbers[labels.state[numbers] == value]
-        shape = (len(own), len(entries))
+    for filters, moves in enumerate(moves_by_filters):
+        own = numbers[labels.filters[numbers] == filters]
+        shape = (len(own), len(moves.entry))
         parts.append(
             (
-                np.repeat(own, len(entries)),
-                np.broadcast_to(entries, shape).ravel(),
-                np.broadcast_to(states, shape).ravel(),
-                (labels.cost[own, None] + costs).ravel(),
-                (labels.log_p[own, None] + log_ps).ravel(),
+                np.repeat(own, len(moves.entry)),
+                np.broadcast_to(moves.entry, shape).ravel(),
+                np.broadcast_to(moves.filters, shape).ravel(),
+                (labels.cost[own, None] + moves.cost).ravel(),
+                (labels.log_p[own, None] + moves.log_p).ravel(),
             )
         )
     return _Labels(*map(np.concatenate, zip(*parts)))

@@ -1,61 +1,69 @@
-"""Distributions over the architectures of a space: Keras layers that hold the logits.
+"""Distributions over the architectures of a space, as Keras layers that hold the logits.
 
     FactorizedLogits:  p(A) = prod_l prod_m softmax(alpha_{l,m})[a_{l,m}]
     JointLogits:       p(A) = prod_l softmax(alpha_l)[entry(a_l)]
 
-over blocks l and their variables m. Blocks are independent in both, and each entry of a
-block (the blocks that can be chosen there, each once) has its probability; so all but
-drawing and the gradient is written once. What a skipped block makes irrelevant does not
-count: it has the log-probability of its `skip` and `filters` alone.
+with search blocks l and their variables m. In both, search blocks are independent, and each entry
+of a search block has a probability. Only drawing and the gradient differ. The log-probability of a
+skipped block is that of its `skip` and `filters`: its other variables are irrelevant.
 
-Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search",
-CVPR 2021, arXiv:2011.10949.
+Architectures are given as entries: the index of the entry of each search block, int32 of shape
+`(..., blocks)`. See `fpnas_keras.spaces.Entries`.
+
+Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search", CVPR 2021,
+arXiv:2011.10949, section on coarse-to-fine search.
 """
-
-from collections.abc import Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.spaces import SearchBlock
-from fpnas_keras.spaces.entries import Entries, RowMajor
+from fpnas_keras.spaces import Space
 
 
 class BlockLogits(keras.layers.Layer):
-    """What both distributions share: they choose one entry in each block, independently.
+    """The base class: chooses one entry in each search block, independently.
 
     Args:
-        blocks: The blocks of a space.
+        space: The space.
+
+    Attributes:
+        space: The space.
+        logits: alpha, a flat float32 weight.
     """
 
-    def __init__(self, blocks: Sequence[SearchBlock], **kwargs):
-        # The logits, their softmax and its logarithm stay float32 under any policy.
+    def __init__(self, space: Space, **kwargs):
+        # The logits, their softmax and its logarithm stay float32 under any dtype policy.
         super().__init__(dtype="float32", **kwargs)
-        self.blocks = tuple(blocks)
-        self.entries = Entries(blocks)
+        self.space = space
 
     def log_probabilities(self) -> tf.Tensor:
-        """log p of each entry, float32 of shape `(blocks, entries)`, -inf where none is."""
+        """log p of each entry, float32 of shape `(blocks, entries)`; -inf in the padding."""
         raise NotImplementedError
 
     def entry_probabilities(self) -> tf.Tensor:
-        """p of each entry, float32 of shape `(blocks, entries)`, 0 where none is."""
+        """p of each entry, float32 of shape `(blocks, entries)`; 0 in the padding."""
         return tf.exp(self.log_probabilities())
 
     def entry_gradient(self, weights: tf.Tensor) -> tf.Tensor:
         """sum_{l,j} w_{l,j} * d log p_l(j) / d alpha, in closed form (one-hot minus softmax).
 
         Args:
-            weights: w, float32 of shape `(blocks, entries)`, 0 where none is.
+            weights: w, float32 of shape `(blocks, entries)`; 0 in the padding.
 
         Returns:
-            float32, shaped as `logits`.
+            float32 of the shape of `logits`.
         """
         raise NotImplementedError
 
     def _draw(self, count, uniforms):
-        """Numbers of the entries of `count` samples, int32 of shape `(count, blocks)`."""
+        """Draws `count` architectures as entries, int32 of shape `(count, blocks)`.
+
+        Args:
+            count: Number of architectures.
+            uniforms: A function. `uniforms(n)` draws `n` numbers from [0, 1) for each
+                architecture, float32 of shape `(count, n)`.
+        """
         raise NotImplementedError
 
     def sample(
@@ -65,22 +73,21 @@ class BlockLogits(keras.layers.Layer):
         step: tf.Tensor | int,
         stratified: bool = False,
     ) -> tf.Tensor:
-        """Draws architectures; a pure function of its arguments and the logits.
+        """Draws architectures. The result is a pure function of the arguments and the logits.
 
-        Stratified draws take, for each variable (for each block under joint logits),
-        one sample from each of `count` equal parts of [0, 1), in a random order of its
-        own. Every single sample still follows p(A); a choice of probability p comes
+        Stratified draws divide [0, 1) into `count` equal parts and take one number from each part,
+        in random order. This is done for each variable on its own (joint logits: for each search
+        block). Every single sample still follows p(A). A choice of probability p is drawn
         floor(count * p) or ceil(count * p) times.
 
         Args:
             count: Number of architectures.
-            seed: Seed of the run.
-            step: Step of the run.
-            stratified: Whether the draws of a step are stratified or independent.
+            seed: Seed of the search.
+            step: Step of the search.
+            stratified: Whether the draws are stratified. Otherwise they are independent.
 
         Returns:
-            Index of the choice of each variable, int32 of shape
-            `(count, blocks, variables)`; 0 for irrelevant variables.
+            Entries, int32 of shape `(count, blocks)`.
         """
         key = tf.stack([tf.cast(seed, tf.int64), 2 * tf.cast(step, tf.int64)])
 
@@ -92,51 +99,50 @@ class BlockLogits(keras.layers.Layer):
             offset = tf.random.stateless_uniform([width], key + [0, 1])
             return (order + offset) / tf.cast(count, tf.float32)
 
-        return self.entries.gather(self._draw(count, uniforms))
+        return self._draw(count, uniforms)
 
     def mode(self) -> tf.Tensor:
-        """The most probable architecture, int32 of shape `(blocks, variables)`."""
-        best = tf.argmax(self.log_probabilities(), axis=-1, output_type=tf.int32)
-        return self.entries.gather(best)
+        """The most probable architecture, as entries: int32 of shape `(blocks,)`."""
+        return tf.argmax(self.log_probabilities(), axis=-1, output_type=tf.int32)
 
-    def log_prob(self, choices: tf.Tensor) -> tf.Tensor:
+    def log_prob(self, entries: tf.Tensor) -> tf.Tensor:
         """log p(A) of architectures.
 
         Args:
-            choices: Integers of shape `(..., blocks, variables)`.
+            entries: Integers of shape `(..., blocks)`.
 
         Returns:
             float32 of shape `(...)`.
         """
-        index = self.entries.flat(self.entries.index(choices))
-        log_p = tf.gather(tf.reshape(self.log_probabilities(), [-1]), index)
-        return tf.reduce_sum(log_p, axis=-1)
+        log_p = tf.reshape(self.log_probabilities(), [-1])
+        return tf.reduce_sum(tf.gather(log_p, entries + self.space.entries.offsets), axis=-1)
 
     def entropy(self) -> tf.Tensor:
         """H(A) = -E[log p(A)] in nats, a float32 scalar."""
         log_p = self.log_probabilities()
         return -tf.reduce_sum(tf.math.multiply_no_nan(log_p, tf.exp(log_p)))
 
-    def gradient(self, choices: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
+    def gradient(self, entries: tf.Tensor, coefficients: tf.Tensor) -> tf.Tensor:
         """sum_k c_k * d log p(A_k) / d alpha, in closed form.
 
         Args:
-            choices: A_k, integers of shape `(K, blocks, variables)`.
+            entries: A_k, integers of shape `(K, blocks)`.
             coefficients: c_k, float32 of shape `(K,)`.
 
         Returns:
-            float32, shaped as `logits`.
+            float32 of the shape of `logits`.
         """
-        shape = self.entries.exists.shape
-        index = self.entries.flat(self.entries.index(choices))
-        each = tf.broadcast_to(coefficients[:, None], tf.shape(index))
-        weights = tf.math.unsorted_segment_sum(each, index, self.entries.exists.size)
-        return self.entry_gradient(tf.reshape(weights, shape))
+        exists = self.space.entries.exists
+        each = tf.broadcast_to(coefficients[:, None], tf.shape(entries))
+        positions = entries + self.space.entries.offsets
+        weights = tf.math.unsorted_segment_sum(each, positions, exists.size)
+        return self.entry_gradient(tf.reshape(weights, exists.shape))
 
     def probabilities(self) -> list[dict[str, dict]]:
-        """For each block and each of its variables, the probability of each choice.
+        """The probability of each choice of each variable of each search block, as plain data.
 
-        That of a variable which a skipped block lacks is that where it is not skipped.
+        Variables with one choice are left out. For a variable that a skipped block does not have,
+        the probability is conditional on the block not being skipped.
 
         Example:
 
@@ -145,158 +151,237 @@ class BlockLogits(keras.layers.Layer):
         """
         p = np.exp(self.log_probabilities().numpy().astype(np.float64))
         result = []
-        for block, row in zip(self.blocks, p):
+        for search_block, row in zip(self.space.blocks, p):
             result.append({})
-            for name, (choices, chosen) in block.variables.items():
+            for name, (choices, chosen) in search_block.variables.items():
                 if len(choices) > 1:
                     sums = np.bincount(chosen + 1, row[: len(chosen)], len(choices) + 1)[1:]
                     result[-1][name] = dict(zip(choices, (sums / sums.sum()).tolist()))
         return result
 
 
-class FactorizedLogits(BlockLogits):
-    """p(A) as a product of independent softmaxes, one for each variable of each block.
+class VariableArrays:
+    """The variables of all search blocks of a space, as arrays of one shape.
 
-    One flat weight `logits` holds those of all variables that have more than one choice.
+    `FactorizedLogits` holds one number for each choice of each variable of each search block, in
+    arrays of shape `(blocks, variables, choices)`. They are padded where a search block has fewer
+    variables or a variable has fewer choices. The variables are those of `SearchBlock.variables`,
+    in their order.
 
     Args:
-        blocks: The blocks of a space.
+        space: The space.
 
-    Reference: FP-NAS (arXiv:2011.10949), "factorized distribution".
+    Attributes:
+        cardinalities: Number of choices, int32 of shape `(blocks, variables)`; 1 for a variable
+            that is fixed and for padding.
+        exists: Whether there is such a choice, or else padding: bool of shape
+            `(blocks, variables, choices)`.
+        searched: Whether the choice has a logit, the same shape. The choice of a fixed variable has
+            none.
+        positions: Position of the choice that each entry makes, in the flattened array of
+            `(blocks, variables, choices)`: int32 of shape `(blocks, variables, entries)`. It is
+            `exists.size`, one past the end, where the variable is irrelevant or padding.
+
+    Example:
+
+    A block with two kernel sizes that can be skipped has three entries: kernel size 3, kernel
+    size 5, skipped. Its kernel size is irrelevant in the third.
+
+    >>> block = SearchBlock(filters=(8,), kernel_size=(3, 5), skip=(False, True))
+    >>> list(block.variables)
+    ['skip', 'filters', 'kernel_size', 'expansion', 'activation', 'splits']
+    >>> space = Space("example", (8, 8, 1), 2, Stem(8), [block], Head(8))
+    >>> arrays = VariableArrays(space)
+    >>> arrays.cardinalities
+    array([[2, 1, 2, 1, 1, 1]], dtype=int32)
+    >>> arrays.searched[0, :3]  # The filters are fixed.
+    array([[ True,  True],
+           [False, False],
+           [ True,  True]])
+    >>> arrays.positions[0, :3]
+    array([[ 0,  0,  1],
+           [ 2,  2,  2],
+           [ 4,  5, 12]], dtype=int32)
+    >>> arrays.entries_of([[[1, 0, 0, 0, 0, 0]], [[1, 0, 1, 0, 0, 0]]]).numpy()  # Both skipped.
+    array([[2],
+           [2]], dtype=int32)
     """
 
-    def __init__(self, blocks: Sequence[SearchBlock], **kwargs):
-        kwargs.setdefault("name", "factorized_logits")
-        super().__init__(blocks, **kwargs)
-        own = [
-            [(len(choices), chosen) for choices, chosen in block.variables.values()]
-            for block in self.blocks
-        ]
-        width, entries = max(map(len, own)), self.entries.exists.shape[1]
-        # By (block, variable); a fixed variable has one choice and needs no logit.
-        self.cardinalities = np.ones((len(own), width), np.int32)
-        # The choice of each variable in each entry, -1 where it is irrelevant or missing.
-        chosen = np.full((len(own), width, entries), -1, np.int32)
-        for block, variables in enumerate(own):
-            for variable, (cardinality, values) in enumerate(variables):
-                self.cardinalities[block, variable] = cardinality
-                chosen[block, variable, : len(values)] = values
-        self._exists = np.arange(self.cardinalities.max()) < self.cardinalities[..., None]
-        self._searched = self._exists & (self.cardinalities[..., None] > 1)
-        # Positions of an entry's choices in the flattened array of all; irrelevant: past its end.
-        starts = np.arange(0, self._exists.size, self._exists.shape[2], dtype=np.int32)
-        positions = chosen + starts.reshape(len(own), width, 1)
-        self._positions = np.where(chosen < 0, self._exists.size, positions)
-        self._row_major = RowMajor(self.cardinalities)
-        self._entry_of_row = np.concatenate(
-            [self._lookup(*each) for each in zip(self.cardinalities, chosen)]
+    def __init__(self, space: Space):
+        blocks, width = space.entries.exists.shape
+        variables = max(len(search_block.variables) for search_block in space.blocks)
+        self.cardinalities = np.ones((blocks, variables), np.int32)
+        # The choice that each entry makes, -1 where the variable is irrelevant or padding.
+        choice_of_entry = np.full((blocks, variables, width), -1, np.int32)
+        for index, search_block in enumerate(space.blocks):
+            for variable, (choices, chosen) in enumerate(search_block.variables.values()):
+                self.cardinalities[index, variable] = len(choices)
+                choice_of_entry[index, variable, : len(chosen)] = chosen
+        self.exists = np.arange(self.cardinalities.max()) < self.cardinalities[..., None]
+        self.searched = self.exists & (self.cardinalities[..., None] > 1)
+        starts = np.arange(0, self.exists.size, self.exists.shape[2], dtype=np.int32)
+        positions = starts.reshape(blocks, variables, 1) + choice_of_entry
+        self.positions = np.where(choice_of_entry < 0, np.int32(self.exists.size), positions)
+        # All combinations of choices, search block after search block, in each row-major.
+        self._entry_of_combination = np.concatenate(
+            [_entries_of_combinations(*each) for each in zip(self.cardinalities, choice_of_entry)]
         )
-        self.build()
+        self._place_values = np.array(
+            [[row[i + 1 :].prod() for i in range(variables)] for row in self.cardinalities],
+            np.int32,
+        )
+        combinations = self.cardinalities.prod(axis=1)
+        self._first_combination = np.cumsum([0, *combinations[:-1]]).astype(np.int32)
 
-    @staticmethod
-    def _lookup(cardinalities, chosen):
-        """The entry of each combination of choices, row-major."""
-        table = np.zeros(cardinalities, np.int32)
-        for entry in np.flatnonzero((chosen >= 0).any(axis=0)):
-            # An irrelevant variable makes no difference: the entry is there for all its choices.
-            column = tuple(slice(None) if each < 0 else each for each in chosen[:, entry])
-            table[column] = entry
-        return table.ravel()
+    def entries_of(self, choices: tf.Tensor) -> tf.Tensor:
+        """The entries that choices of the variables make.
+
+        Args:
+            choices: Integers of shape `(..., blocks, variables)`; any choice, where the variable
+                is irrelevant.
+
+        Returns:
+            int32 of shape `(..., blocks)`.
+        """
+        numbers = tf.reduce_sum(tf.cast(choices, tf.int32) * self._place_values, axis=-1)
+        table = tf.constant(self._entry_of_combination)
+        return tf.gather(table, self._first_combination + numbers)
+
+
+def _entries_of_combinations(cardinalities, choice_of_entry):
+    """The entry of each combination of choices of a search block, row-major.
+
+    Args:
+        cardinalities: Number of choices of each variable, shape `(variables,)`.
+        choice_of_entry: The choice that each entry makes, shape `(variables, entries)`; -1 where
+            the variable is irrelevant, so that all its choices make this entry.
+    """
+    result = np.zeros(cardinalities, np.int32)
+    for entry in np.flatnonzero((choice_of_entry >= 0).any(axis=0)):
+        own = choice_of_entry[:, entry]
+        result[tuple(slice(None) if choice < 0 else choice for choice in own)] = entry
+    return result.ravel()
+
+
+class FactorizedLogits(BlockLogits):
+    """p(A) as a product of independent softmaxes, one for each variable of each search block.
+
+    `logits` holds those of all variables that have more than one choice: search block after search
+    block, variable after variable.
+
+    Args:
+        space: The space.
+
+    Reference: FP-NAS (arXiv:2011.10949), section on coarse-to-fine search,
+    factorized distribution.
+    """
+
+    def __init__(self, space: Space, **kwargs):
+        kwargs.setdefault("name", "factorized_logits")
+        super().__init__(space, **kwargs)
+        self.variable_arrays = VariableArrays(space)
+        self.build()
 
     def build(self, input_shape: object = None) -> None:
         self.logits = self.add_weight(
             name="logits",
-            shape=(int(self._searched.sum()),),
+            shape=(int(self.variable_arrays.searched.sum()),),
             initializer="zeros",
-            autocast=False,  # not even inside a model that computes in bfloat16
+            autocast=False,  # Not even inside a model that computes in bfloat16.
         )
         self.built = True
 
     def log_probabilities(self) -> tf.Tensor:
-        flat = tf.reshape(self.log_softmax(), [-1])
-        log_p = tf.gather(tf.concat([flat, [0.0]], axis=0), self._positions)
-        return tf.where(self.entries.exists, tf.reduce_sum(log_p, axis=1), -np.inf)
+        # With a 0 past the end, for irrelevant variables.
+        flat = tf.concat([tf.reshape(self.log_softmax(), [-1]), [0.0]], axis=0)
+        log_p = tf.reduce_sum(tf.gather(flat, self.variable_arrays.positions), axis=1)
+        return tf.where(self.space.entries.exists, log_p, -np.inf)
 
     def entry_gradient(self, weights: tf.Tensor) -> tf.Tensor:
-        each = tf.broadcast_to(weights[:, None], self._positions.shape)
-        size = self._exists.size
-        sums = tf.math.unsorted_segment_sum(each, self._positions, size + 1)[:size]
-        sums = tf.reshape(sums, self._exists.shape)
+        arrays = self.variable_arrays
+        each = tf.broadcast_to(weights[:, None], arrays.positions.shape)
+        size = arrays.exists.size
+        sums = tf.math.unsorted_segment_sum(each, arrays.positions, size + 1)[:size]
+        sums = tf.reshape(sums, arrays.exists.shape)
         softmax = tf.exp(self.log_softmax())
         gradient = sums - softmax * tf.reduce_sum(sums, axis=-1, keepdims=True)
-        return tf.boolean_mask(gradient, self._searched)
+        return tf.boolean_mask(gradient, arrays.searched)
 
     def log_softmax(self) -> tf.Tensor:
-        """log p of each choice of each variable: float32, -inf where there is none.
+        """log p of each choice of each variable, float32; -inf in the padding.
 
-        Its shape is `(blocks, variables, choices)`; the variables are those of
-        `SearchBlock.variables`, in their order.
+        Its shape is `(blocks, variables, choices)`, as in `VariableArrays`.
         """
+        arrays = self.variable_arrays
         logits = tf.tensor_scatter_nd_add(
-            tf.where(self._exists, 0.0, -np.inf), np.argwhere(self._searched), self.logits.value
+            tf.where(arrays.exists, 0.0, -np.inf), np.argwhere(arrays.searched), self.logits.value
         )
         return tf.nn.log_softmax(logits)
 
     def _draw(self, count, uniforms):
-        rows = tf.reshape(tf.exp(self.log_softmax()), (-1, self._exists.shape[2]))
-        drawn = _inverse_cumulative(rows, uniforms(rows.shape[0]), self.cardinalities.ravel())
-        choices = tf.reshape(drawn, (count, *self.cardinalities.shape))
-        return tf.gather(tf.constant(self._entry_of_row), self._row_major(choices))
+        arrays = self.variable_arrays
+        rows = tf.reshape(tf.exp(self.log_softmax()), (-1, arrays.exists.shape[2]))
+        drawn = _inverse_cumulative(rows, uniforms(rows.shape[0]), arrays.cardinalities.ravel())
+        return arrays.entries_of(tf.reshape(drawn, (count, *arrays.cardinalities.shape)))
 
 
 class JointLogits(BlockLogits):
-    """p(A) as a product of one softmax for each block, over all of its entries.
+    """p(A) as a product of softmaxes, one for each search block, over all of its entries.
 
     Args:
-        blocks: The blocks of a space.
+        space: The space.
 
-    Reference: FP-NAS (arXiv:2011.10949), "joint distribution"; PARSEC (Casale et
-    al., arXiv:1902.05116) has the same.
+    Reference: FP-NAS (arXiv:2011.10949), section on coarse-to-fine search,
+    joint distribution. PARSEC (Casale et al., arXiv:1902.05116) has the same distribution.
     """
 
-    def __init__(self, blocks: Sequence[SearchBlock], **kwargs):
+    def __init__(self, space: Space, **kwargs):
         kwargs.setdefault("name", "joint_logits")
-        super().__init__(blocks, **kwargs)
+        super().__init__(space, **kwargs)
         self.build()
 
     def build(self, input_shape: object = None) -> None:
         self.logits = self.add_weight(
             name="logits",
-            shape=(int(self.entries.exists.sum()),),
+            shape=(int(self.space.entries.exists.sum()),),
             initializer="zeros",
             autocast=False,
         )
         self.built = True
 
     def assign(self, distribution: BlockLogits) -> None:
-        """Makes p(A) that of another distribution over the same blocks, exactly."""
-        self.logits.assign(tf.boolean_mask(distribution.log_probabilities(), self.entries.exists))
+        """Makes p(A) equal to that of another distribution over the same space, exactly.
+
+        Args:
+            distribution: The other distribution.
+        """
+        log_p = distribution.log_probabilities()
+        self.logits.assign(tf.boolean_mask(log_p, self.space.entries.exists))
 
     def log_probabilities(self) -> tf.Tensor:
+        exists = self.space.entries.exists
         logits = tf.tensor_scatter_nd_update(
-            tf.fill(self.entries.exists.shape, -np.inf),
-            np.argwhere(self.entries.exists),
-            self.logits.value,
+            tf.fill(exists.shape, -np.inf), np.argwhere(exists), self.logits.value
         )
         return tf.nn.log_softmax(logits)
 
     def entry_gradient(self, weights: tf.Tensor) -> tf.Tensor:
         softmax = tf.exp(self.log_probabilities())
         gradient = weights - softmax * tf.reduce_sum(weights, axis=-1, keepdims=True)
-        return tf.boolean_mask(gradient, self.entries.exists)
+        return tf.boolean_mask(gradient, self.space.entries.exists)
 
     def _draw(self, count, uniforms):
         rows = tf.exp(self.log_probabilities())
-        return _inverse_cumulative(rows, uniforms(rows.shape[0]), self.entries.exists.sum(axis=1))
+        return _inverse_cumulative(rows, uniforms(rows.shape[0]), self.space.entries.counts)
 
 
 def _inverse_cumulative(probabilities, uniforms, counts):
-    """Draws from categorical distributions.
+    """Draws from categorical distributions, by inverting the cumulative distribution.
 
     Args:
-        probabilities: One distribution a row, shape `(rows, choices)`.
+        probabilities: One distribution in each row, shape `(rows, choices)`; 0 in the padding.
         uniforms: In [0, 1), shape `(samples, rows)`.
-        counts: Number of choices of each row.
+        counts: Number of choices of each row, without the padding.
 
     Returns:
         int32 of shape `(samples, rows)`.

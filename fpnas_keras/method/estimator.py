@@ -1,12 +1,12 @@
-"""The estimators of one search step, as pure functions.
+"""The estimators of a search step, as pure functions.
 
-From samples A_1..A_K ~ p(A; alpha), their log-likelihoods l_k and costs to the
-number of samples, the gradient of the weights, that of the logits and the cost coefficient. Nothing
-here knows a network: log-likelihoods may come from a table as well.
+They compute the number of samples K, the gradient of the weights, the gradient of the logits alpha
+and the cost coefficient. They take the log-likelihoods l_k and the costs of samples
+A_1..A_K ~ p(A; alpha). They need no network: the log-likelihoods can come from any evaluation.
 
-Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search",
-CVPR 2021, arXiv:2011.10949; the importance weights are those of PARSEC,
-Casale et al., arXiv:1902.05116.
+References: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search", CVPR 2021,
+arXiv:2011.10949. The importance weights are those of PARSEC: Casale et al., "Probabilistic Neural
+Architecture Search", arXiv:1902.05116.
 """
 
 import dataclasses
@@ -17,25 +17,32 @@ import tensorflow as tf
 
 from fpnas_keras.errors import UserError
 
-# How far (e to that power) a score of a `StreamingSum` may be above its reference.
+# A score of a `StreamingSum` can be this much above the reference; exp(30) = 1e13 is no overflow.
 SLACK = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveSamples:
-    """How many architectures to draw: many while the distribution is wide, few later.
+    """The number of architectures to draw: many while the entropy is high, few when it is low.
 
-    K = min(maximum, max(minimum, ceil(scale * H))), H the entropy in nats.
+        K = min(maximum, max(minimum, ceil(scale * H)))
+
+    H is the entropy of the distribution in nats.
 
     Args:
-        scale: Samples a nat of entropy.
-        minimum: Fewest samples a step.
-        maximum: Most samples a step.
+        scale: Samples per nat of entropy (the paper's lambda).
+        minimum: Smallest number of samples per step.
+        maximum: Largest number of samples per step.
 
     Raises:
-        UserError: When a value is out of its range.
+        UserError: If a value is out of its range.
 
-    Reference: FP-NAS (arXiv:2011.10949), "adaptive sampling".
+    Example:
+
+    >>> int(AdaptiveSamples(scale=0.25)(tf.constant(36.5)))
+    10
+
+    Reference: FP-NAS (arXiv:2011.10949), section on adaptive sampling.
     """
 
     scale: float = 0.25
@@ -52,33 +59,42 @@ class AdaptiveSamples:
             )
 
     def __call__(self, entropy: tf.Tensor) -> tf.Tensor:
-        """The number of samples, int32, for an entropy in nats."""
+        """The number of samples for an entropy.
+
+        Args:
+            entropy: In nats, a float32 scalar.
+
+        Returns:
+            An int32 scalar.
+        """
         count = tf.math.ceil(self.scale * entropy)
-        # A search that has diverged draws on until the end of its epoch, where it is stopped.
+        # The entropy of a diverged search is nan. The search stops at the end of the epoch only.
         count = tf.where(tf.math.is_nan(count), float(self.minimum), count)
         return tf.cast(tf.clip_by_value(count, self.minimum, self.maximum), tf.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class CostController:
-    """Moves the cost coefficient beta so that the expected cost settles at the target.
+    """Adjusts the cost coefficient beta so that the expected cost settles at the target.
 
-    A proportional-integral controller on the relative excess e = E[cost] / goal - 1:
+    It is a proportional-integral controller of the relative excess e = E[cost] / goal - 1:
 
-        integral <- integral + integral_gain * e,   beta = proportional_gain * e + integral
+        integral <- integral + integral_gain * e
+        beta = proportional_gain * e + integral
 
-    The goal moves from the expected cost of the start to the target in equal ratios over
-    `anneal_steps`, so that the integral does not wind up while the start is far away.
+    The goal is the expected cost of the start at first. It approaches the target geometrically over
+    `anneal_steps`. Without that, the integral would grow far too large (wind up) while the expected
+    cost is still far from the target. The paper has a fixed beta and no controller.
 
     Args:
-        two_sided: Whether beta may be negative and reward cost while the expected
-            cost is under the goal; else it stays at or above 0.
+        two_sided: Whether beta can be negative, which rewards cost while the expected cost is below
+            the goal. Otherwise beta is at least 0.
         proportional_gain: Change of beta for an excess of 1.
-        integral_gain: Change of beta a step for an excess of 1.
+        integral_gain: Change of beta per step for an excess of 1.
         anneal_steps: Steps until the goal is the target.
 
     Raises:
-        UserError: When a value is out of its range.
+        UserError: If a value is out of its range.
     """
 
     two_sided: bool = True
@@ -93,50 +109,84 @@ class CostController:
                 raise UserError(f"`{name}` must be at least 0 and finite. Received: {name}={value}")
 
     def goal(self, start: float, target: float, step: tf.Tensor) -> tf.Tensor:
-        """The cost to hold after `step` steps, float64, between `start` and `target`."""
+        """The cost to reach after `step` steps.
+
+        Args:
+            start: Expected cost of the start.
+            target: The target.
+            step: Number of steps.
+
+        Returns:
+            A float64 scalar: start * (target / start) ** (step / anneal_steps), and `target` from
+            `anneal_steps` on.
+        """
         if not self.anneal_steps:
             return tf.constant(target, tf.float64)
         done = tf.minimum(tf.cast(step, tf.float64) / self.anneal_steps, 1.0)
         return start * (target / start) ** done
 
     def __call__(self, integral: tf.Tensor, excess: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """beta and the new integral, from the old one and the relative excess e."""
+        """One step of the controller.
+
+        Args:
+            integral: The integral so far, a float32 scalar.
+            excess: The relative excess e, a float32 scalar.
+
+        Returns:
+            beta and the new integral.
+        """
         least = -float("inf") if self.two_sided else 0.0
         integral = tf.maximum(integral + self.integral_gain * excess, least)
         return tf.maximum(self.proportional_gain * excess + integral, least), integral
 
 
 class Samples(NamedTuple):
-    """Drawn architectures, those that are equal only once.
+    """The architectures of a step, with the number of draws of each.
 
     Attributes:
-        choices: int32 of shape `(evaluated, blocks, variables)`.
-        counts: How often each was drawn, int32 of shape `(evaluated,)`; their sum is K.
+        entries: The architectures, as the index of the entry of each search block: int32 of shape
+            `(evaluated, blocks)`. See `fpnas_keras.spaces.Entries`.
+        counts: Number of draws of each, int32 of shape `(evaluated,)`. Their sum is K.
     """
 
-    choices: tf.Tensor
+    entries: tf.Tensor
     counts: tf.Tensor
 
     @classmethod
-    def unique(cls, choices: tf.Tensor) -> "Samples":
-        """Drawn choices of shape `(K, blocks, variables)`, in the order of their first draw."""
-        flat = tf.reshape(choices, (tf.shape(choices)[0], -1))
-        found = tf.raw_ops.UniqueWithCountsV2(x=flat, axis=[0])
-        return cls(tf.reshape(found.y, (-1, *choices.shape[1:])), found.count)
+    def unique(cls, entries: tf.Tensor) -> "Samples":
+        """Each different architecture once, in the order of the first draws.
+
+        Args:
+            entries: The draws, int32 of shape `(K, blocks)`.
+        """
+        found = tf.raw_ops.UniqueWithCountsV2(x=entries, axis=[0])
+        return cls(tf.ensure_shape(found.y, (None, entries.shape[1])), found.count)
 
     @classmethod
-    def each(cls, choices: tf.Tensor) -> "Samples":
-        """Drawn choices of shape `(K, blocks, variables)`, equal ones or not."""
-        return cls(choices, tf.ones(tf.shape(choices)[:1], tf.int32))
+    def each(cls, entries: tf.Tensor) -> "Samples":
+        """Every draw on its own, even if two draws are equal.
+
+        Args:
+            entries: The draws, int32 of shape `(K, blocks)`.
+        """
+        return cls(entries, tf.ones(tf.shape(entries)[:1], tf.int32))
 
 
 def scores(log_likelihoods: tf.Tensor, counts: tf.Tensor, likelihood_scale: float) -> tf.Tensor:
-    """tau * l_k + log c_k, whose softmax over k are the importance weights r_k.
+    """The logarithms of the unnormalized importance weights, tau * l_k + log c_k.
+
+    The importance weights are r = softmax_k(tau * l_k + log c_k).
 
     Args:
         log_likelihoods: l_k, any shape.
-        counts: c_k, how many draws sample k stands for, the same shape.
+        counts: c_k, the number of draws of sample k; the same shape.
         likelihood_scale: tau.
+
+    Returns:
+        float32 of the same shape.
+
+    Reference: PARSEC (arXiv:1902.05116), importance-weighted Monte Carlo empirical Bayes. There
+    tau = 1 and c_k = 1.
     """
     log_counts = tf.math.log(tf.cast(counts, tf.float32))
     return likelihood_scale * tf.cast(log_likelihoods, tf.float32) + log_counts
@@ -148,20 +198,23 @@ def likelihood_coefficients(
     likelihood_scale: float = 1.0,
     control_variate: bool = True,
 ) -> tf.Tensor:
-    """Coefficients of d log p(A_k) / d alpha that raise the likelihood: -(r_k - b_k).
+    """The coefficients -(r_k - b_k) of the gradient that increases the likelihood.
 
-    r = softmax_k(tau * l_k + log c_k), b_k = c_k / K with the control variate. As
-    E[d log p] = 0 it leaves the expectation as it is and takes away most of the variance;
-    b = 0 is the paper's formula.
+    The gradient is sum_k -(r_k - b_k) * d log p(A_k) / d alpha, with the importance weights
+    r = softmax_k(tau * l_k + log c_k). With the control variate b_k = c_k / K. E[d log p] = 0, so
+    the control variate does not change the expectation, but it removes most of the variance. The
+    papers' formula is b = 0.
 
     Args:
-        log_likelihoods: l_k, on a batch of the architecture part, shape `(evaluated,)`.
-        counts: c_k, how many of the K draws sample k stands for, `(evaluated,)`.
+        log_likelihoods: l_k on a batch of the architecture part, shape `(evaluated,)`.
+        counts: c_k, the number of draws of sample k, shape `(evaluated,)`.
         likelihood_scale: tau.
-        control_variate: Whether b is c / K, else 0.
+        control_variate: Whether b is c / K. Otherwise it is 0.
 
     Returns:
         float32 of shape `(evaluated,)`.
+
+    Reference: PARSEC (arXiv:1902.05116), the gradient estimator of the architecture parameters.
     """
     importance = tf.nn.softmax(scores(log_likelihoods, counts, likelihood_scale))
     return _shares(counts) - importance if control_variate else -importance
@@ -170,19 +223,22 @@ def likelihood_coefficients(
 def penalty_coefficients(
     costs: tf.Tensor, counts: tf.Tensor, target: float, logarithm: bool = False
 ) -> tf.Tensor:
-    """Coefficients of d log p(A_k) / d alpha that lower the paper's hinge of the cost.
+    """The coefficients of d log p(A_k) / d alpha that decrease the paper's hinge penalty.
 
-    C_k = max(0, cost_k / target - 1); the paper's text can be read as penalizing their
-    mean, which gives c_k / K * (C_k - mean C), or its logarithm: c_k / K * (C_k / mean C - 1).
+    The penalty of sample k is C_k = max(0, cost_k / target - 1). The paper's text can be read in
+    two ways. If it penalizes the mean of C, the coefficients are c_k / K * (C_k - mean C). If it
+    penalizes log(mean C), they are c_k / K * (C_k / mean C - 1).
 
     Args:
         costs: cost_k, shape `(evaluated,)`.
-        counts: c_k, how many of the K draws sample k stands for, `(evaluated,)`.
+        counts: c_k, the number of draws of sample k, shape `(evaluated,)`.
         target: The target of the cost.
         logarithm: Whether the logarithm of the mean is penalized.
 
     Returns:
-        float32 of shape `(evaluated,)`.
+        float32 of shape `(evaluated,)`; all 0 if no cost is above the target.
+
+    Reference: FP-NAS (arXiv:2011.10949), section on cost-aware search.
     """
     shares = _shares(counts)
     penalties = tf.cast(tf.nn.relu(costs / target - 1.0), tf.float32)
@@ -196,15 +252,15 @@ def _shares(counts):
 
 
 class StreamingSum(NamedTuple):
-    """State of sum_k softmax_k(s)_k * x_k while the scores s_k come one by one.
+    """The state of sum_k softmax_k(s)_k * x_k while the scores s_k arrive one by one.
 
-    As in online softmax, what was added so far is held relative to a reference, and
-    rescaled when that moves. It is exact, and holds one accumulator whatever K is. The
-    reference needs not be the largest score: as long as it is within `SLACK` of that,
-    nothing overflows and nothing has to be rescaled.
+    As in online softmax, the sums are kept relative to a reference score, and are rescaled when the
+    reference changes. The result is exact, and there is one accumulator for any K. The
+    reference does not have to be the largest score. While it is at most `SLACK` below the largest,
+    nothing overflows and nothing is rescaled.
 
     Attributes:
-        reference: A score that was added, at most `SLACK` below the largest.
+        reference: One of the scores, at most `SLACK` below the largest.
         denominator: sum_k exp(s_k - reference).
         sums: For each x, sum_k exp(s_k - reference) * x_k.
 
@@ -213,7 +269,8 @@ class StreamingSum(NamedTuple):
     ```python
     sums = StreamingSum.zero([x_1])
     sums, factor = sums.admit(s_1)
-    sums = sums.add([factor * x_1])  # Or make x_1 scaled: a gradient can be.
+    sums = sums.add([factor * x_1])  # A gradient can be computed with the factor in it.
+    sums.result()
     ```
     """
 
@@ -223,7 +280,7 @@ class StreamingSum(NamedTuple):
 
     @classmethod
     def zero(cls, like: Sequence[tf.Tensor]) -> "StreamingSum":
-        """The sum of nothing, for values shaped `like` these."""
+        """The empty sum, for values with the shapes of `like`."""
         return cls(
             tf.constant(-float("inf")),
             tf.constant(0.0),
@@ -231,7 +288,14 @@ class StreamingSum(NamedTuple):
         )
 
     def admit(self, score: tf.Tensor) -> tuple["StreamingSum", tf.Tensor]:
-        """The sum with the weight of one more sample, and the factor for its values."""
+        """Adds the score of one more sample.
+
+        Args:
+            score: s_k, a float32 scalar.
+
+        Returns:
+            The new state, and the factor by which to multiply the values of the sample for `add`.
+        """
         moves = score > self.reference + SLACK
         reference = tf.where(moves, score, self.reference)
         keep, factor = tf.exp(self.reference - reference), tf.exp(score - reference)
@@ -239,11 +303,11 @@ class StreamingSum(NamedTuple):
         return StreamingSum(reference, keep * self.denominator + factor, tuple(sums)), factor
 
     def add(self, values: Sequence[tf.Tensor]) -> "StreamingSum":
-        """Adds the values, times their factor, of the sample that was admitted."""
+        """Adds the values of the sample that was admitted last, times its factor."""
         return self._replace(
             sums=tuple(total + tf.cast(x, tf.float32) for total, x in zip(self.sums, values))
         )
 
     def result(self) -> list[tf.Tensor]:
-        """sum_k softmax_k(s)_k * x_k; 0 where nothing was added."""
+        """sum_k softmax_k(s)_k * x_k for each x; 0 for the empty sum."""
         return [tf.math.divide_no_nan(total, self.denominator) for total in self.sums]

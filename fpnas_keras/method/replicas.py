@@ -1,33 +1,48 @@
-"""Several replicas, on one machine or several: the samples of a step are shared out.
+"""Several replicas, on one machine or on several: each evaluates some of the samples of a step.
 
-Every replica sees the whole batch, so that batch norms stay what they are in one process, and
-evaluates its share of the drawn architectures. At the end of a step the replicas exchange the
-likelihoods, from which each knows all importance weights, and then one vector with the sum of the
-gradients.
+Every replica sees the whole batch, so that batch normalization computes what it computes in one
+process. Each replica evaluates its share of the samples. At the end of a step the replicas exchange
+the log-likelihoods, from which each one computes all importance weights. Then they sum their
+gradients in one all-reduce.
 """
 
-import json
-import os
+import contextlib
 import signal
+from collections.abc import Iterator
 
 import tensorflow as tf
 
 from fpnas_keras.errors import UserError
+from fpnas_keras.files import summarize_error
+from fpnas_keras.method.strategies import WorkerLostError
 
-STRATEGIES = ("none", "mirrored", "multiworker")
+# What collective operations raise when a worker has died.
+_LOST_WORKER_ERRORS = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.InternalError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.CancelledError,
+)
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy | None:
-    """The strategy of a flag; `None` for one replica.
+    """Makes a strategy.
 
-    For "multiworker" TensorFlow reads the environment variable `TF_CONFIG`, and waits until all
-    workers are there. It must come before anything else that TensorFlow does.
+    Call it before anything else that uses TensorFlow. For "multiworker", TensorFlow reads the
+    environment variable `TF_CONFIG` and waits until all workers have started.
+
+    Args:
+        name: One of `fpnas_keras.method.strategies.STRATEGIES`.
+
+    Returns:
+        The strategy. `None` for "none", and for "mirrored" on a machine with one device.
     """
     if name == "mirrored":
         strategy = tf.distribute.MirroredStrategy()
         return strategy if strategy.num_replicas_in_sync > 1 else None
     if name == "multiworker":
-        # It waits in C++, where no handler of Python's is called.
+        # TensorFlow waits in C++, where Python's signal handlers do not run.
         handlers = {
             number: signal.signal(number, signal.SIG_DFL)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -40,46 +55,67 @@ def make_strategy(name: str) -> tf.distribute.Strategy | None:
     return None
 
 
-def is_chief(name: str) -> bool:
-    """Whether this process, under the strategy of a flag, is the one that writes.
+@contextlib.contextmanager
+def worker_failures(strategy: tf.distribute.Strategy | None) -> Iterator[None]:
+    """Raises `WorkerLostError` for the errors that TensorFlow raises when a worker has died.
 
-    Raises:
-        UserError: When `TF_CONFIG` does not describe the workers.
+    It changes nothing unless the strategy has several workers.
+
+    Args:
+        strategy: The strategy, or `None`.
+
+    Example:
+
+    ```python
+    with worker_failures(strategy):
+        search.fit(batches)
+    ```
     """
-    if name != "multiworker":
-        return True
-    _check_tf_config()
-    config = json.loads(os.environ["TF_CONFIG"])
-    if "chief" in config["cluster"]:
-        return config["task"]["type"] == "chief"
-    return config["task"]["index"] == 0
+    try:
+        yield
+    except _LOST_WORKER_ERRORS as error:
+        if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            raise
+        raise WorkerLostError(
+            "another worker cannot be reached any more. Start all workers again with the same "
+            f"command. They resume from the last checkpoint. ({summarize_error(error)})"
+        ) from error
 
 
 def check_same_step(strategy: tf.distribute.Strategy | None, step: int) -> None:
-    """Raises `UserError` when the workers begin with different steps."""
+    """Checks that all workers begin with the same step.
+
+    Args:
+        strategy: The strategy, or `None`.
+        step: The step of this worker's checkpoint.
+
+    Raises:
+        UserError: If the steps differ.
+    """
     if strategy is None:
         return
 
     def gather():
         return tf.distribute.get_replica_context().all_gather(tf.constant([step]), 0)
 
-    steps = set(local(tf.function(lambda: strategy.run(gather))(), strategy).numpy().tolist())
+    gathered = first_replica_value(tf.function(lambda: strategy.run(gather))(), strategy)
+    steps = sorted(set(gathered.numpy().tolist()))
     if len(steps) > 1:
         raise UserError(
             "`output_dir` must be on a file system that all workers share. Received: checkpoints "
-            f"of the steps {', '.join(map(str, sorted(steps)))}"
+            f"of the steps {', '.join(map(str, steps))}"
         )
 
 
 def own_share(costs: tf.Tensor, replica: tf.Tensor | int, replicas: int) -> tf.Tensor:
-    """Indices of the samples that a replica evaluates; each sample is one replica's.
+    """Indices of the samples that a replica evaluates. Each sample belongs to one replica.
 
-    They are dealt by their cost to and fro (0 1 1 0 0 1 ...), so that all replicas have about
-    the same work.
+    The samples are sorted by cost and assigned to the replicas back and forth (0 1 1 0 0 1 ... for
+    two), so that all replicas have about the same work.
 
     Args:
         costs: Cost of each sample, of shape `(evaluated,)`.
-        replica: Number of the replica.
+        replica: Index of the replica.
         replicas: Number of replicas.
 
     Returns:
@@ -92,37 +128,23 @@ def own_share(costs: tf.Tensor, replica: tf.Tensor | int, replicas: int) -> tf.T
 
 
 def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-    """The sum of float32 tensors over all replicas, in one exchange; inside `strategy.run`."""
+    """Sums tensors over all replicas in one all-reduce. Call it inside `strategy.run`.
+
+    Args:
+        tensors: float32 tensors of any shapes.
+
+    Returns:
+        The sums, float32 of the same shapes.
+    """
     flat = tf.concat([tf.reshape(each, [-1]) for each in tensors], axis=0)
     total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, flat)
     parts = tf.split(total, [tf.size(each) for each in tensors], num=len(tensors))
     return [tf.reshape(part, tf.shape(each)) for part, each in zip(parts, tensors)]
 
 
-def _check_tf_config():
-    expected = (
-        "--strategy=multiworker needs the environment variable TF_CONFIG on each machine, "
-        '{"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", '
-        '"index": 0}}. '
-    )
-    text = os.environ.get("TF_CONFIG")
-    if not text:
-        raise UserError(f"{expected}Received: none")
-    try:
-        config = json.loads(text)
-        workers = config["cluster"].get("worker", [])
-        kind, index = config["task"]["type"], config["task"]["index"]
-        addresses = config["cluster"][kind]
-        if not all(isinstance(each, str) and ":" in each for each in [*workers, *addresses]):
-            raise UserError("an address is not host:port")
-        if kind not in ("worker", "chief"):
-            raise UserError(f"the task type is {kind!r}")
-        if not 0 <= index < len(addresses):
-            raise UserError(f"the task index is {index!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{expected}Received: {text[:200]} ({error})") from None
+def first_replica_value(value: tf.Tensor, strategy: tf.distribute.Strategy) -> tf.Tensor:
+    """The value of this process's first replica.
 
-
-def local(value: tf.Tensor, strategy: tf.distribute.Strategy) -> tf.Tensor:
-    """What `strategy.run` returned, which is the same on all replicas, as one tensor."""
+    Use it for a result of `strategy.run` that is the same on all replicas.
+    """
     return strategy.experimental_local_results(value)[0]
