@@ -1,14 +1,32 @@
+"""The supernet against the plain networks, its gradients, and how its weights are handed over."""
+
 import itertools
 import pathlib
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import make_tiny_space, random_choices
 
-from fpnas_keras import Architecture, MacsCost, ParamsCost, spaces
-from fpnas_keras.cost import CostTable
-from fpnas_keras.networks.supernet import Supernet
+from fpnas_keras import Architecture, MacsCost, ParamsCost, UserError, spaces
+from fpnas_keras.cost import SpaceCost
+from fpnas_keras.networks import Supernet, check_floatx
+
+BASE = np.array(
+    [[0, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]], np.int32
+)
+
+
+def single_changes(space):
+    """`BASE`, and every architecture that differs from it in one choice."""
+    found = {}
+    for block, variable in itertools.product(*map(range, space.cardinalities.shape)):
+        for choice in range(space.cardinalities[block, variable]):
+            choices = BASE.copy()
+            choices[block, variable] = choice
+            found.setdefault(space.architecture(choices), choices)
+    return found
 
 
 def check_same_logits(space, supernet, run, choices):
@@ -16,14 +34,14 @@ def check_same_logits(space, supernet, run, choices):
     model = space.architecture(choices).build()
     supernet.give_weights(model)
     expected = model(x, training=True).numpy()
-    # Of the largest logit: against float64 the static network itself is off by 2e-5 of it.
+    # Relative to the largest logit. Against float64, the plain network itself is off by 2e-5.
     atol = 1e-4 * np.abs(expected).max()
     np.testing.assert_allclose(run(x, tf.constant(choices)), expected, rtol=0, atol=atol)
 
 
 def compiled(space):
     supernet = Supernet(space)
-    for variable in supernet.trainable_variables:  # no value that hides a mistake, as beta = 0
+    for variable in supernet.trainable_variables:  # values such as beta = 0 would hide mistakes
         noise = tf.random.stateless_normal(variable.shape, (len(variable.path), 3))
         variable.assign_add(0.1 * noise)
     traces = []
@@ -36,26 +54,17 @@ def compiled(space):
     return supernet, run, traces
 
 
-def test_every_choice_of_every_variable_gives_the_logits_of_the_static_network():
+def test_every_choice_of_every_variable_gives_the_logits_of_the_plain_network():
     space = make_tiny_space()
     supernet, run, traces = compiled(space)
-    base = np.array(
-        [[0, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]], np.int32
-    )
-    checked = set()
-    for block, variable in itertools.product(*map(range, space.cardinalities.shape)):
-        for choice in range(space.cardinalities[block, variable]):
-            choices = base.copy()
-            choices[block, variable] = choice
-            architecture = space.architecture(choices)
-            if architecture not in checked:
-                checked.add(architecture)
-                check_same_logits(space, supernet, run, choices)
-    assert len(checked) == 16
+    found = single_changes(space)
+    for choices in found.values():
+        check_same_logits(space, supernet, run, choices)
+    assert len(found) == 16
     assert len(traces) == 1
 
 
-# The small spaces at their own size, the large ones at one that keeps some pixels for batch norm.
+# Small spaces at their own size. Large ones at a size that leaves batch norms a few pixels.
 SIZES = {"mobile_mini": 28, "nas_bench_macro": 32}
 
 
@@ -78,7 +87,8 @@ def check_random_architectures(any_space, seeds):
         check_same_logits(space, supernet, run, drawn[-1])
     architectures = [space.architecture(choices) for choices in drawn]
     for cost, method in ((MacsCost, Architecture.macs), (ParamsCost, Architecture.params)):
-        costs = CostTable(space, cost())(tf.constant(np.array(drawn))).numpy().tolist()
+        entries = space.entries.from_choices(np.array(drawn))
+        costs = SpaceCost(space, cost())(tf.constant(entries)).numpy().tolist()
         assert costs == list(map(method, architectures))
 
 
@@ -120,7 +130,7 @@ def test_every_weight_gets_a_gradient_under_some_architecture():
     space = make_tiny_space()
     supernet = Supernet(space)
     weights = supernet.trainable_variables
-    for variable in weights:  # else some ReLUs are dead, and some gates saturated, for all images
+    for variable in weights:  # else some ReLUs are dead and some gates saturated for all images
         if variable.path.endswith("attention_reduce/bias"):
             variable.assign_add(5 * tf.ones(variable.shape))
         if variable.path.endswith("attention_expand/kernel"):
@@ -141,7 +151,7 @@ def test_every_weight_gets_a_gradient_under_some_architecture():
         for seen, gradient in zip(reached, gradients(tf.constant(random_choices(space, rng)))):
             seen |= gradient.numpy() != 0
     unreached = {v.path: np.argwhere(~seen) for v, seen in zip(weights, reached) if not seen.all()}
-    # A skipped block projects where the widths differ, so never from its widest to its widest.
+    # A skipped block projects only where the widths differ, so never from its widest to its widest.
     corner = unreached.pop("block_1_skip/kernel")
     assert np.all(corner[:, 2:] >= 4)
     assert len(corner) == 4 * 4
@@ -161,3 +171,120 @@ def test_a_sample_leaves_alone_what_it_does_not_use():
     for variable, gradient in zip(supernet.trainable_variables, gradients):
         if "block_1/" in variable.path:
             assert not np.any(gradient), variable.path
+
+
+def test_stem_and_body_are_all_variables_in_order():
+    for space in (make_tiny_space(), spaces.get("fbnet_c", input_shape=(32, 32, 3))):
+        supernet = Supernet(space)
+        stem = [variable.path for variable in supernet.stem_variables]
+        body = [variable.path for variable in supernet.body_variables]
+        assert stem == ["stem/kernel", "stem_bn/gamma", "stem_bn/beta"]
+        assert body and not set(stem) & set(body)
+        assert stem + body == [variable.path for variable in supernet.trainable_variables]
+
+
+def test_weights_are_given_to_every_trainable_variable():
+    space = make_tiny_space()
+    supernet = Supernet(space)
+    for variable in supernet.trainable_variables:
+        variable.assign(7 * tf.ones(variable.shape))
+    for architecture in single_changes(space):
+        model = architecture.build()
+        supernet.give_weights(model)
+        for variable in model.trainable_variables:
+            assert np.all(variable.numpy() == 7), variable.path
+
+
+def test_given_weights_are_the_leading_channels_and_the_middle_of_the_kernel():
+    space = make_tiny_space()
+    supernet = Supernet(space)
+    choices = BASE.copy()
+    choices[0] = [0, 0, 0, 1, 0, 1]  # 4 of 8 filters, a 3x3 kernel out of 5x5
+    model = space.architecture(choices).build()
+    supernet.give_weights(model)
+    block = supernet.blocks[0]
+    expected = block.depthwise[0].kernel.numpy()[1:4, 1:4]
+    np.testing.assert_array_equal(model.get_layer("block_0_depthwise_0").kernel, expected)
+    expected = block.project.kernel.numpy()[..., :4]
+    np.testing.assert_array_equal(model.get_layer("block_0_project").kernel, expected)
+
+
+def test_foreign_models_get_no_weights():
+    space = make_tiny_space()
+    supernet = Supernet(space)
+
+    def model_with(layer, shape=(8, 8, 1)):
+        inputs = keras.Input(shape)
+        return keras.Model(inputs, layer(inputs))
+
+    conv = keras.layers.Conv2D
+    larger = make_tiny_space(num_classes=5).architecture(BASE).build()
+    for message, model in (
+        ("Received: layer=mine", model_with(conv(8, 3, name="mine"))),
+        ("layer `stem` must have the weights kernel,.*bias", model_with(conv(8, 3, name="stem"))),
+        (
+            "weight `kernel` of the layer `stem` must fit .*Received: shape=\\(5, 5, 1, 8\\)",
+            model_with(conv(8, 5, use_bias=False, name="stem")),
+        ),
+        ("weight `kernel` of the layer `classes` must fit", larger),
+    ):
+        with pytest.raises(UserError, match=message):
+            supernet.give_weights(model)
+
+
+@pytest.fixture
+def channels_first():
+    keras.config.set_image_data_format("channels_first")
+    yield
+    keras.config.set_image_data_format("channels_last")
+
+
+def test_keras_data_format_changes_no_network(request):
+    space = make_tiny_space(input_shape=(8, 8, 3))
+    x = 255 * tf.random.stateless_uniform((4, *space.input_shape), (1, 2))
+    found = list(single_changes(space).items())
+
+    def outputs():
+        keras.utils.set_random_seed(0)
+        supernet = Supernet(space)
+        for architecture, choices in found:
+            model = architecture.build()
+            assert model.count_params() > architecture.params()  # the moving statistics
+            yield model.count_params()
+            yield model(x).numpy()
+            yield supernet(x, tf.constant(choices)).numpy()
+
+    expected = list(outputs())
+    request.getfixturevalue("channels_first")
+    for ours, theirs in zip(outputs(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("floatx", ["float16", "float64"])
+def test_other_float_types_are_refused(floatx):
+    space = make_tiny_space()
+    keras.config.set_floatx(floatx)
+    try:
+        for build in (check_floatx, space.architecture(BASE).build, lambda: Supernet(space)):
+            with pytest.raises(UserError, match=f"floatx must be float32; .*floatx={floatx}$"):
+                build()
+    finally:
+        keras.config.set_floatx("float32")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_dtype_policies_for_mixed_precision_give_about_the_same_logits(policy):
+    space = make_tiny_space()
+    x = 255 * tf.random.stateless_uniform((16, *space.input_shape), (1, 2))
+    expected = Supernet(space)
+    keras.config.set_dtype_policy(policy)
+    try:
+        mixed, model = Supernet(space), space.architecture(BASE).build()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    mixed.set_weights(expected.get_weights())
+    mixed.give_weights(model)
+    expected = expected(x, tf.constant(BASE))
+    for logits in (mixed(x, tf.constant(BASE)), model(x, training=True)):
+        assert logits.dtype == tf.float32
+        assert 0 < np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
