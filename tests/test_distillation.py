@@ -1,11 +1,14 @@
-"""Teachers: from files and from keras.applications, always pixels to logits."""
+"""Distillation: its loss, and teachers from files and from keras.applications."""
+
+import inspect
 
 import keras
 import numpy as np
 import pytest
 from helpers import make_tiny_space
 
-from fpnas_keras import distillation
+from fpnas_keras import UserError
+from fpnas_keras.networks import distillation
 
 SHAPE, CLASSES = (8, 8, 1), 3
 IMAGES = np.random.default_rng(0).uniform(0, 255, (5, *SHAPE)).astype(np.float32)
@@ -51,7 +54,7 @@ def test_a_keras_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["activation", "layer", "nested"])
-def test_a_softmax_is_taken_back(tmp_path, kind):
+def test_a_softmax_is_removed(tmp_path, kind):
     inputs = keras.Input(SHAPE)
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
     dense = keras.layers.Dense(CLASSES, activation="softmax" if kind == "activation" else None)
@@ -74,22 +77,36 @@ def test_an_architecture_with_weights(tmp_path):
     np.testing.assert_array_equal(teacher(IMAGES), model(IMAGES))
 
 
-def test_a_network_of_keras_applications_gets_what_it_was_made_for(tmp_path):
+@pytest.fixture(params=["channels_last", "channels_first"])
+def data_format(request):
+    """What a user's `keras.json` may say."""
+    yield request.param
+    keras.config.set_image_data_format("channels_last")
+
+
+def test_a_network_of_keras_applications_is_resized_and_preprocessed(tmp_path, data_format):
     original = keras.applications.MobileNetV2(
         weights=None, classes=CLASSES, classifier_activation=None
     )
-    for weight in original.trainable_weights:  # the network's own start gives next to nothing
+    for weight in original.trainable_weights:  # with the initial ones, logits are near 0
         weight.assign_add(0.1 * keras.random.normal(weight.shape, seed=1))
     original.save_weights(tmp_path / "teacher.weights.h5")
-    teacher = load("MobileNetV2", tmp_path / "teacher.weights.h5")
     rgb = keras.ops.image.resize(np.repeat(IMAGES, 3, axis=-1), (224, 224))
     expected = original(rgb / 127.5 - 1, training=False)
     assert np.abs(expected).max() > 1e-3
+    keras.config.set_image_data_format(data_format)
+    teacher = load("MobileNetV2", tmp_path / "teacher.weights.h5")
+    assert keras.config.image_data_format() == data_format
     # As `keras.distillation.Distiller` calls it.
     np.testing.assert_allclose(teacher(IMAGES, training=False), expected, rtol=1e-4)
-    assert {"MobileNetV3Small", "EfficientNetB0", "ResNet50"} <= set(
-        distillation.application_names()
-    )
+
+
+def test_all_networks_of_keras_applications_have_a_preprocessing_for_a_data_format():
+    names = distillation.application_names()
+    assert {"MobileNetV3Small", "EfficientNetB0", "ResNet50"} <= set(names)
+    for name in names:
+        module = inspect.getmodule(getattr(keras.applications, name))
+        assert "data_format" in inspect.signature(module.preprocess_input).parameters, name
 
 
 def test_bad_teachers_are_refused(tmp_path):
@@ -106,15 +123,15 @@ def test_bad_teachers_are_refused(tmp_path):
         ("`teacher` must be an existing .keras", "missing.keras"),
         ("must be for images of", tmp_path / "teacher.keras", None, (8, 8, 3)),
         ("and 4 classes. Received: .* 3 classes", tmp_path / "teacher.keras", None, SHAPE, 4),
-        ("a .keras file has its weights", tmp_path / "teacher.keras", "x.weights.h5"),
+        ("a .keras file has its own weights", tmp_path / "teacher.keras", "x.weights.h5"),
         ("needs `teacher_weights`", tmp_path / "teacher.json"),
         ("`teacher_weights` must be an existing", tmp_path / "teacher.json", "x.weights.h5"),
-        ("has no weights of", tmp_path / "teacher.json", tmp_path / "bad.weights.h5"),
+        ("does not hold the weights of", tmp_path / "teacher.json", tmp_path / "bad.weights.h5"),
         ("must end in logits or in a softmax.*sigmoid", tmp_path / "sigmoid.keras"),
         ("it ends in the operation Softmax", tmp_path / "operation.keras"),
         ("is for images of 1 or 3 channels", "MobileNetV2", None, (8, 8, 4)),
         ("MobileNetV2 has ImageNet's 1000 classes without `teacher_weights`", "MobileNetV2"),
         ("one of keras.applications .*MobileNetV2", "MobileNetV9"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load(*arguments)

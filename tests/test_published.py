@@ -1,4 +1,4 @@
-"""configs/architectures against what was published, Keras' networks and the TFLite graph."""
+"""configs/architectures against published numbers, keras.applications and TFLite graphs."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ from export.conversion import convert
 from fpnas_keras import Architecture, spaces
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "architectures"
-# Accuracies, flops and params of the published table.
+# Accuracy in %, MACs and parameters in the published table.
 NAS_BENCH_MACRO = {
     "22212220": (93.13, 85_164_544, 1_985_514),
     "22222221": (93.11, 98_865_664, 2_504_810),
@@ -29,7 +29,7 @@ def trainable(model):
 
 
 def counted_macs_of_tflite(tflite):
-    """A walk over the operators of a file, by the shapes of their tensors."""
+    """Counts the MACs of a TFLite file from the shapes of the tensors of its operators."""
     interpreter = Interpreter(
         model_content=tflite,
         experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
