@@ -222,7 +222,7 @@ class SearchSettings(RunSettings):
         "machine (mirrored), or over all machines that TF_CONFIG names (multiworker; --output_dir "
         "must be on a file system that they share).",
         "none",
-        choices=("none", "mirrored", "multiworker"),
+        choices=method.STRATEGIES,
         group="Run",
     )
     ranked_samples: int = setting(

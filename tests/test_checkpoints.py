@@ -1,4 +1,4 @@
-"""Broken-off trainings go on bit for bit; damage is found; one process in a directory."""
+"""Interrupted runs go on bit for bit; damage is found; one process works in a directory."""
 
 import os
 import signal
@@ -6,16 +6,12 @@ import signal
 import keras
 import numpy as np
 import pytest
-from absl import flags
 from helpers import make_tiny_space
 
 import fpnas_keras as fpnas
-from fpnas_keras import checkpoints as checkpoints_module
-from fpnas_keras.commands import Interrupted
-from fpnas_keras.networks.distillation import make_distiller
-from fpnas_keras.runs.callbacks import CoarseToFine, MetricsFile
-from fpnas_keras.runs.checkpoints import Checkpoints
-from fpnas_keras.runs.run_directory import Run
+from fpnas_keras.errors import Interrupted
+from fpnas_keras.networks import make_distiller
+from fpnas_keras.runs import Checkpoints, MetricsFile, RunDirectory, RunSettings, Session
 
 EPOCHS, STEPS = 4, 3
 
@@ -39,21 +35,16 @@ class BreakAfter(keras.callbacks.Callback):
 
 
 @pytest.fixture
-def make_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(flags.FLAGS["output_dir"], "value", str(tmp_path))
-    flags.FLAGS.mark_as_parsed()  # not parsed: other tests import flags that are required
+def begin(tmp_path):
+    """Begins a session in a directory, or goes on with the run there."""
 
-    def make(name="run", **kwargs):
-        run = Run(tmp_path / name, "fpnas_keras.runs.run_directory", "module", **kwargs)
-        run.begin()
-        return run
+    def begin(name="run", every="1", **kwargs):
+        settings = RunSettings(output_dir=tmp_path / name, checkpoint_every=every)
+        session = Session(RunDirectory(tmp_path / name), settings, "module", **kwargs)
+        session.begin()
+        return session
 
-    return make
-
-
-def close(run):
-    """As when its process ends."""
-    os.close(run._lock)
+    return begin
 
 
 def images():
@@ -61,9 +52,9 @@ def images():
     return rng.uniform(0, 255, (60, 8, 8, 1)).astype(np.float32), np.arange(60) % 3
 
 
-def search_part(run, *callbacks, every="1"):
-    """A search from where its run stopped; the variables at its end."""
-    checkpoints = Checkpoints(run, every)
+def search_part(session, *callbacks):
+    """A search, from where its run stopped to its end."""
+    checkpoints = Checkpoints(session)
     batches = fpnas.data.search_batches(
         *images(), batch_size=8, steps_per_epoch=STEPS, first_step=checkpoints.step
     )
@@ -77,12 +68,12 @@ def search_part(run, *callbacks, every="1"):
     )
     optimizer = keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 12), momentum=0.9)
     search.compile(optimizer, keras.optimizers.Adam(0.1))
-    fit(checkpoints, search, batches, run, [CoarseToFine(2), *callbacks])
+    fit(checkpoints, search, batches, session, [fpnas.CoarseToFine(2), *callbacks])
     return search
 
 
-def train_part(run, *callbacks, every="1"):
-    checkpoints = Checkpoints(run, every)
+def train_part(session, *callbacks):
+    checkpoints = Checkpoints(session)
     x, y = images()
     pictures = fpnas.data.Images(x.astype(np.uint8), y.astype(np.int32), ("a", "b", "c"), (8, 8, 1))
     augmentation = fpnas.data.Augmentation(1, random_flip=True, mix_up=0.2)
@@ -102,12 +93,13 @@ def train_part(run, *callbacks, every="1"):
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     optimizer.build(model.trainable_variables)
     model.compute_metrics(None, np.zeros((1, 3)), np.zeros((1, 3)))
-    fit(checkpoints, model, batches, run, callbacks)
+    fit(checkpoints, model, batches, session, callbacks)
     return model
 
 
-def fit(checkpoints, model, batches, run, callbacks):
-    metrics_file = MetricsFile(run.path("metrics.csv"), lambda epoch, logs: {"epoch": epoch} | logs)
+def fit(checkpoints, model, batches, session, callbacks):
+    path = session.run.metrics_file
+    metrics_file = MetricsFile(path, lambda epoch, logs: {"epoch": epoch} | logs)
     checkpoints.fit(
         model,
         batches,
@@ -118,8 +110,8 @@ def fit(checkpoints, model, batches, run, callbacks):
     )
 
 
-def state(model, run):
-    rows = run.path("metrics.csv").read_text().splitlines()
+def state(model, session):
+    rows = session.run.metrics_file.read_text().splitlines()
     optimizers = [model.optimizer, getattr(model, "architecture_optimizer", None)]
     variables = model.variables + [v for each in optimizers if each for v in each.variables]
     return [np.array(v) for v in variables], [row.rsplit(",", 1)[0] for row in rows]
@@ -130,53 +122,54 @@ def state(model, run):
     # A kill loses the step that it comes in; with a checkpoint every second step another one.
     [(search_part, "2", (6, 2, 6)), (train_part, "1", (3, 5, 2, 1))],
 )
-def test_broken_off_again_and_again_it_ends_bit_for_bit(make_run, part, every, breaks):
+def test_broken_off_again_and_again_it_ends_bit_for_bit(begin, part, every, breaks):
     """In the midst of epochs, at their ends, at the switch to joint logits, after the last."""
-    whole = make_run("whole")
+    whole = begin("whole")
     expected = state(part(whole), whole)
     for index, steps in enumerate(breaks):
         keras.utils.set_random_seed(index)  # the checkpoint brings what it was
-        run = make_run("broken")
+        session = begin("broken", every)
         with pytest.raises(Broken):
-            part(run, BreakAfter(steps), every=every)
-        close(run)
-    run = make_run("broken")
+            part(session, BreakAfter(steps))
+        session.close()
+    session = begin("broken", every)
     for _ in range(2):  # to the end, and once more after it
-        variables, rows = state(part(run, every=every), run)
+        variables, rows = state(part(session), session)
         assert rows == expected[1]
         assert len(variables) == len(expected[0])
         assert all(map(np.array_equal, variables, expected[0]))
 
 
-def test_a_signal_saves_and_ends(make_run):
-    run = make_run()
+def test_a_signal_saves_and_ends(begin):
+    session = begin()
     kill = BreakAfter(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(Interrupted, match="interrupted after step 5, which is saved") as caught:
-            train_part(run, kill, every="999s")
+            train_part(session, kill)
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert caught.value.signal == signal.SIGTERM
-    assert Checkpoints(run, "1").step == 5
+    assert Checkpoints(session).step == 5
     with pytest.raises(Interrupted, match=r"saved; to go on:\n  python -m module --flagfile="):  # noqa: SIM117
-        with run.interruptions():
+        with session.working():
             raise caught.value
 
 
-def saved(make_run, break_after=6):
-    run = make_run()
+def saved(begin, break_after=6):
+    session = begin()
     with pytest.raises(Broken):  # before that step is saved
-        train_part(run, BreakAfter(break_after))
-    return run, [run.path(f"checkpoints/step_{break_after - back}.ckpt") for back in (2, 1)]
+        train_part(session, BreakAfter(break_after))
+    folder = session.run.checkpoint_folder
+    return session, [folder / f"step_{break_after - back}.ckpt" for back in (2, 1)]
 
 
-def test_only_the_last_two_are_kept_and_a_damaged_one_is_passed_over(make_run, caplog):
-    run, (older, newer) = saved(make_run)
-    assert sorted(run.path("checkpoints").iterdir()) == [older, newer]
+def test_only_the_last_two_are_kept_and_a_damaged_one_is_passed_over(begin, caplog):
+    session, (older, newer) = saved(begin)
+    assert sorted(session.run.path("checkpoints").iterdir()) == [older, newer]
     content = newer.read_bytes()
-    assert Checkpoints(run, "1").step == 5
+    assert Checkpoints(session).step == 5
     rng = np.random.default_rng(0)
     damages = [content[:-1], content[: len(content) // 2], b"", content + b"0"]
     for position in rng.choice(len(content), 50, replace=False):
@@ -185,108 +178,110 @@ def test_only_the_last_two_are_kept_and_a_damaged_one_is_passed_over(make_run, c
         damages.append(bytes(flipped))
     for damaged in damages:
         newer.write_bytes(damaged)
-        assert Checkpoints(run, "1").step == 4
+        assert Checkpoints(session).step == 4
     assert f"{newer} is damaged" in caplog.text
     # The damaged one is not counted among those that are kept.
     with pytest.raises(Broken):
-        train_part(run, BreakAfter(3))
-    assert Checkpoints(run, "1").step == 6
+        train_part(session, BreakAfter(3))
+    assert Checkpoints(session).step == 6
     newer.write_bytes(b"")
-    run.path("checkpoints/step_6.ckpt").write_bytes(b"")
-    assert Checkpoints(run, "1").step == 0
+    session.run.path("checkpoints/step_6.ckpt").write_bytes(b"")
+    assert Checkpoints(session).step == 0
     assert "no checkpoint is whole" in caplog.text
 
 
-def test_a_checkpoint_of_another_model_is_refused(make_run):
-    run, _ = saved(make_run)
+def test_a_checkpoint_of_another_model_is_refused(begin):
+    session, _ = saved(begin)
     with pytest.raises(ValueError, match="is of another version of the program or of other data"):
-        search_part(run)
+        search_part(session)
 
 
-def test_weights_that_are_not_finite_are_not_saved(make_run):
+def test_weights_that_are_not_finite_are_not_saved(begin):
     def spoil(model):
         weight = model.trainable_variables[3]
         weight.assign(np.full(weight.shape, np.nan))
 
-    run = make_run()
+    session = begin()
     with pytest.raises(ValueError, match=r"not finite at step 4; .*last good .*step_3\.ckpt"):
         # It comes before `Checkpoints` in the list of callbacks.
-        train_part(run, BreakAfter(4, spoil))
-    assert Checkpoints(run, "1").step == 3
+        train_part(session, BreakAfter(4, spoil))
+    assert Checkpoints(session).step == 3
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(make_run, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(begin, monkeypatch):
     def full(self, content):
         with self.open("wb") as file:
             file.write(content[:100])
         raise OSError(28, "No space left on device")
 
     def fill(_):
-        monkeypatch.setattr(type(run.directory), "write_bytes", full)
+        monkeypatch.setattr(type(session.run.directory), "write_bytes", full)
 
-    run = make_run()
+    session = begin()
     with pytest.raises(OSError, match="No space left"):
-        train_part(run, BreakAfter(4, fill))
-    assert sorted(path.name for path in run.path("checkpoints").iterdir()) == [
+        train_part(session, BreakAfter(4, fill))
+    assert sorted(path.name for path in session.run.path("checkpoints").iterdir()) == [
         "step_2.ckpt",
         "step_3.ckpt",
     ]
 
 
-def test_a_finished_run_has_no_checkpoints(make_run):
-    run, _ = saved(make_run)
-    run.finish()
-    assert not run.checkpoints.exists()
-    run.checkpoints.mkdir()  # as when a kill comes in between
-    close(run)
-    assert Run(run.directory, "fpnas_keras.runs.run_directory", "module").finished
-    assert not run.checkpoints.exists()
+def test_a_finished_run_has_no_checkpoints(begin):
+    session, _ = saved(begin)
+    session.finish()
+    assert not session.run.checkpoint_folder.exists()
+    session.run.checkpoint_folder.mkdir()  # as when a kill comes in between
+    session.close()
+    assert Session(session.run, session.settings, "module").run.finished
+    assert not session.run.checkpoint_folder.exists()
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(make_run):
-    run, (_, newer) = saved(make_run)
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(begin):
+    session, (_, newer) = saved(begin)
     newer.unlink()
     newer.mkdir()
     with pytest.raises(OSError, match="Is a directory"):
-        Checkpoints(run, "1")
+        Checkpoints(session)
 
 
-def test_one_process_at_a_time(make_run, tmp_path):
-    run = make_run()
+def test_one_process_at_a_time(begin, tmp_path):
+    session = begin()
     with pytest.raises(ValueError, match=f"another process is at work in `output_dir` {tmp_path}"):
-        make_run()
-    make_run(writes=False)  # the other workers of a cluster
-    close(run)
-    make_run()
+        begin()
+    begin(writes=False)  # the other workers of a cluster
+    session.close()
+    begin()
 
 
-def test_a_run_that_ends_while_another_starts_is_not_begun_anew(make_run, tmp_path):
-    late = Run(tmp_path / "new", "fpnas_keras.runs.run_directory", "module")
-    first = make_run("new")
+def test_a_run_that_ends_while_another_starts_is_not_begun_anew(begin, tmp_path):
+    settings = RunSettings(output_dir=tmp_path / "new", checkpoint_every="1")
+    late = Session(RunDirectory(tmp_path / "new"), settings, "module")
+    first = begin("new")
     first.finish()
-    close(first)
+    first.close()
     with pytest.raises(ValueError, match="another process has just finished"):
         late.begin()
 
 
-def test_what_a_kill_left_is_removed(make_run):
-    run = make_run()
-    run.path(".123.metrics.csv").write_text("half")
-    close(run)
-    assert not make_run().path(".123.metrics.csv").exists()
+def test_what_a_kill_left_is_removed(begin):
+    session = begin()
+    session.run.path(".123.metrics.csv").write_text("half")
+    session.close()
+    assert not begin().path(".123.metrics.csv").exists()
 
 
-def test_a_file_of_the_user_must_stay_what_it_was(make_run, tmp_path):
+def test_a_file_of_the_user_must_stay_what_it_was(begin, tmp_path):
     file = tmp_path / "mine.json"
     file.write_text("{}")
-    run = make_run()
-    run.begin(space=str(file), latency_table=None)
-    assert run.path("space.json").read_text() == "{}"
+    session = begin()
+    session.begin(space=str(file), latency_table=None)
+    assert session.run.path("space.json").read_text() == "{}"
     file.write_text('{"more": 1}')
     with pytest.raises(ValueError, match=r"`space` .*mine.json is not what the run in .* began"):
-        run.begin(space=str(file))
+        session.begin(space=str(file))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "60m", "s", "", "1e3"])
-def test_how_often_must_be_steps_or_seconds(value):
-    assert not checkpoints_module._EVERY.fullmatch(value)
+def test_how_often_must_be_steps_or_seconds(tmp_path, value):
+    with pytest.raises(fpnas.UserError, match="`checkpoint_every` must be a number of seconds"):
+        RunSettings(output_dir=tmp_path, checkpoint_every=value)

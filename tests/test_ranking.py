@@ -11,8 +11,9 @@ import tensorflow as tf
 from helpers import make_tiny_space, random_choices, write_latency_table
 
 import fpnas_keras as fpnas
-from fpnas_keras import data, ranking, searched
-from fpnas_keras.networks.plain_network import recalibrate
+from fpnas_keras import data
+from fpnas_keras.networks import recalibrate
+from fpnas_keras.runs import SearchRun, draw_architectures, rank_by_shared_weights
 
 pytestmark = pytest.mark.xdist_group("ranking")  # one search for all
 SPACE = """
@@ -57,11 +58,11 @@ def finished(tmp_path_factory, request):
 
 def test_a_finished_search_is_loaded_whole(finished):
     search, directory = finished
-    loaded = searched.load(directory)
+    loaded = SearchRun(directory).load_search()
     assert loaded.space == search.space
     assert loaded.derive() == search.derive()
     assert loaded.distribution.probabilities() == search.distribution.probabilities()
-    choices = search.distribution.mode()
+    choices = search.space.entries.to_choices(search.distribution.mode())
     x = images().x[:8].astype(np.float32)
     np.testing.assert_array_equal(loaded.supernet(x, choices), search.supernet(x, choices))
     assert loaded.cost.target == search.cost.target
@@ -80,7 +81,7 @@ def test_what_is_no_finished_search_is_refused(finished, tmp_path, missing):
     else:
         (other / missing).unlink()
     with pytest.raises(ValueError, match=missing):
-        searched.load(other)
+        SearchRun(other).load_search()
 
 
 def test_recalibrated_networks_give_what_the_supernet_gives_on_that_batch():
@@ -113,10 +114,10 @@ def test_statistics_are_the_mean_over_the_batches():
 
 def test_the_ranking_is_in_order_and_knows_the_pareto_front(finished, tmp_path):
     search, _ = finished
-    architectures = {"derived": search.derive()} | ranking.draw(search, 12, seed=1)
+    architectures = {"derived": search.derive()} | draw_architectures(search, 12, seed=1)
     # Equal ones count once, with a space's name or without it, as one writes it by hand.
     architectures["again"] = dataclasses.replace(search.derive(), space=None)
-    ranked = ranking.rank(search, architectures, images(), seed=0)
+    ranked = rank_by_shared_weights(search, architectures, images(), seed=0)
     assert [each.name for each in ranked].count("again") == 0
     assert len(ranked) == len(set(architectures.values())) - 1 > 4
     accuracies = [each.accuracy for each in ranked]
@@ -127,11 +128,13 @@ def test_the_ranking_is_in_order_and_knows_the_pareto_front(finished, tmp_path):
         assert better
     assert len({(each.accuracy, each.cost) for each in front}) == len({each.cost for each in front})
     for each in ranked:
-        choices = search.space.choices(each.architecture)
-        assert each.log_prob == pytest.approx(float(search.distribution.log_prob(choices)))
-        assert each.cost == pytest.approx(float(search.cost_table(choices[None])[0]))
-    ranking.save(tmp_path / "ranking.json", ranked, search.cost.unit)
-    saved = json.loads((tmp_path / "ranking.json").read_text())
+        entries = search.space.entries.from_choices(search.space.choices(each.architecture))
+        assert each.log_prob == pytest.approx(float(search.distribution.log_prob(entries)))
+        assert each.cost == pytest.approx(float(search.space_cost(entries[None])[0]))
+    run = SearchRun(tmp_path)
+    run.write_ranking(ranked, search.cost.unit)
+    saved = json.loads(run.ranking_file.read_text())
+    assert run.ranking == saved
     assert saved["cost_unit"] == "ms"
     assert [row["rank"] for row in saved["architectures"]] == list(range(1, len(ranked) + 1))
     for row, each in zip(saved["architectures"], ranked):
@@ -140,7 +143,7 @@ def test_the_ranking_is_in_order_and_knows_the_pareto_front(finished, tmp_path):
 
 def test_losses_are_those_of_the_whole_part(finished):
     search, _ = finished
-    (one,) = ranking.rank(search, {"derived": search.derive()}, images(), seed=0)
+    (one,) = rank_by_shared_weights(search, {"derived": search.derive()}, images(), seed=0)
     weights, architecture = data.split(images().y, 0.5, 0)
     model = one.architecture.build()
     search.supernet.give_weights(model)
@@ -157,4 +160,4 @@ def test_an_architecture_of_another_space_is_refused(finished):
     other = fpnas.spaces.get("mobile_mini", (8, 8, 1), 3)
     architecture = other.architecture(np.zeros(other.cardinalities.shape, int))
     with pytest.raises(ValueError, match=r"other is not of the search: `stem` must be"):
-        ranking.rank(search, {"other": architecture}, images())
+        rank_by_shared_weights(search, {"other": architecture}, images())

@@ -1,5 +1,16 @@
-from .architecture_search import ArchitectureSearch
-from .coarse_to_fine import CoarseToFine
-from .derivation import Derivation, most_probable
-from .distributions import BlockLogits, FactorizedLogits, JointLogits
-from .estimator import AdaptiveSamples, CostController, Samples
+from .architecture_search import ArchitectureSearch as ArchitectureSearch
+from .coarse_to_fine import CoarseToFine as CoarseToFine
+from .derivation import Derivation as Derivation
+from .derivation import most_probable as most_probable
+from .distributions import BlockLogits as BlockLogits
+from .distributions import FactorizedLogits as FactorizedLogits
+from .distributions import JointLogits as JointLogits
+from .estimator import AdaptiveSamples as AdaptiveSamples
+from .estimator import CostController as CostController
+from .estimator import Samples as Samples
+from .replicas import check_same_step as check_same_step
+from .replicas import make_strategy as make_strategy
+from .replicas import worker_failures as worker_failures
+from .strategies import STRATEGIES as STRATEGIES
+from .strategies import WorkerLostError as WorkerLostError
+from .strategies import is_chief as is_chief

@@ -1,0 +1,143 @@
+"""The code blocks of README and docs run as they stand, on small data and for few steps.
+
+A block after the comment `<!-- not run: reason -->` is only checked for its syntax and flags. All
+pages share one folder: a run that two pages name is made once.
+"""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+from helpers import ROOT, run
+from PIL import Image
+
+import export.latency
+import export.tflite
+import fpnas_keras.rank
+import fpnas_keras.search
+import fpnas_keras.train
+from fpnas_keras.__main__ import _MODULES
+
+pytestmark = pytest.mark.xdist_group("docs")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+# What makes each job short; files that an earlier page wrote are replaced.
+SHORT = {
+    fpnas_keras.search: (
+        "run_search",
+        {
+            "epochs": 2,
+            "steps_per_epoch": 2,
+            "warmup_steps": 1,
+            "batch_size": 8,
+            "ranked_samples": 2,
+        },
+    ),
+    fpnas_keras.train: ("run_training", {"epochs": 1, "batch_size": 16, "ema_momentum": 0.0}),
+    fpnas_keras.rank: ("run_ranking", {"samples": 2, "evaluation_images": 100}),
+    export.tflite: ("run_export", {"overwrite": True, "min_agreement": 0.0, "qat_epochs": 1}),
+    export.latency: (
+        "run_measuring",
+        {"rounds": 1, "network_seconds": 0.0, "max_entries": 50, "proof_networks": 5},
+    ),
+}
+
+
+def blocks(page):
+    """Reason not to run it, language and code of each block."""
+    return [found.group("reason", "language", "code") for found in BLOCK.finditer(page.read_text())]
+
+
+def commands(code):
+    """The words of each command of a block."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def to_module(words):
+    """The module that a command runs, and its flags; `None` for another program."""
+    if words[0] == "fpnas":
+        return _MODULES.get(words[1]), words[2:]
+    if words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("fpnas_keras", "export"):
+        return words[2], words[3:]
+    return None, words
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with 40 small photos of each of three classes."""
+    folder = tmp_path_factory.mktemp("docs")
+    rng = np.random.default_rng(0)
+    for index, name in enumerate(("daisy", "rose", "tulip")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(40):
+            pixels = rng.integers(0, 100, (64, 64, 3))
+            pixels[..., index] += 100
+            photo = Image.fromarray(pixels.astype(np.uint8))
+            photo.save(folder / "photos" / name / f"{number}.jpg")
+    photo.save(folder / "new_photo.jpg")
+    return folder
+
+
+@pytest.fixture
+def shortened(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for module, (name, changes) in SHORT.items():
+        function = getattr(module, name)
+
+        def short(settings, function=function, changes=changes):
+            return function(dataclasses.replace(settings, **changes))
+
+        monkeypatch.setattr(module, name, short)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_run(page, shortened):
+    names = {"__name__": "__main__"}
+    for reason, language, code in blocks(page):
+        if reason is None and language == "python":
+            exec(compile(code, page.name, "exec"), names)
+        elif reason is None and language == "bash":
+            for words in commands(code):
+                module, arguments = to_module(words)
+                assert module is not None, f"{shlex.join(words)}: say why it is not run"
+                result = run(module, *arguments)
+                assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_blocks_that_are_not_run_are_valid(page, monkeypatch):
+    """Python parses; commands of the project have flags that exist, with values in range."""
+    monkeypatch.chdir(ROOT)
+    for reason, language, code in blocks(page):
+        if reason is None:
+            continue
+        if language == "python":
+            compile(code, page.name, "exec")
+        for words in commands(code) if language == "bash" else ():
+            module, arguments = to_module(words)
+            if module is not None:
+                importlib.import_module(module).COMMAND.settings.from_flags(arguments)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.flags")), ids=lambda f: f.name)
+def test_flag_files_are_valid(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    module = fpnas_keras.train if file.stem.endswith("_train") else fpnas_keras.search
+    module.COMMAND.settings.from_flag_file(file)
+
+
+def test_links_lead_to_files():
+    for page in [*PAGES, ROOT / "BUILD.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" not in link:
+                target = pathlib.Path(os.path.normpath(page.parent / link))
+                assert target.exists(), f"{page.name}: {link}"
