@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import all_choices, make_tiny_space
+from helpers import all_choices, all_entries, make_tiny_space
 
 import fpnas_keras as fpnas
 from fpnas_keras.method.architecture_search import _loss_and_accuracy
@@ -65,8 +65,9 @@ def test_one_step_is_the_formula(penalty, deduplicate, blocks):
     weights = search.supernet.trainable_variables
     before = [w.numpy() for w in weights], logits.numpy()
     ((x_t, y_t), (x_v, y_v)) = next(iter(batches()))
-    choices = search.distribution.sample(count, 11, 0, stratified=True)
-    different = len(np.unique(choices, axis=0))
+    entries = search.distribution.sample(count, 11, 0, stratified=True)
+    choices = search.space.entries.to_choices(entries)
+    different = len(np.unique(entries, axis=0))
     assert different < count
 
     with tf.GradientTape() as tape:
@@ -77,16 +78,16 @@ def test_one_step_is_the_formula(penalty, deduplicate, blocks):
         objective, [w.value for w in weights], unconnected_gradients="zero"
     )
     l_v = tf.stack([-_loss_and_accuracy(y_v, search.supernet(x_v, c))[0] for c in choices])
-    costs = np.array([search.space.architecture(c).macs() for c in choices.numpy()])
+    costs = np.array([search.space.architecture(c).macs() for c in choices])
     penalties = np.maximum(0, costs / target - 1).astype(np.float32)
     assert np.count_nonzero(penalties) > 0
     with tf.GradientTape() as tape:
-        log_p = search.distribution.log_prob(choices)
+        log_p = search.distribution.log_prob(entries)
         loss = -tf.reduce_sum((tf.nn.softmax(scale * l_v) - 1 / count) * log_p)
         if penalty == "expected":
             every = all_choices(search.space)
             macs = [search.space.architecture(c).macs() for c in every]
-            p = tf.exp(search.distribution.log_prob(tf.constant(every)))
+            p = tf.exp(search.distribution.log_prob(all_entries(search.space)))
             loss += beta * tf.reduce_sum(p * np.array(macs, np.float32)) / target
         else:
             term = tf.reduce_sum((penalties - penalties.mean()) * log_p) / count
@@ -145,7 +146,7 @@ def test_nothing_is_retraced_while_the_number_of_samples_changes(monkeypatch):
 
 
 def expected_cost(search):
-    return float(search.cost_table.expected(search.distribution.entry_probabilities()))
+    return float(search.space_cost.expected(search.distribution.entry_probabilities()))
 
 
 @pytest.mark.parametrize("target", [16_000, 45_000])
@@ -190,7 +191,7 @@ def test_derive_meets_budgets():
     logits = search.distribution.logits
     logits.assign(tf.random.stateless_normal(logits.shape, (3, 2)))
     choices = all_choices(search.space)
-    log_p = search.distribution.log_prob(tf.constant(choices)).numpy()
+    log_p = search.distribution.log_prob(all_entries(search.space)).numpy()
     macs = np.array([search.space.architecture(each).macs() for each in choices])
 
     def best(budget):
@@ -234,7 +235,7 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
         distribution="coarse_to_fine",
         blocks=2,
     )
-    choices = tf.constant(all_choices(search.space))
+    entries = tf.constant(all_entries(search.space))
 
     class Look(keras.callbacks.Callback):
         """Runs after the switch of the same epoch."""
@@ -245,7 +246,7 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
                 assert search.distribution is after
                 assert np.any(before.logits.numpy() != 0)
                 np.testing.assert_allclose(
-                    before.log_prob(choices), after.log_prob(choices), atol=1e-5
+                    before.log_prob(entries), after.log_prob(entries), atol=1e-5
                 )
                 assert int(search.architecture_optimizer.iterations.numpy()) == 0
                 self.traced = len(calls)
@@ -267,7 +268,7 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
         callbacks=[fpnas.CoarseToFine(epoch=1), look],
     )
     assert look.traced == 2 and len(calls) == 4  # training and validation batch, each twice
-    moved = search.distributions[0].log_prob(choices) - search.distribution.log_prob(choices)
+    moved = search.distributions[0].log_prob(entries) - search.distribution.log_prob(entries)
     assert np.abs(moved).max() > 0.01
     with pytest.raises(ValueError, match="only a search with distribution='coarse_to_fine'"):
         search.refine()
@@ -287,7 +288,7 @@ def test_parsec_is_a_setting():
     samples = search.ask()
     assert samples.counts.numpy().tolist() == [1] * 4
     log_likelihoods = tf.constant([-1.0, -2.0, -0.5, -0.1])
-    gradient = search.distribution.gradient(samples.choices, -tf.nn.softmax(log_likelihoods))
+    gradient = search.distribution.gradient(samples.entries, -tf.nn.softmax(log_likelihoods))
     expected = search.distribution.logits.numpy() - gradient
     search.tell(samples, log_likelihoods)
     np.testing.assert_allclose(search.distribution.logits, expected, atol=1e-6)
@@ -384,11 +385,11 @@ def test_coarse_to_fine_needs_joint_logits_and_may_go_on():
 
 
 def test_all_distributions_start_from_one_distribution():
-    choices = tf.constant(all_choices(make_tiny_space()))
+    entries = all_entries(make_tiny_space())
     kinds = ("factorized", "joint")
     factorized, joint = (make_search(distribution=each, blocks=4) for each in kinds)
     np.testing.assert_allclose(
-        factorized.distribution.log_prob(choices), joint.distribution.log_prob(choices), atol=1e-5
+        factorized.distribution.log_prob(entries), joint.distribution.log_prob(entries), atol=1e-5
     )
 
 
@@ -417,6 +418,30 @@ def test_logits_stay_float32_under_mixed_precision():
     assert np.isfinite(history["train_loss"][0])
 
 
+@pytest.mark.parametrize("floatx", ["float16", "float64"])
+def test_another_floatx_is_refused(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+        with pytest.raises(fpnas.UserError, match=f"floatx must be float32.*floatx={floatx}"):
+            fpnas.ArchitectureSearch(make_tiny_space(blocks=1))
+    finally:
+        keras.config.set_floatx("float32")
+
+
+def test_architectures_of_samples_are_those_that_the_supernet_runs():
+    search = make_search(samples=6, blocks=2)
+    samples = search.ask()
+    architectures = search.architectures(samples)
+    assert len(set(architectures)) == len(architectures) == len(samples.counts) > 1
+    x, y = tiny_images(10)
+    losses = search.evaluate_samples(samples, (x, y)).numpy()[:, 0]
+    for architecture, loss in zip(architectures, losses):
+        model = architecture.build()
+        search.supernet.give_weights(model)
+        expected = _loss_and_accuracy(y, model(x, training=True))[0]
+        assert loss == pytest.approx(float(expected), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -425,9 +450,9 @@ def test_logits_stay_float32_under_mixed_precision():
             {"cost": fpnas.ParamsCost(target=10)},
             "parameters, the least and the largest cost",
         ),
-        ({"samples": 1}, "`samples` must be at least 2 a step with the control variate"),
+        ({"samples": 1}, "`samples` must be at least 2 per step with the control variate"),
         ({"samples": fpnas.AdaptiveSamples(minimum=1)}, "`samples` must be at least 2"),
-        ({"samples": 0, "control_variate": False}, "`samples` must be at least 1 a step"),
+        ({"samples": 0, "control_variate": False}, "`samples` must be at least 1 per step"),
         ({"cost": fpnas.MacsCost(target=1e6)}, "`target` must be from 7,192 to 148,312 MACs"),
         ({"warmup_samples": 0}, "`warmup_samples` must be at least 1"),
         ({"cost_coefficient": float("nan")}, "`cost_coefficient` must be a `CostController` or"),

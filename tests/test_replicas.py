@@ -1,4 +1,4 @@
-"""Samples shared out among replicas: the result is that of one process."""
+"""Several replicas that evaluate the samples of a step: the result is that of one process."""
 
 import json
 import pathlib
@@ -17,7 +17,8 @@ from helpers import ROOT, SMALL_SPACE, environment, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpnas_keras.method.replicas import is_chief, make_strategy, own_share
+from fpnas_keras.method.replicas import make_strategy, own_share, worker_failures
+from fpnas_keras.method.strategies import WorkerLostError, is_chief
 
 pytestmark = pytest.mark.xdist_group("replicas")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=4"]
@@ -35,7 +36,7 @@ def test_each_sample_is_one_replicas_and_the_work_is_even(costs, replicas):
     assert max(sums) - min(sums) <= max(costs, default=0)
 
 
-# On two logical devices, which must be made before TensorFlow does anything: a process of its own.
+# Needs two logical devices, which must be configured before TensorFlow starts: a new process.
 MIRRORED = """
 import sys
 import keras, numpy as np, tensorflow as tf
@@ -159,7 +160,7 @@ def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(search, two, tmp
     died = time.monotonic()
     assert processes[0].wait(timeout=60) == 128 + signal.SIGUSR1, logs(directory)
     print(f"the other worker ended after {time.monotonic() - died:.0f} s")
-    message = "another worker is not reached any more. Start all workers again"
+    message = "another worker cannot be reached any more. Start all workers again"
     assert message in logs(directory)[0]
     assert "Traceback" not in logs(directory)[0]
     assert not (directory / "summary.json").exists()
@@ -209,3 +210,33 @@ def test_one_of_all_workers_writes(monkeypatch, kind, index, cluster, chief):
     config["task"] = {"type": kind, "index": index}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     assert is_chief("multiworker") == chief
+
+
+def test_errors_of_a_lost_worker_are_named_under_several_workers_only(monkeypatch):
+    error = tf.errors.UnavailableError(None, None, "Socket closed\nand more")
+    with pytest.raises(tf.errors.UnavailableError), worker_failures(None):
+        raise error
+    with pytest.raises(tf.errors.UnavailableError), worker_failures(tf.distribute.get_strategy()):
+        raise error
+
+    class Several:
+        """A real one waits for its workers."""
+
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", Several)
+    with (
+        pytest.raises(
+            WorkerLostError, match=r"worker cannot be reached.*\(Socket closed\)$"
+        ) as raised,
+        worker_failures(Several()),
+    ):
+        raise error
+    assert raised.value.exit_code == 128 + signal.SIGUSR1
+    assert "\n" not in str(raised.value)
+    with pytest.raises(tf.errors.InvalidArgumentError), worker_failures(Several()):
+        raise tf.errors.InvalidArgumentError(None, None, "no worker's fault")
+
+
+def test_strategies_load_without_tensorflow():
+    code = "import sys, fpnas_keras.method.strategies; print('tensorflow' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr

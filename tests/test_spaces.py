@@ -1,16 +1,19 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from helpers import all_choices, random_choices
+from helpers import ROOT, all_choices, make_tiny_space, random_choices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpnas_keras import MacsCost, spaces
-from fpnas_keras.cost import CostTable
-from fpnas_keras.spaces import SAME, SearchBlock
+from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.cost import SpaceCost
+from fpnas_keras.spaces import SAME, Entries, SearchBlock, Space
 
 SHARED = {
     "filters": st.just((SAME,)) | st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True),
@@ -32,9 +35,9 @@ _IRRELEVANT = {"kernel_size": 3, "expansion": 1, "activation": "relu", "splits":
 
 def test_mobile_mini_has_the_sizes_it_says():
     space = spaces.get("mobile_mini")
-    table = CostTable(space, MacsCost())
-    assert table.least() < 1e6
-    assert 10e6 < table.largest() < 12.5e6
+    space_cost = SpaceCost(space, MacsCost())
+    assert space_cost.least() < 1e6
+    assert 10e6 < space_cost.largest() < 12.5e6
     assert [block.strides for block in space.blocks] == [2, 1, 2, 1, 1, 2, 1, 1]
     # 24 combinations of the other variables, one more where a block may be skipped.
     assert space.num_architectures == (3 * 24) * 25 * (3 * 24) * 25**2 * (4 * 24) * 25**2
@@ -48,7 +51,7 @@ def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
 @given(BLOCKS)
 def test_number_of_choices_of_any_block(block):
     """Each different block once, and every combination of choices is one of them."""
-    rows = block.all_blocks(16)
+    rows = [block.blocks(choices, 16) for choices in block.entries]
     assert all(len(row) == block.repeats and set(row[1:]) <= {row[-1]} for row in rows)
     assert all(
         (each.filters, each.strides) == (row[0].filters, 1) for row in rows for each in row[1:]
@@ -213,7 +216,10 @@ def test_bad_space_files_are_refused_by_key(tmp_path, change, message):
         ("def space(): pass", "fails: TypeError"),
         ("1 / 0", "fails: ZeroDivisionError"),
         ("import sys; sys.exit(3)", "fails: SystemExit"),
-        (PYTHON_SPACE.replace("blocks, Head", "[3], Head"), "`blocks` must be of SearchBlock"),
+        (
+            PYTHON_SPACE.replace("blocks, Head", "[3], Head"),
+            "`blocks` of a space must be a list of SearchBlock",
+        ),
         (PYTHON_SPACE.replace("Stem(8)", "8"), "`stem` of a space must be a Stem"),
         (PYTHON_SPACE.replace("num_classes, Stem", "7, Stem"), "must make a space for images of"),
     ],
@@ -230,7 +236,7 @@ def test_bad_python_spaces_are_refused(tmp_path, text, message):
 def test_a_file_does_not_take_the_name_of_another_space(tmp_path):
     file = tmp_path / "fpnas.json"
     file.write_text(EXAMPLE.read_text())
-    with pytest.raises(ValueError, match="must not be named as one of"):
+    with pytest.raises(ValueError, match="must not have the name of a built-in space"):
         spaces.get(file)
 
 
@@ -256,11 +262,11 @@ def test_blocks_that_share_their_choices_must_be_equal():
 )
 def test_large_spaces_have_the_sizes_they_say(name, blocks, rows, least, largest):
     space = spaces.get(name, input_shape=(224, 224, 3), num_classes=1000)
-    table = CostTable(space, MacsCost())
+    space_cost = SpaceCost(space, MacsCost())
     assert len(space.blocks) == rows
     assert len(space.architecture(0 * space.cardinalities).blocks) == blocks
-    assert table.least() == pytest.approx(least, rel=0.02)
-    assert table.largest() == pytest.approx(largest, rel=0.002)
+    assert space_cost.least() == pytest.approx(least, rel=0.02)
+    assert space_cost.largest() == pytest.approx(largest, rel=0.002)
 
 
 @settings(max_examples=20, deadline=None)
@@ -269,3 +275,64 @@ def test_every_space_reads_its_own_architectures(name, seed):
     space = spaces.get(name)
     choices = random_choices(space, np.random.default_rng(seed))
     assert np.array_equal(space.choices(space.architecture(choices)), choices)
+
+
+def one_of_each_operation():
+    """Compound variables, in blocks that share them too, with filters that are searched."""
+    operations = ({"skip": True}, {"kernel_size": 3, "splits": 1}, {"kernel_size": 5, "splits": 0})
+    blocks = [
+        SearchBlock(filters=(8, 12), strides=2, operation=operations[1:]),
+        SearchBlock(filters=(SAME,), operation=operations, repeats=2),
+        SearchBlock(filters=(12, 8), operation=operations[:2]),
+    ]
+    return Space("operations", (9, 7, 1), 3, Stem(8), blocks, Head(16))
+
+
+@pytest.mark.parametrize(
+    "space", [make_tiny_space(), make_tiny_space(blocks=3), one_of_each_operation()]
+)
+def test_parts_are_the_union_of_those_of_all_architectures(space):
+    found = list(space.parts())
+    entries = np.stack(
+        np.unravel_index(np.arange(space.num_architectures), space.entries.counts), -1
+    )
+    expected = set()
+    for choices in space.entries.to_choices(entries):
+        expected.update(space.architecture(choices).parts())
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    assert found[0].layers == space.stem
+    heads = [part for part in found if part.layers == space.head]
+    assert found[-len(heads) :] == heads
+    assert found == list(space.parts())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(BLOCKS, min_size=1, max_size=3), st.integers(0, 99))
+def test_entries_to_choices_and_back(search_blocks, seed):
+    entries = Entries(search_blocks)
+    drawn = np.random.default_rng(seed).integers(0, entries.counts, (2, 5, len(search_blocks)))
+    choices = entries.to_choices(drawn)
+    assert np.array_equal(entries.from_choices(choices), drawn)
+    for index, search_block in enumerate(search_blocks):
+        assert np.array_equal(choices[..., index, :], search_block.entries[drawn[..., index]])
+    flat = entries.choices.reshape(-1, choices.shape[-1])[drawn + entries.offsets]
+    assert np.array_equal(flat, choices)
+    assert np.array_equal(entries.exists.sum(axis=1), entries.counts)
+
+
+def test_choices_that_are_no_entry_are_refused():
+    space = spaces.get("nas_bench_macro")
+    choices = space.entries.to_choices(np.zeros(8, int))
+    choices[0] = [0, 0, 1, 0, 0, 0]  # Kernel size 5 with expansion 3 is none of the operations.
+    with pytest.raises(ValueError, match="must be choices of entries"):
+        space.entries.from_choices(choices)
+
+
+def test_spaces_load_without_tensorflow():
+    code = "import sys, fpnas_keras.spaces as s; s.get('fpnas').entries; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "numpy" in loaded
+    assert not {"tensorflow", "keras"} & set(loaded)
