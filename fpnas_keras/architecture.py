@@ -1,9 +1,9 @@
 """A network as data: its stem, blocks and head, as JSON, with its MACs and parameters.
 
-Nothing here needs Keras: only `Architecture.build` imports it.
+Only `Architecture.build` needs Keras, and imports it.
 
-MACs are what the papers call FLOPS: the multiply-adds of convolutions and dense layers for one
-image. Batch norms, activations, pooling and the gates of attention do not count.
+MACs are the multiply-adds of convolutions and dense layers for one image, which the papers call
+FLOPS. Batch normalizations, activations, pooling and the gates of attention do not count.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 ACTIVATIONS = ("relu", "relu6", "hard_silu")
 SPLITS = (0, 1, 2, 4)
-# Far above any network, low enough that no count or shape overflows.
+# Far above any real network, but low enough that no count or shape overflows.
 MAX_FILTERS = 65_536
 MAX_SIZE = 16_384
 MAX_BLOCKS = 1_000
@@ -37,7 +37,17 @@ MAX_BLOCKS = 1_000
 
 @dataclasses.dataclass(frozen=True)
 class Stem:
-    """The first convolution: `kernel_size` square, batch norm, activation."""
+    """The first layers: a convolution, a batch normalization, an activation.
+
+    Args:
+        filters: Channels out.
+        kernel_size: Side of the kernel, odd.
+        strides: Stride of the convolution.
+        activation: One of `ACTIVATIONS`.
+
+    Raises:
+        UserError: If a value is out of its range.
+    """
 
     filters: int
     kernel_size: int = 3
@@ -55,9 +65,9 @@ class Stem:
 class Block:
     """One MBConv block of an architecture.
 
-    A block with `skip` is the identity, or a 1x1 projection where the shapes
-    differ. Its other variables are irrelevant, all but `filters`; they take
-    fixed values here, so that equal networks compare as equal.
+    A block with `skip` is the identity, or a 1x1 projection if the shapes of input and output
+    differ. Its other variables but `filters` are irrelevant. They are set to their defaults, so
+    that equal networks compare as equal.
 
     Args:
         filters: Channels out.
@@ -65,12 +75,17 @@ class Block:
         expansion: Ratio of the expanded channels to the channels in.
         strides: Stride of the block.
         activation: One of `ACTIVATIONS`.
-        splits: Attention. 0: none, 1: squeeze-excite, 2 or 4: split-attention
+        splits: The attention. 0 is none, 1 is squeeze-excite, 2 or 4 is split-attention
             (ResNeSt, arXiv:2004.08955) over that many depthwise convolutions.
         skip: Whether the block is skipped.
 
     Raises:
-        UserError: When a value is out of its range.
+        UserError: If a value is out of its range.
+
+    Example:
+
+    >>> Block(24, kernel_size=5, skip=True) == Block(24, kernel_size=3, skip=True)
+    True
     """
 
     filters: int
@@ -99,7 +114,16 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The last layers: 1x1 convolution, pooling, optional dense layer."""
+    """The last layers: a 1x1 convolution, pooling, optionally a dense layer, and the classes.
+
+    Args:
+        filters: Channels out of the convolution.
+        activation: One of `ACTIVATIONS`.
+        dense_units: Units of the hidden dense layer, `None` for no such layer.
+
+    Raises:
+        UserError: If a value is out of its range.
+    """
 
     filters: int
     activation: str = "relu"
@@ -113,13 +137,13 @@ class Head:
 
 
 class Part(NamedTuple):
-    """A stem, a block or a head where it stands in a network: what a cost is given.
+    """A stem, a block or a head, with the shape of its input. Costs are functions of parts.
 
     Attributes:
         layers: The stem, block or head.
-        size: Height and width of what comes in.
-        channels: Channels of what comes in.
-        num_classes: Number of classes; 0 but for a head.
+        size: Height and width of the input.
+        channels: Channels of the input.
+        num_classes: Number of classes of a head; 0 for a stem or a block.
     """
 
     layers: Stem | Block | Head
@@ -138,11 +162,10 @@ class Architecture:
         stem: The stem.
         blocks: The blocks, in order.
         head: The head.
-        space: Name of the space it was chosen from, `None` for one that was
-            written by hand.
+        space: Name of the space that it was chosen from. `None` if it was written by hand.
 
     Raises:
-        UserError: When a value is out of its range.
+        UserError: If a value is out of its range.
 
     Example:
 
@@ -175,11 +198,11 @@ class Architecture:
         """Builds the network with fresh weights.
 
         Args:
-            bn_momentum: Momentum of the batch normalizations' moving statistics.
+            bn_momentum: Momentum of the moving statistics of batch normalization.
 
         Returns:
-            A functional `keras.Model`: float32 images of pixels 0..255, shape
-            `(batch,) + input_shape`, to logits, shape `(batch, num_classes)`.
+            A functional `keras.Model`. It takes images with pixels 0..255, float32 of shape
+            `(batch,) + input_shape`, and returns logits of shape `(batch, num_classes)`.
         """
         # Imported here: an architecture is plain data and loads without Keras.
         from fpnas_keras.networks import build_network
@@ -187,12 +210,12 @@ class Architecture:
         return build_network(self, bn_momentum=bn_momentum)
 
     def parts(self) -> list[Part]:
-        """Stem, blocks and head, each with what comes into it."""
+        """Stem, blocks and head, each with the shape of its input."""
         size, channels = self.input_shape[:2], self.input_shape[2]
         parts = []
-        for each in (self.stem, *self.blocks):
-            parts.append(Part(each, size, channels))
-            size, channels = output_size(size, each.strides), each.filters
+        for layers in (self.stem, *self.blocks):
+            parts.append(Part(layers, size, channels))
+            size, channels = output_size(size, layers.strides), layers.filters
         return [*parts, Part(self.head, size, channels, self.num_classes)]
 
     def count(self) -> "Count":
@@ -204,11 +227,11 @@ class Architecture:
         return self.count().macs
 
     def params(self) -> int:
-        """Number of trainable parameters. The moving statistics of batch norms do not count."""
+        """Number of trainable parameters, without the moving statistics of batch normalization."""
         return self.count().params
 
     def to_dict(self) -> dict[str, Any]:
-        """The architecture as in `architecture.json`."""
+        """The architecture as plain data, as in `architecture.json`."""
         return {
             "format": FORMAT,
             "space": self.space,
@@ -221,11 +244,10 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Architecture":
-        """Reads what `to_dict` gives.
+        """The inverse of `to_dict`.
 
         Raises:
-            UserError: When a key is missing, unknown or has a bad value; the
-                message names the key.
+            UserError: If a key is missing, unknown or has a bad value; the message names the key.
         """
         keys = ("format", "space", "input_shape", "num_classes", "stem", "blocks", "head")
         check_keys(data, keys, "the architecture")
@@ -249,14 +271,13 @@ class Architecture:
         """Reads an architecture file.
 
         Raises:
-            UserError: When the file is not an architecture; the message names
-                the file and the key.
+            UserError: If the file is not an architecture; the message names the file and the key.
         """
         return read_json(path, "an architecture", cls.from_dict)
 
 
 class Count(NamedTuple):
-    """MACs and trainable parameters of a part of a network, or of all of it."""
+    """MACs and trainable parameters of a part of a network or of a whole network."""
 
     macs: int = 0
     params: int = 0
@@ -266,7 +287,7 @@ class Count(NamedTuple):
 
 
 def count_part(part: Part) -> Count:
-    """Counts the MACs and the parameters of a stem, a block or a head."""
+    """Counts the MACs and the trainable parameters of a stem, a block or a head."""
     if isinstance(part.layers, Stem):
         return _count_stem(part.layers, part.size, part.channels)
     if isinstance(part.layers, Block):
@@ -277,24 +298,29 @@ def count_part(part: Part) -> Count:
 def make_divisible(value: float, divisor: int = 8) -> int:
     """Rounds a number of channels to a multiple of `divisor`, as MobileNet does.
 
-    At least `divisor`, and never more than 10% below `value`.
+    The result is at least `divisor`, and never more than 10% below `value`.
+
+    Example:
+
+    >>> make_divisible(19), make_divisible(11)  # 8 would be more than 10% below 11.
+    (24, 16)
     """
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def expanded_filters(filters_in: int, expansion: float) -> int:
-    """Channels of a block between its expand and its project convolution."""
+    """Channels between the expand and the project convolution of a block."""
     return filters_in if expansion == 1 else make_divisible(filters_in * expansion)
 
 
 def attention_filters(expanded: int) -> int:
-    """Channels of the bottleneck of a block's attention."""
+    """Channels of the bottleneck of the attention of a block."""
     return make_divisible(0.25 * expanded)
 
 
 def output_size(size: Sequence[int], strides: int) -> tuple[int, int]:
-    """Height and width after a layer with "same" padding."""
+    """Height and width of the output of a layer with "same" padding."""
     return tuple(-(-side // strides) for side in size)
 
 
@@ -325,7 +351,7 @@ def _count_block(block, size, filters_in):
     expanded = expanded_filters(filters_in, block.expansion)
     total = Count() if block.expansion == 1 else _count_conv_bn(size, 1, filters_in, expanded)
     for _ in range(max(1, block.splits)):
-        # Depthwise: each channel sees one channel.
+        # A depthwise kernel has one input channel.
         total += _count_conv_bn(size_out, block.kernel_size, 1, expanded)
     if block.splits:
         bottleneck = attention_filters(expanded)
@@ -361,14 +387,15 @@ def _check_integer(owner, name, low, high):
     value = getattr(owner, name)
     if not _is_integer(value) or not low <= value <= high:
         raise UserError(
-            f"`{name}` must be an integer from {low} to {high}. Received: {name}={abbreviate(value)}"
+            f"`{name}` must be an integer from {low} to {high}. "
+            f"Received: {name}={abbreviate(value)}"
         )
 
 
 def _check_number(owner, name, low, high):
     value = getattr(owner, name)
     is_number = _is_integer(value) or isinstance(value, float)
-    if not is_number or not low <= value <= high:  # nan is in no range
+    if not is_number or not low <= value <= high:  # nan is in no range.
         raise UserError(
             f"`{name}` must be a number from {low} to {high}. Received: {name}={abbreviate(value)}"
         )

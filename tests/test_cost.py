@@ -100,7 +100,7 @@ def test_a_table_that_lacks_parts_of_the_space_is_refused_with_their_names(tmp_p
         ({"complete": False}, "is not finished"),
         (
             {"entries": {"stem": -1.0}},
-            "`entries` must be milliseconds from 0. Received: 'stem': -1",
+            "`entries` must be milliseconds of at least 0. Received: 'stem': -1",
         ),
         ({"entries": {"stem": "1"}}, "Received: 'stem': '1'"),
         ({"entries": {"stem": True}}, "Received: 'stem': True"),

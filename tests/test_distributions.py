@@ -1,5 +1,3 @@
-import doctest
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +5,6 @@ from helpers import all_choices, all_entries
 
 from fpnas_keras import spaces
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.method import distributions
 from fpnas_keras.method.distributions import FactorizedLogits, JointLogits, VariableArrays
 from fpnas_keras.spaces import SearchBlock, Space
 
@@ -253,13 +250,6 @@ def test_an_operation_beside_other_variables():
     assert best.skip and best.filters == 16
     kept = [value for each, value in p.items() if each.kernel_size == 5 and not each.skip]
     assert max(kept) == pytest.approx(0.3 * 0.9 * 0.6)
-
-
-def test_the_example_of_the_variables_as_arrays():
-    names = vars(distributions) | {"SearchBlock": SearchBlock, "Stem": Stem, "Head": Head}
-    example, *_ = doctest.DocTestFinder(recurse=False).find(VariableArrays, globs=names)
-    assert len(example.examples) > 5
-    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_choices_of_irrelevant_variables_do_not_change_the_entry(tiny_space):

@@ -1,4 +1,4 @@
-"""What a network costs, and what a search may spend."""
+"""Costs of networks: MACs, parameters, and milliseconds from a latency table."""
 
 import lazy_loader
 

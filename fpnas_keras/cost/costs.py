@@ -14,16 +14,24 @@ from fpnas_keras.errors import UserError
 
 
 class Cost(ABC):
-    """What a network costs, and what it may cost.
+    """The cost of the parts of a network, and the target of a search.
 
     Args:
-        target: What an architecture may cost, in `unit`. `None` sets no target.
+        target: Cost that the architecture should have, in `unit`. `None` sets no target.
 
     Attributes:
         unit: Unit of the cost.
+        target: The target.
 
     Raises:
-        UserError: When the target is not positive.
+        UserError: If the target is not positive.
+
+    Example:
+
+    ```python
+    cost = MacsCost(target=5e6)
+    sum(map(cost, architecture.parts()))  # As architecture.macs().
+    ```
     """
 
     unit: str
@@ -35,10 +43,10 @@ class Cost(ABC):
 
     @abstractmethod
     def __call__(self, part: Part) -> float:
-        """Cost of a part of a network.
+        """Cost of a part of a network, in `unit`.
 
         Raises:
-            KeyError: When the cost of the part is not known.
+            KeyError: If the cost of the part is not known. Its argument names the part.
         """
 
 
@@ -66,10 +74,10 @@ class LatencyCost(Cost):
     Args:
         table: A latency table that `export.latency` wrote, or a published one that
             `fpnas_keras.cost.latency_table.load` reads.
-        target: What an architecture may take, in milliseconds. `None` sets no target.
+        target: Latency that the architecture should have, in milliseconds. `None` sets no target.
 
     Raises:
-        UserError: When the target is not positive, or the file is not a latency table.
+        UserError: If the target is not positive, or the file is not a latency table.
     """
 
     unit = "ms"
@@ -82,7 +90,7 @@ class LatencyCost(Cost):
         return math.fsum(self._entries[name] for name in self._names(part))
 
 
-# The costs by the value of `--cost`. "none" reports MACs and holds them to no target.
+# The costs by the value of `--cost`. "none" reports MACs, without a target.
 COSTS = {"none": MacsCost, "macs": MacsCost, "params": ParamsCost, "latency": LatencyCost}
 
 
@@ -93,11 +101,11 @@ def make_cost(
 
     Args:
         kind: One of `COSTS`.
-        target: What an architecture may cost.
-        table: Latency table, for "latency".
+        target: Cost that the architecture should have. `None` sets no target.
+        table: The file of a latency table, for "latency".
 
     Raises:
-        UserError: As the costs themselves.
+        UserError: As the costs raise it.
     """
     if kind == "latency":
         return LatencyCost(table, target)
@@ -105,5 +113,11 @@ def make_cost(
 
 
 def format_cost(value: float) -> str:
-    """A cost as it is shown, without its unit."""
+    """Formats a cost for people, without its unit.
+
+    Example:
+
+    >>> format_cost(1234567), format_cost(3.14159)
+    ('1,234,567', '3.142')
+    """
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

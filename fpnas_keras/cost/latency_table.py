@@ -1,6 +1,6 @@
 """Latency tables: milliseconds of the parts of networks, measured on one device.
 
-`export.latency` measures and writes them; those that others published are read too.
+`export.latency` measures and writes them. Some published tables can be read too.
 """
 
 import csv
@@ -21,7 +21,7 @@ KEYS = (
     *("format", "complete", "space", "input_shape", "num_classes", "device", "quantize"),
     *("versions", "created", "fit", "proof", "measured", "entries"),
 )
-# From a part of a network to the names of the entries whose sum is its latency.
+# Gives, for a part of a network, the names of the entries whose sum is its latency.
 Names = Callable[[Part], list[str]]
 
 
@@ -29,15 +29,17 @@ def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
     """Reads a latency table.
 
     Args:
-        path: A `.json` file of `export.latency`; or a look-up table of ProxylessNAS or
+        path: A `.json` file of `export.latency`, or a look-up table of ProxylessNAS or
             once-for-all: a `.yaml` file of `{name: {mean: ms}}`, or a `.csv` file with the
             columns `name` and `mean`.
 
     Returns:
-        Milliseconds by name, and what names a part of a network has there.
+        The milliseconds of each entry by name, and a function that gives the names of the entries
+        of a part.
 
     Raises:
-        UserError: When the file is no latency table; the message names it.
+        UserError: If the file is not a latency table, or not a complete one; the message names
+            the file.
     """
     suffix = pathlib.Path(path).suffix
     if suffix in (".yaml", ".yml", ".csv"):
@@ -45,17 +47,20 @@ def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
     table = read(path)
     if not table["complete"]:
         raise UserError(
-            f"the latency table {path} is not finished: give the command that measured it again, "
-            "and it goes on"
+            f"the latency table {path} is not finished: run the command that measured it again to "
+            "continue"
         )
     return table["entries"], names
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """All that a `.json` table holds.
+    """Reads a `.json` table with all of its keys. It can be unfinished.
+
+    Args:
+        path: The file.
 
     Raises:
-        UserError: When the file is no latency table; the message names it.
+        UserError: If the file is not a latency table; the message names the file.
     """
 
     def checked(data):
@@ -78,9 +83,13 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def names(part: Part) -> list[str]:
-    """The entry of a part in a table of `export.latency`; none where it computes nothing.
+    """Names of the entries of a part in a table of `export.latency`.
 
-    Parts that compute the same have the same name, whatever network they are in.
+    There is one entry for each part, and none for an identity. Parts that compute the same function
+    have the same name, in any network.
+
+    Args:
+        part: The part.
 
     Example:
 
@@ -100,7 +109,7 @@ def names(part: Part) -> list[str]:
     out = f"f{layers.filters} s{layers.strides}"
     if layers.skip:
         return [f"skip {comes_in} {out}"]
-    # "e-": nothing is expanded.
+    # "e-" is a block without an expand convolution.
     expanded = "-" if layers.expansion == 1 else expanded_filters(part.channels, layers.expansion)
     own = f"k{layers.kernel_size} e{expanded} {out} {layers.activation} splits{layers.splits}"
     return [f"block {comes_in} {own}"]
@@ -122,12 +131,13 @@ def _check_entries(entries, where):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value < math.inf:
             raise UserError(
-                f"{where} must be milliseconds from 0. Received: {abbreviate(name)}: {abbreviate(value)}"
+                f"{where} must be milliseconds of at least 0. "
+                f"Received: {abbreviate(name)}: {abbreviate(value)}"
             )
 
 
 def _load_published(path, suffix):
-    """The tables of ProxylessNAS and once-for-all."""
+    """Reads a table of ProxylessNAS or once-for-all."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         rows = _csv_rows(text) if suffix == ".csv" else yaml.safe_load(text)
@@ -144,7 +154,7 @@ def _load_published(path, suffix):
     except OSError as error:
         raise UserError(f"cannot read the latency table {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())  # which YAML spreads over lines
+        reason = " ".join(str(error).split())  # YAML's messages have several lines.
         raise UserError(f"{path} is not a latency table: {reason}") from None
 
 
@@ -156,7 +166,7 @@ def _csv_rows(text):
 
 
 def _mobile_trim(part: Part) -> list[str]:
-    """Names in the tables of ProxylessNAS (mobile_trim.yaml): no attention, no hard swish."""
+    """Names in the tables of ProxylessNAS (mobile_trim.yaml). No attention, no hard swish."""
     layers = part.layers
     if isinstance(layers, Block) and not layers.skip and _extras(part) != "se:0-hs:0":
         raise KeyError(f"{names(part)[0]} (the table has neither attention nor hard swish)")
@@ -173,7 +183,7 @@ def _mobile_trim(part: Part) -> list[str]:
 
 
 def _once_for_all(part: Part) -> list[str]:
-    """Names in the tables of once-for-all's MobileNetV3, by expanded channels."""
+    """Names in once-for-all's tables of MobileNetV3. They contain the expanded channels."""
     layers = part.layers
     if isinstance(layers, Block):
         if _is_identity(part):
@@ -192,7 +202,7 @@ def _once_for_all(part: Part) -> list[str]:
 
 
 def _once_for_all_resolutions(part: Part) -> list[str]:
-    """Names in once-for-all's tables of one resolution each (`MBConv-...`)."""
+    """Names in once-for-all's tables of single resolutions (`MBConv-...`)."""
     layers = part.layers
     if isinstance(layers, Block):
         if _is_identity(part):
@@ -209,7 +219,7 @@ def _once_for_all_resolutions(part: Part) -> list[str]:
     ]
 
 
-# Kinds of published tables, and what tells their names.
+# The published kinds of tables, each with a test of the name of an entry.
 _PUBLISHED = {
     _once_for_all_resolutions: lambda name: name.startswith("MBConv-"),
     _once_for_all: lambda name: name.startswith("expanded_conv-") and "-se:" in name,

@@ -13,8 +13,8 @@
 | head | 1x1 convolution | 1 | 1984 |
 
 Every block is one of the operations k3_e1, k3_e3, k3_e6, k5_e1, k5_e3, k5_e6 (kernel size,
-expansion) with ReLU or, where it keeps its shape, skipped. FBNet's two operations with grouped 1x1
-convolutions are missing.
+expansion) with ReLU. Blocks that keep the shape of their input can be skipped. The two operations
+of FBNet with grouped 1x1 convolutions are missing.
 
 At 224 pixels and 1,000 classes: 1.6e18 architectures of 50M to 573M MACs.
 

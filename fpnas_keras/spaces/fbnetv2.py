@@ -11,18 +11,18 @@
 | 6 | 1 + 3 | 2, 1 | 112, 120, ..., 216 | 0.75 to 4.5 |
 | head | 1x1 convolution | 1 | 1984 | |
 
-Every block chooses its filters, kernel size 3 or 5, ReLU or hard swish, with or without
-squeeze-excite, the expansion in steps of 0.75 (but in stage 1) and, at stride 1, to be skipped.
-In `fbnetv2_f` the blocks that follow each other with stride 1 share one choice of everything (so
-"1 + 2" is a block and two equal ones); in `fbnetv2_f_fine` every block has its own.
+Every block chooses its filters, kernel size 3 or 5, ReLU or hard swish, squeeze-excite or not, and,
+after stage 1, its expansion in steps of 0.75. Blocks with stride 1 can be skipped. In `fbnetv2_f`
+the stride-1 blocks of a stage share all choices: "1 + 2" is one block and two equal ones. In
+`fbnetv2_f_fine` every block has its own choices.
 
 At 224 pixels and 1,000 classes: 5.3e23 architectures (fine: 2.0e44) of 25M to 429M MACs.
 
-The stages, filters and repeats are those of the paper's table and of its published supernet; the
+The stages, filters and repeats are those of the paper's table and of its published supernet. The
 step of the expansion is a reconstruction.
 
-Reference: Wan et al., "FBNetV2: Differentiable Neural Architecture Search for Spatial and Channel
-Dimensions", CVPR 2020, arXiv:2004.05565; the space "fine" is FP-NAS', arXiv:2011.10949.
+References: Wan et al., "FBNetV2: Differentiable Neural Architecture Search for Spatial and Channel
+Dimensions", CVPR 2020, arXiv:2004.05565. The space "fine" is from FP-NAS, arXiv:2011.10949.
 """
 
 from fpnas_keras.architecture import Head, Stem
@@ -46,14 +46,14 @@ EXPANSIONS = (0.75, 1.5, 2.25, 3, 3.75, 4.5)
 
 
 def fbnetv2_f(input_shape: tuple[int, int, int] = (224, 224, 3), num_classes: int = 1000) -> Space:
-    """The space of the table above; equal blocks of a stage share their choices."""
+    """The space of the table above, in which equal blocks of a stage share their choices."""
     return _space("fbnetv2_f", GROUPS, input_shape, num_classes)
 
 
 def fbnetv2_f_fine(
     input_shape: tuple[int, int, int] = (224, 224, 3), num_classes: int = 1000
 ) -> Space:
-    """The space of the table above; every block has its own choices."""
+    """The space of the table above, in which every block has its own choices."""
     groups = [
         (filters, 1, strides if position == 0 else 1)
         for filters, repeats, strides in GROUPS

@@ -14,15 +14,16 @@ For images of 128 to 288 pixels; MACs at 224.
 | head | 1x1 convolution | 1 | 1984 | |
 
 Every block chooses kernel size 3, 5 or 7, expansion (0.75, 1.5, 2.25, 3, 3.75, 4.5, 6), ReLU or
-hard swish, 0, 1, 2 or 4 splits and, but for the first of a stage, to be skipped. The first block
-of a stage chooses its filters, and has the stage's stride.
+hard swish, and 0, 1, 2 or 4 splits. All blocks but the first of a stage can be skipped. The first
+block of a stage chooses the filters of the stage, and has the stride of the stage.
 
 At 224 pixels and 1,000 classes: 2.7e65 architectures of 51M to 3.03G MACs.
 
-A reconstruction: the paper says that its space is FBNetV2's made wider and deeper, with the
-number of splits searched; its exact table was not at hand. That a stage shares its filters is
-this project's: with filters of its own a block mostly lacks the addition of its input, and the
-shared weights learn several times slower (measured on mobile_mini).
+This is a reconstruction. The paper says that its space is that of FBNetV2, made wider and deeper,
+with a searched number of splits. Its exact table was not available. The shared filters of a stage
+are a decision of this project: if every block chose its own filters, most blocks could not add
+their input to their output, and the shared weights would learn several times slower (measured on
+mobile_mini).
 
 Reference: Yan et al., "FP-NAS: Fast Probabilistic Neural Architecture Search", CVPR 2021,
 arXiv:2011.10949.

@@ -8,10 +8,10 @@
 | 3 | 3 | 2, 1, 1 | 40, 48, 56, 64 | second and third |
 | head | 1x1 convolution | 1 | 256 | |
 
-Every block chooses kernel size 3 or 5, expansion 1, 3 or 6, ReLU or hard swish,
-and with or without squeeze-excite. The first block of a stage chooses the filters
-of the stage: with filters of their own the stride-1 blocks would mostly lack the
-addition of their input, and the shared weights learn several times slower.
+Every block chooses kernel size 3 or 5, expansion 1, 3 or 6, ReLU or hard swish, and squeeze-excite
+or not. The first block of a stage chooses the filters of the stage. If every block chose its own
+filters, most stride-1 blocks could not add their input to their output, and the shared weights
+would learn several times slower.
 
 At 32 pixels and 10 classes: 4.9e12 architectures of 0.74M to 11.4M MACs.
 """

@@ -11,9 +11,9 @@
 | 6 | 2 to 4 | 2 | 160 | hard swish | yes |
 | head | 1x1 convolution 960, dense 1280 | 1 | | hard swish | |
 
-Every block chooses kernel size 3, 5 or 7 and expansion 3, 4 or 6; the third and the fourth of
-a stage may be skipped. It is the space of once-for-all at width 1.0, but that there the third
-block of a stage may be skipped only with the fourth.
+Every block chooses kernel size 3, 5 or 7 and expansion 3, 4 or 6. The third and the fourth block of
+a stage can be skipped, independently. It is the space of once-for-all at width 1.0, except that
+once-for-all skips the third block only together with the fourth.
 
 At 224 pixels and 1,000 classes: 3.5e19 architectures of 121M to 566M MACs.
 

@@ -1,4 +1,4 @@
-"""`nas_bench_macro`: the space of NAS-Bench-Macro, for which every network's accuracy is published.
+"""`nas_bench_macro`: the space of NAS-Bench-Macro. The accuracy of all its networks is published.
 
 | stage | blocks | stride | filters |
 |---|---|---|---|
@@ -8,9 +8,9 @@
 | 3 | 3 | 2, 1, 1 | 256 |
 | head | 1x1 convolution | 1 | 1280 |
 
-Every block is skipped, or has kernel size 3 and expansion 3, or kernel size 5 and expansion
-6, all with ReLU: 3^8 = 6,561 networks. An architecture's code in the published table is the
-digits of its operations in this order.
+Every block has one of three operations, all with ReLU: 0 is skipped, 1 is kernel size 3 with
+expansion 3, 2 is kernel size 5 with expansion 6. These are 3^8 = 6,561 networks. In the published
+table, the code of an architecture is the digits of its operations.
 
 At 32 pixels and 10 classes: 7.7M to 105.7M MACs.
 
