@@ -12,7 +12,7 @@ from fpnas_keras.runs.callbacks import StopOnDivergence
 
 
 def tiny_images(count=60, seed=0):
-    """Three classes that a network can tell apart: where the bright square is."""
+    """Images of three classes, which differ in the position of a bright square."""
     rng = np.random.default_rng(seed)
     y = np.arange(count) % 3
     x = rng.uniform(0, 60, (count, 8, 8, 1))
@@ -26,7 +26,7 @@ def batches(steps=4, **kwargs):
 
 
 def make_search(optimizer=None, architecture_optimizer=None, blocks=1, **kwargs):
-    """Of one block, which is traced soonest, where the space does not matter."""
+    """A compiled search. One block is the fastest to trace, for tests of any space."""
     space = make_tiny_space(blocks=blocks)
     search = fpnas.ArchitectureSearch(space, **{"warmup_steps": 0} | kwargs)
     search.compile(optimizer or "sgd", architecture_optimizer or "adam")
@@ -45,7 +45,7 @@ def make_search(optimizer=None, architecture_optimizer=None, blocks=1, **kwargs)
     ],
 )
 def test_one_step_is_the_formula(penalty, deduplicate, blocks):
-    """Against sums over the draws written out, with plain automatic differentiation."""
+    """Compares with plain sums over the draws and automatic differentiation."""
     target, scale, beta, count = 20_000.0, 3.0, 0.5, 5
     search = make_search(
         keras.optimizers.SGD(1.0),
@@ -174,7 +174,7 @@ def test_the_controller_settles_at_the_target(target):
     assert search.derive().macs() <= target
 
 
-def test_one_sided_control_does_not_ask_for_cost():
+def test_one_sided_control_does_not_reward_cost():
     search = make_search(
         cost=fpnas.MacsCost(target=30_000),
         cost_coefficient=fpnas.CostController(two_sided=False, anneal_steps=0),
@@ -211,7 +211,7 @@ def test_derive_meets_budgets():
 
 
 @pytest.mark.parametrize("arguments", [("mode",), (float("nan"),), (0,), (3e4, 60.0, 1.5)])
-def test_budgets_that_are_none_are_refused(arguments):
+def test_bad_budgets_are_refused(arguments):
     with pytest.raises(ValueError, match="`budget` must be a cost above 0, 'target' or None"):
         make_search().derive(*arguments)
 
@@ -238,7 +238,7 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
     entries = tf.constant(all_entries(search.space))
 
     class Look(keras.callbacks.Callback):
-        """Runs after the switch of the same epoch."""
+        """Runs after `CoarseToFine` at the start of the same epoch."""
 
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 1:
@@ -275,7 +275,7 @@ def test_coarse_to_fine_keeps_the_distribution_and_traces_once(monkeypatch):
 
 
 def test_parsec_is_a_setting():
-    """Joint, fixed K, b = 0: each gradient is PARSEC's, -sum r_k d log p, cost-free."""
+    """PARSEC is joint, with a fixed K, b = 0 and no cost: the gradient is -sum r_k d log p."""
     search = make_search(
         blocks=4,
         architecture_optimizer=keras.optimizers.SGD(1.0),
@@ -352,7 +352,7 @@ def test_saved_weights_load_again(tmp_path):
     np.testing.assert_array_equal(other.predict(x, verbose=0), search.predict(x, verbose=0))
 
 
-def test_loaded_weights_bring_their_phase_to_a_search_that_ran(tmp_path):
+def test_loading_weights_sets_the_phase_of_a_search_that_has_run(tmp_path):
     fine = make_search(samples=2, distribution="coarse_to_fine")
     fine.fit(batches(steps=1), verbose=0, shuffle=False, callbacks=[fpnas.CoarseToFine(epoch=0)])
     fine.save_weights(tmp_path / "fine.weights.h5")
@@ -365,7 +365,7 @@ def test_loaded_weights_bring_their_phase_to_a_search_that_ran(tmp_path):
     assert not np.array_equal(search.distributions[1].logits, before[1])
 
 
-def test_coarse_to_fine_needs_joint_logits_and_may_go_on():
+def test_coarse_to_fine_needs_joint_logits_and_can_be_resumed():
     callback = fpnas.CoarseToFine(epoch=1)
     with pytest.raises(ValueError, match="needs a search with distribution='coarse_to_fine'"):
         make_search().fit(batches(), epochs=2, verbose=0, callbacks=[callback])

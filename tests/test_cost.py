@@ -45,7 +45,7 @@ def test_targets_must_be_positive(target):
 
 
 def some_milliseconds(part):
-    """Depends on everything that a part computes, as a device's time does."""
+    """Milliseconds that depend on everything that a part computes, as on a device."""
     return 1e-6 * count_part(part).macs + 1e-5 * len(latency_table.names(part)[0])
 
 
@@ -67,7 +67,7 @@ def test_latency_is_the_sum_of_the_entries_in_the_graph_too(tiny_space, tmp_path
     np.testing.assert_allclose(own, expected, rtol=1e-12)
 
 
-def test_parts_of_one_name_compute_the_same_and_others_do_not(tiny_space):
+def test_parts_have_the_same_name_if_they_compute_the_same(tiny_space):
     by_name = {}
     for space in (tiny_space, spaces.get("mobile_mini"), spaces.get("fbnetv2_f", (64, 64, 3))):
         rng = np.random.default_rng(0)
@@ -179,7 +179,7 @@ def test_published_tables(tmp_path, name):
         ("none.csv", None, "cannot read the latency table"),
     ],
 )
-def test_published_tables_that_are_none_are_refused(tmp_path, name, text, message):
+def test_bad_published_tables_are_refused(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError) as error:

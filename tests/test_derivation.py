@@ -25,7 +25,7 @@ def test_the_worked_example_of_dominance():
 
 
 def test_dominated_labels_are_those_of_the_definition():
-    """Every pair of random labels is compared."""
+    """Compares every pair of labels, for random labels."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         filters, cost, log_p = rng.integers(0, [[2], [4], [4]], (3, 8))

@@ -35,7 +35,7 @@ def wide_block(**changes):
 
 
 def test_number_of_logits():
-    """The sum of the cardinalities against their product, as DESIGN and the paper count."""
+    """The sum of the cardinalities (factorized) and their product (joint), as in the paper."""
     fixed = SearchBlock(filters=(8,), kernel_size=(3, 5))
     assert FactorizedLogits(space_of(wide_block())).count_params() == 23
     assert FactorizedLogits(space_of(wide_block(), fixed)).count_params() == 25
@@ -53,7 +53,7 @@ def test_uniform_entropy_is_the_sum_of_log_cardinalities():
 
 
 def test_log_probabilities_are_products_of_softmaxes(tiny_space):
-    """Written out for one architecture, from the logits in the order of the variables."""
+    """Compares with the products, for some architectures."""
     distribution = FactorizedLogits(tiny_space)
     logits = np.random.default_rng(0).normal(size=distribution.logits.shape)
     distribution.logits.assign(logits)
@@ -125,7 +125,7 @@ def test_samples_follow_the_distribution(tiny_space, distribution):
 
 
 def test_each_stratified_sample_follows_the_distribution(tiny_space, distribution):
-    """The first and the last of 5 samples of many steps, each taken alone."""
+    """Tests the first and the last of 5 samples on their own, over many steps."""
     draw = tf.function(lambda step: distribution.sample(5, 0, step, stratified=True))
     drawn = np.array([draw(tf.constant(step)) for step in range(20_000)])
     for position in (0, 4):
@@ -253,7 +253,7 @@ def test_an_operation_beside_other_variables():
 
 
 def test_choices_of_irrelevant_variables_do_not_change_the_entry(tiny_space):
-    """Against `Space`, for every combination of choices of one block that can be skipped."""
+    """Compares with `Space`, for all combinations of choices of a block that can be skipped."""
     arrays, cardinalities = VariableArrays(tiny_space), tiny_space.cardinalities
     for own in np.ndindex(*cardinalities[1]):
         choices = np.zeros(cardinalities.shape, np.int32)

@@ -68,7 +68,7 @@ def test_likelihood_coefficients_are_the_formula():
 
 
 def test_penalty_coefficients_are_the_gradient_of_the_hinge():
-    """Of the mean hinge and of its logarithm, with the mean as their control variate."""
+    """The gradients of the mean hinge and of its logarithm."""
     costs, counts = np.array([1.0, 5.0, 3.0]), np.array([1, 3, 2])
     penalties = np.array([0.0, 1.5, 0.5])
     mean = (counts * penalties).sum() / 6
@@ -83,8 +83,8 @@ def test_penalty_coefficients_are_the_gradient_of_the_hinge():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.booleans())
-def test_counted_samples_are_worth_their_draws(which, control_variate):
-    """Equal samples evaluated once give the sums that evaluating every draw gives."""
+def test_a_sample_counts_as_often_as_it_was_drawn(which, control_variate):
+    """Evaluating equal samples once gives the same sums as evaluating every draw."""
     log_likelihoods, costs = np.array([-0.1, -2.0, -0.7, 1.3]), np.array([1.0, 5.0, 3.0, 2.0])
     drawn = tf.constant(which)[:, None]
     samples = Samples.unique(drawn)
@@ -127,7 +127,7 @@ def test_impossible_controllers_are_refused(name):
 
 
 def estimates(tiny_space, table, count, draws, control_variate, stratified=False):
-    """Gradient estimates of the logits of a distribution whose likelihoods are a table."""
+    """Estimates the gradient of the logits, with log-likelihoods from a table of choices."""
     distribution = FactorizedLogits(tiny_space)
     distribution.logits.assign(tf.random.stateless_normal(distribution.logits.shape, (3, 4)))
 
@@ -160,7 +160,7 @@ def test_the_control_variate_changes_the_variance_and_not_the_mean(tiny_space):
 
 
 def test_stratified_draws_lower_the_relative_variance(tiny_space):
-    """Independent draws see (K - 1) / K of the covariance with the score, strata nearly all."""
+    """Independent draws have (K - 1) / K of the signal, and stratified draws nearly all of it."""
     table = tf.random.stateless_normal((4, 6, 3), (5, 6)) * 0.1
     _, plain = estimates(tiny_space, table, 8, 4000, True)
     _, stratified = estimates(tiny_space, table, 8, 4000, True, stratified=True)
@@ -173,7 +173,7 @@ def test_stratified_draws_lower_the_relative_variance(tiny_space):
 
 
 def test_the_estimator_reaches_the_exact_gradient_as_samples_grow(tiny_space):
-    """The exact gradient is that of log E_p[exp(l)], PARSEC's objective, by enumeration."""
+    """PARSEC's objective is log E_p[exp(l)]. Its exact gradient comes from an enumeration."""
     from helpers import all_entries
 
     table = tf.random.stateless_normal((4, 6, 3), (5, 6))

@@ -81,14 +81,14 @@ def test_two_replicas_on_one_machine_are_one_process_to_rounding():
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
-    """The command of a search of a small space."""
+    """The arguments of a search of a small space."""
     file = tmp_path_factory.mktemp("space") / "small.json"
     file.write_text(json.dumps(SMALL_SPACE))
     return [*SEARCH, f"--space={file}"]
 
 
 def start(search, directory, *arguments):
-    """Two workers on loopback."""
+    """Starts two workers on this machine."""
     ports = []
     for _ in range(2):
         with socket.socket() as free:
@@ -129,7 +129,7 @@ def weights_of(directory):
 
 @pytest.fixture(scope="module")
 def two(search, tmp_path_factory):
-    """What two workers find."""
+    """The directory of a finished search by two workers."""
     directory = tmp_path_factory.mktemp("two") / "run"
     codes = [process.wait(timeout=500) for process in start(search, directory)]
     assert codes == [0, 0], logs(directory)

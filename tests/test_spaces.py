@@ -50,7 +50,7 @@ def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
 @settings(max_examples=50, deadline=None)
 @given(BLOCKS)
 def test_number_of_choices_of_any_block(block):
-    """Each different block once, and every combination of choices is one of them."""
+    """Each different block is one entry, and every combination of choices is an entry."""
     rows = [block.blocks(choices, 16) for choices in block.entries]
     assert all(len(row) == block.repeats and set(row[1:]) <= {row[-1]} for row in rows)
     assert all(
@@ -278,7 +278,7 @@ def test_every_space_reads_its_own_architectures(name, seed):
 
 
 def one_of_each_operation():
-    """Compound variables, in blocks that share them too, with filters that are searched."""
+    """A space with compound variables, also in blocks that share them."""
     operations = ({"skip": True}, {"kernel_size": 3, "splits": 1}, {"kernel_size": 5, "splits": 0})
     blocks = [
         SearchBlock(filters=(8, 12), strides=2, operation=operations[1:]),
@@ -329,8 +329,9 @@ def test_choices_that_are_no_entry_are_refused():
         space.entries.from_choices(choices)
 
 
-def test_spaces_load_without_tensorflow():
-    code = "import sys, fpnas_keras.spaces as s; s.get('fpnas').entries; print(*sys.modules)"
+def test_architectures_spaces_and_costs_load_without_tensorflow():
+    modules = "fpnas_keras.architecture, fpnas_keras.cost.costs, fpnas_keras.spaces as spaces"
+    code = f"import sys, {modules}; spaces.get('fpnas').entries; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
