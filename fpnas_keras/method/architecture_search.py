@@ -266,7 +266,8 @@ class ArchitectureSearch(keras.Model):
             results = tf.scatter_nd(own[:, None], results, (tf.size(samples.counts), 4))
             (results,) = replicas.sum_over_replicas([results])
             train, validation = tf.split(results, 2, axis=1)
-            # The gradients of a replica are normalized over its own samples.
+            # The importance weights in a replica's gradients sum to 1 over its own samples. The
+            # factor is the sum of the weights that these have among all samples.
             scores = estimator.scores(-train[:, 0], samples.counts, self.likelihood_scale)
             weight = tf.reduce_sum(tf.gather(tf.nn.softmax(scores), own))
             gradients = [weight * tf.cast(each, tf.float32) for each in gradients]
@@ -299,10 +300,13 @@ class ArchitectureSearch(keras.Model):
         return Samples.unique(drawn) if self.deduplicate else Samples.each(drawn)
 
     def architectures(self, samples: Samples) -> list[Architecture]:
-        """The architectures of samples. It runs eagerly only.
+        """The architectures of samples. It needs eager tensors.
 
         Args:
             samples: The result of `ask`.
+
+        Returns:
+            One architecture for each element of `samples.counts`.
         """
         choices = self.space.entries.to_choices(samples.entries.numpy())
         return [self.space.architecture(each) for each in choices]
@@ -316,7 +320,7 @@ class ArchitectureSearch(keras.Model):
                 `(evaluated,)`.
 
         Returns:
-            Scalars: `entropy` (nats), `samples` (number of draws), `evaluated` (number of different
+            Scalars: `entropy` (nats), `samples` (number of draws), `evaluated` (number of evaluated
             architectures), `expected_cost`, `cost_coefficient`.
         """
         entropy = self.distribution.entropy()
