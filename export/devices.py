@@ -1,11 +1,10 @@
 """Devices that `.tflite` files are timed on: this machine, and Android phones through adb.
 
-A device times many files in rounds. In a round each file is timed once, in random order: what
-slows the device down for a while hits a few rounds of all files, not all rounds of a few.
+A device times many files in rounds. In a round each file is timed once, in random order. Work that
+slows the device down for a while then hits a few rounds of all files, not all rounds of a few.
 """
 
 import collections
-import functools
 import json
 import pathlib
 import platform
@@ -22,8 +21,7 @@ import numpy as np
 
 from fpnas_keras.errors import UserError
 
-# Of the calls of a file in a round, on the host.
-_UNTIMED, _TIMED = 1, 3
+_TIMER = pathlib.Path(__file__).with_name("host_timer.py")
 _PHONE_FOLDER = "/data/local/tmp/fpnas_keras"
 
 
@@ -37,7 +35,7 @@ class Host:
     def __init__(self, threads: int = 1):
         self.threads = threads
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(threads)],
+            [sys.executable, str(_TIMER), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # where LiteRT says that it found XNNPACK
@@ -64,35 +62,6 @@ class Host:
         """Ends the process."""
         self._process.stdin.close()
         self._process.wait()
-
-
-def _time_what_comes_in(threads):
-    """The process of a `Host`: a file in, its milliseconds out."""
-    for line in sys.stdin:
-        print(_milliseconds(_interpreter(json.loads(line), threads)), flush=True)
-
-
-@functools.cache
-def _interpreter(path, threads):
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(path, num_threads=threads)
-    interpreter.allocate_tensors()
-    (details,) = interpreter.get_input_details()
-    values = np.random.default_rng(0).integers(0, 128, details["shape"])
-    interpreter.set_tensor(details["index"], values.astype(details["dtype"]))
-    return interpreter
-
-
-def _milliseconds(interpreter):
-    for _ in range(_UNTIMED):
-        interpreter.invoke()
-    times = []
-    for _ in range(_TIMED):
-        start = time.perf_counter()
-        interpreter.invoke()
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
 
 
 def _processor():
@@ -229,7 +198,3 @@ def times(
 def tenth_percentile(times: Sequence[float]) -> float:
     """The 10th percentile: other work on the device makes times longer, never shorter."""
     return float(np.percentile(times, 10))
-
-
-if __name__ == "__main__":
-    _time_what_comes_in(int(sys.argv[1]))

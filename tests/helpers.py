@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
@@ -167,14 +168,18 @@ def run_process(module, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
-def run(module, *arguments):
-    """As `run_process`, inside this process."""
+def run(module, *arguments, **changes):
+    """As `run_process`, inside this process, with changes of the environment."""
     command = importlib.import_module(module).COMMAND
     stdout, stderr = io.StringIO(), io.StringIO()
     handler = logging.get_absl_handler().python_handler
     stream = handler.setStream(stderr)
     try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with (
+            mock.patch.dict(os.environ, changes),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
             code = run_command(command, [*map(str, arguments)])
     finally:
         handler.setStream(stream)

@@ -267,7 +267,7 @@ def test_what_a_kill_left_is_removed(begin):
     session = begin()
     session.run.path(".123.metrics.csv").write_text("half")
     session.close()
-    assert not begin().path(".123.metrics.csv").exists()
+    assert not begin().run.path(".123.metrics.csv").exists()
 
 
 def test_a_file_of_the_user_must_stay_what_it_was(begin, tmp_path):

@@ -10,8 +10,8 @@ from helpers import run, run_process
 from export import devices
 from export.latency_model import LatencyModel
 from fpnas_keras import Architecture, LatencyCost, spaces
-from fpnas_keras.architecture import Block, Part
-from fpnas_keras.cost import CostTable, count, latency
+from fpnas_keras.architecture import Block, Part, count_part
+from fpnas_keras.cost import SpaceCost, latency_table
 
 pytestmark = pytest.mark.xdist_group("latency")
 measure = functools.partial(run, "export.latency")
@@ -95,17 +95,17 @@ def table(folder):
 
 def test_a_table_of_this_machine_knows_all_networks_of_the_space(folder, table):
     space = spaces.get(folder / "small.json", (16, 16, 1), 10)
-    content = latency.read(table)
+    content = latency_table.read(table)
     assert content["complete"]
     assert set(content["measured"]) == {"nothing", *content["entries"]}
     assert {len(times) for times in content["measured"].values()} == {5}
     assert content["proof"]["networks"] == 5
     # stem; 2 x 2 first blocks; 2 x 2 second ones; 2 heads.
     assert len(content["entries"]) == 1 + 4 + 4 + 2
-    least = CostTable(space, LatencyCost(table)).least()
+    least = SpaceCost(space, LatencyCost(table)).least()
     assert 0 < least < 1000
     # What it takes to call the interpreter counts once, with the stem.
-    times = {name: devices.typical(each) for name, each in content["measured"].items()}
+    times = {name: devices.tenth_percentile(each) for name, each in content["measured"].items()}
     for name, ms in content["entries"].items():
         own = times[name] if name.startswith("stem") else max(0, times[name] - times["nothing"])
         assert ms == pytest.approx(content["fit"]["scale"] * own)
@@ -161,12 +161,12 @@ def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, 
     result = measure(*flags, **environment, FAIL="late")
     assert result.returncode == 1
     assert "error: device offline" in result.stderr.splitlines()[-1]
-    assert sum(map(len, latency.read(output)["measured"].values())) == 7
+    assert sum(map(len, latency_table.read(output)["measured"].values())) == 7
     with pytest.raises(ValueError, match="is not finished"):
         LatencyCost(output)
     result = measure(*flags, **environment)
     assert result.returncode == 0, result.stderr
-    content = latency.read(output)
+    content = latency_table.read(output)
     assert content["device"]["name"] == "Pixel 8"
     assert set(map(tuple, content["measured"].values())) == {(1.498,)}
     runs = [line for line in (tmp_path / "adb.log").read_text().splitlines() if "--graph" in line]
@@ -250,11 +250,13 @@ def test_blocks_that_were_not_measured_follow_from_those_that_were():
         return Part(block, (16, 16), int(rng.choice([16, 24, 32])))
 
     def milliseconds(part):
-        own = count.part(part)
+        own = count_part(part)
         factor = 1.5 if part.layers.activation == "hard_silu" else 1.0
         return 0.01 + 1e-7 * own.macs * factor + 1e-6 * own.params
 
-    parts = list({latency.names(part)[0]: part for part in (draw() for _ in range(600))}.values())
+    parts = list(
+        {latency_table.names(part)[0]: part for part in (draw() for _ in range(600))}.values()
+    )
     times = np.array([milliseconds(part) for part in parts])
     model = LatencyModel(parts[100:], times[100:])
     errors = np.abs(model(parts[:100]) / times[:100] - 1)

@@ -4,13 +4,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import flags
 from ai_edge_litert.interpreter import Interpreter
 from helpers import make_tiny_space
 
 from export import conversion, devices, tflite
 from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
+from fpnas_keras.errors import UserError
+from fpnas_keras.networks import load_model
 
 BLOCKS = [
     Block(8, 3, 3, 1, "relu", 0),
@@ -111,9 +112,8 @@ def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch):
     space = make_tiny_space((16, 16, 1), 10)
     space.architecture(0 * space.cardinalities).build().save(tmp_path / "model.keras")
     monkeypatch.setattr(tflite, "MAX_DIFFERENCE", -1.0)
-    flags.FLAGS(["export.tflite", f"--model={tmp_path}/model.keras"])
-    with pytest.raises(ValueError, match=r"differs from Keras by .* nothing is written"):
-        tflite.main()
+    with pytest.raises(UserError, match=r"differs from Keras by .* nothing is written"):
+        tflite.export_tflite(model=tmp_path / "model.keras")
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
 
 
@@ -134,4 +134,4 @@ def test_models_that_are_no_classifiers_are_refused(tmp_path):
     path = str(tmp_path / "dense.keras")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(path)
     with pytest.raises(ValueError, match="must go from"):
-        tflite.load_model(path)
+        load_model(path)

@@ -44,7 +44,7 @@ def searched(settings, tmp_path_factory):
 
 def test_a_search_gives_its_run(searched):
     assert searched.summary["macs"] == searched.architecture.macs() <= 60_000
-    assert searched.report.read_text().startswith("<!doctype html>")
+    assert searched.report.read_text().startswith("<!DOCTYPE html>")
     assert [row["epoch"] for row in searched.epochs] == [1, 2]
     search = searched.load_search()
     assert search.derive(least_share=0.95) == searched.architecture

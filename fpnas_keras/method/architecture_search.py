@@ -113,7 +113,8 @@ class ArchitectureSearch(keras.Model):
         **kwargs,
     ):
         check_floatx()
-        super().__init__(**kwargs)
+        # Keras would number the searches of a process, and weight files hold the name.
+        super().__init__(**{"name": "architecture_search"} | kwargs)
         _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient)
         _check_choice("cost_penalty", cost_penalty, ("expected", "hinge", "log"))
         _check_choice("distribution", distribution, tuple(_DISTRIBUTIONS))
