@@ -17,6 +17,7 @@ from fpnas_keras.files import (
     abbreviate,
     check_format,
     check_keys,
+    find_file,
     read_fields,
     read_json,
     read_list,
@@ -268,12 +269,12 @@ class Architecture:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Architecture":
-        """Reads an architecture file.
+        """Reads an architecture file, of yours or one that comes with the package.
 
         Raises:
             UserError: If the file is not an architecture; the message names the file and the key.
         """
-        return read_json(path, "an architecture", cls.from_dict)
+        return read_json(find_file(os.fspath(path)), "an architecture", cls.from_dict)
 
 
 class Count(NamedTuple):

@@ -1,5 +1,6 @@
 """The command line of a job: flags to settings, help, errors in one line, signals, exit codes."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -65,7 +66,8 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(each in _HELP for each in arguments):
-        print(_help(command))
+        with contextlib.suppress(BrokenPipeError):  # as by `fpnas search --help | head`
+            print(_help(command), flush=True)
         return 0
     terminated = signal.signal(signal.SIGTERM, _interrupt)
     verbosity = logging.get_verbosity()

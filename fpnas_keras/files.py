@@ -5,13 +5,33 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from absl import logging
 
 from fpnas_keras.errors import UserError
 
+# Inside the installed package, and beside it in a checkout.
+_CONFIGS = [folder / "configs" for folder in pathlib.Path(__file__).parents[:2]]
 # What the values of `check_fields` are called in messages.
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
+
+
+def find_file(path: str) -> str:
+    """The path of a file of the user, or else of one of that name that comes with the package.
+
+    `configs/quickstart.flags` is found from every folder; so is `quickstart.flags`.
+    """
+    if not path or pathlib.Path(path).exists():
+        return path
+    name = pathlib.PurePath(path)
+    name = name.relative_to("configs") if name.parts[0] == "configs" else name
+    for folder in _CONFIGS:  # Joined to a folder, an absolute path stays what it is.
+        if (folder / name).is_file():
+            logging.info("%s: taken from the package, %s", path, folder / name)
+            return str(folder / name)
+    return path
 
 
 @contextlib.contextmanager
@@ -139,17 +159,6 @@ def check_format(data: dict[str, Any], expected: int) -> None:
     """Raises `UserError` unless the key `format` is the expected number."""
     if data["format"] != expected or isinstance(data["format"], bool):
         raise UserError(f"`format` must be {expected}. Received: format={data['format']!r}")
-
-
-def flag_values(lines: Iterable[str]) -> dict[str, str]:
-    """The flags of a flag file, as absl writes them, by name; switches are "true" or "false"."""
-    values = {}
-    for line in lines:
-        name, given, value = line.removeprefix("--").partition("=")
-        if not given:
-            name, value = (name[2:], "false") if name.startswith("no") else (name, "true")
-        values[name] = value
-    return values
 
 
 def abbreviate(value: Any) -> str:

@@ -439,9 +439,12 @@ def _make_search(
         strategy=strategy,
     )
     schedule = keras.optimizers.schedules.CosineDecay(settings.learning_rate, steps)
+    # Named, since Keras would number the optimizers of a process, and weight files hold the names.
     search.compile(
-        optimizer=keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True),
-        architecture_optimizer=keras.optimizers.Adam(settings.architecture_learning_rate),
+        optimizer=keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, name="sgd"),
+        architecture_optimizer=keras.optimizers.Adam(
+            settings.architecture_learning_rate, name="adam"
+        ),
     )
     return search
 

@@ -10,17 +10,16 @@ import functools
 import math
 import numbers
 import os
-import pathlib
 import shlex
 import types
 import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from absl import flags, logging
+from absl import flags
 
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import abbreviate
+from fpnas_keras.files import abbreviate, find_file
 
 FLAG_FILE = "flagfile"
 
@@ -184,26 +183,6 @@ def flag_values(lines: Iterable[str]) -> dict[str, str]:
             name, value = (name[2:], "false") if name.startswith("no") else (name, "true")
         values[name] = value
     return values
-
-
-def find_file(path: str) -> str:
-    """The path of a file of the user, or else of one of that name that comes with the package.
-
-    `configs/quickstart.flags` is found from every folder; so is `quickstart.flags`.
-    """
-    if not path or pathlib.Path(path).exists():
-        return path
-    name = pathlib.PurePath(path)
-    name = name.relative_to("configs") if name.parts[0] == "configs" else name
-    for folder in _CONFIGS:  # Joined to a folder, an absolute path stays what it is.
-        if (folder / name).is_file():
-            logging.info("%s: taken from the package, %s", path, folder / name)
-            return str(folder / name)
-    return path
-
-
-# Inside the installed package, and beside it in a checkout.
-_CONFIGS = [folder / "configs" for folder in pathlib.Path(__file__).parents[:2]]
 
 
 class _Parser(flags.ArgumentParser):

@@ -22,10 +22,9 @@ def test_quickstart_runs_from_search_to_tflite(tmp_path, monkeypatch):
         for output in cell.get("outputs", [])
         if output.output_type == "stream" and output.name == "stdout"
     )
-    trained, converted = map(
-        float, re.findall(r"([\d.]+)%(?: of 360 images$|$)", printed, re.M)[-2:]
-    )
+    # Of the Keras model, then of the int8 file.
+    trained, converted = map(float, re.findall(r"test accuracy ([\d.]+)%", printed)[-2:])
     assert trained > 90
     assert converted > trained - 2
-    assert printed.endswith("float operators: {}\n")
-    assert (tmp_path / "digits_int8.tflite").stat().st_size > 10_000
+    assert "float operators: {}" in printed
+    assert list(tmp_path.iterdir()) == []  # it removes what it wrote

@@ -11,14 +11,16 @@ from helpers import ROOT, environment
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fpnas_keras as fpnas
 from export.latency import LatencySettings
 from export.tflite import TfliteSettings
 from fpnas_keras import __main__ as fpnas_command
 from fpnas_keras.errors import UserError
+from fpnas_keras.files import find_file
 from fpnas_keras.rank import RankSettings
 from fpnas_keras.report.__main__ import ReportSettings
 from fpnas_keras.search import SearchSettings
-from fpnas_keras.settings import Settings, find_file, flag_values, setting
+from fpnas_keras.settings import Settings, flag_values, setting
 from fpnas_keras.train import TrainSettings
 
 JOBS = {
@@ -130,6 +132,9 @@ def test_files_of_the_package_are_found_by_name_from_any_folder(tmp_path, monkey
     assert settings.space == str(ROOT / "configs" / "spaces" / "photos_128.json")
     assert find_file("/configs/quickstart.flags") == "/configs/quickstart.flags"
     assert find_file("nonesuch.json") == "nonesuch.json"
+    architecture = fpnas.Architecture.load("configs/architectures/mobilenet_v2.json")
+    assert architecture.input_shape == (224, 224, 3)
+    assert fpnas.spaces.get("configs/spaces/example.json").name == "example"
     # The user's own file goes first.
     (tmp_path / "quickstart.flags").write_text("--epochs=1")
     assert find_file("quickstart.flags") == "quickstart.flags"

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 from fpnas_keras.errors import UserError
+from fpnas_keras.files import find_file
 from fpnas_keras.spaces.entries import Entries
 from fpnas_keras.spaces.fbnet import fbnet_c
 from fpnas_keras.spaces.fbnetv2 import fbnetv2_f, fbnetv2_f_fine
@@ -68,7 +69,7 @@ def get(
     >>> get("mobile_mini", input_shape=(28, 28, 1)).num_architectures
     4860000000000
     """
-    name = os.fspath(name)
+    name = find_file(os.fspath(name))
     if name.endswith(SUFFIXES):
         space = load(name, input_shape, num_classes)
         if space.name in _SPACES:

@@ -1,0 +1,165 @@
+"""Every benchmark runs once in its smallest size, and the rows that were measured stay valid."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import shutil
+
+import pytest
+
+import fpnas_keras.train
+from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
+from fpnas_keras.train import TrainSettings
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+# What the benchmarks share. Every other file of the folder is a benchmark.
+SHARED = {"dmasking", "harness"}
+NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - SHARED)
+# These need more than their rows to report: a data set, a run directory, or a latency table.
+NEEDS_MORE = {"imagenet", "joint_logits", "milliseconds", "nas_bench_macro", "recipe", "soak"}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+def output_name(benchmark):
+    """Name of the file of rows."""
+    (field,) = [
+        field for field in dataclasses.fields(benchmark.COMMAND.settings) if field.name == "output"
+    ]
+    return pathlib.Path(field.default).name
+
+
+def read(file):
+    """The rows of a .json or .jsonl file, by their name."""
+    text = file.read_text()
+    if file.suffix == ".jsonl":
+        rows = list(map(json.loads, text.splitlines()))
+    else:
+        rows = json.loads(text)
+        rows = rows if isinstance(rows, list) else [rows]
+    return {row.get("name", row.get("job", row.get("choices"))): row for row in rows}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_run(name, tmp_path, monkeypatch, capsys):
+    """It has the columns of the rows that were measured, and leaves them as they are."""
+    monkeypatch.setattr(fpnas_keras.train, "_RECALIBRATION_BATCHES", 2)
+    benchmark = load(name)
+    measured_file = FOLDER / output_name(benchmark)
+    before = measured_file.read_bytes(), sorted(FOLDER.iterdir())
+    output = tmp_path / measured_file.name
+    assert run_command(benchmark.COMMAND, ["--smoke", f"--output={output}"]) == 0
+    rows, measured = read(output), read(measured_file)
+    assert rows
+    for key, row in rows.items():
+        # A run that was interrupted continues by these names, and reports read these columns.
+        assert key in measured
+        assert measured[key].keys() <= row.keys(), key
+    assert (measured_file.read_bytes(), sorted(FOLDER.iterdir())) == before
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEEDS_MORE])
+def test_measured_rows_are_complete(name, tmp_path, capsys):
+    """With all rows there is nothing left to run, and the report is printed."""
+    benchmark = load(name)
+    output = tmp_path / output_name(benchmark)
+    shutil.copy(FOLDER / output.name, output)
+    before = output.read_bytes()
+    others = {
+        "baselines": [f"--work_dir={tmp_path}/runs"],
+        "fashion_mnist": [f"--work_dir={tmp_path}/runs"],
+        "scaling": [f"--picture={tmp_path}/scaling.png"],
+    }
+    arguments = [f"--output={output}", *others.get(name, [])]
+    assert run_command(benchmark.COMMAND, arguments) == 0
+    assert output.read_bytes() == before
+    assert "|---" in capsys.readouterr().out or name == "large_searches"
+
+
+def test_given_settings_stay_in_a_smoke_run(tmp_path):
+    settings = load("soak").SoakSettings(smoke=True, steps=7, output="given.json")
+    smallest = settings.shrink(tmp_path)
+    assert (smallest.steps, smallest.window, smallest.output) == (7, 1, "given.json")
+
+
+def test_job_in_a_process():
+    benchmark = load("joint_logits")
+    settings = benchmark.JointLogitsSettings(
+        job="720,factorized", blocks=1, steps=1, target=2e6, smoke=False
+    )
+    row = load("harness").measure_job(benchmark.__file__, settings, {})
+    assert row["choices"] == 720
+    assert row["milliseconds"] > 0
+
+
+def test_unknown_job():
+    benchmark = load("joint_logits")
+    settings = benchmark.JointLogitsSettings(job="nothing")
+    with pytest.raises(UserError, match="Received: job=nothing"):
+        benchmark.run(settings)
+
+
+def python_job(directory, contents):
+    """A job whose process writes its summary."""
+    harness = load("harness")
+    code = (
+        f"import pathlib; d = pathlib.Path({str(directory)!r}); d.mkdir(); "
+        f"(d / 'summary.json').write_text({json.dumps(contents)!r})"
+    )
+    return harness.Job(["-c", code], run=None)
+
+
+def test_phases_in_processes(tmp_path):
+    """Jobs that have a row already do not run again. The phases run in order."""
+    output = tmp_path / "rows.jsonl"
+    output.write_text('{"name": "a 0", "value": 0}\n')
+    settings = load("fashion_mnist").FashionMnistSettings(
+        output=str(output), work_dir=str(tmp_path / "runs")
+    )
+    runs = load("harness").Runs(settings)
+    jobs = {
+        name: python_job(runs.directory(name), {"value": value})
+        for value, name in enumerate(("a 0", "a 1", "b 0"), 10)
+    }
+    rows = runs.run_phases([{name: jobs[name] for name in ("a 0", "a 1")}, {"b 0": jobs["b 0"]}])
+    expected = [("a 0", 0), ("a 1", 11), ("b 0", 12)]
+    assert [(row["name"], row["value"]) for row in rows.values()] == expected
+    assert read(output) == rows
+
+
+def test_failed_job_names_its_log(tmp_path):
+    settings = load("fashion_mnist").FashionMnistSettings(
+        output=str(tmp_path / "rows.jsonl"), work_dir=str(tmp_path / "runs")
+    )
+    harness = load("harness")
+    job = harness.Job(["-c", "raise SystemExit('why it failed')"], run=None)
+    with pytest.raises(RuntimeError, match=r"see .*a_0\.log"):
+        harness.Runs(settings).run_phases([{"a 0": job}])
+    assert "why it failed" in (tmp_path / "runs" / "a_0.log").read_text()
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["milliseconds", "nas_bench_macro"])
+def test_missing_table(name, capsys):
+    assert run_command(load(name).COMMAND, []) == 1
+    assert "must be given" in capsys.readouterr().err
+
+
+def test_recipes_are_settings_of_a_training():
+    for recipe in load("recipe").RECIPES.values():
+        TrainSettings(architecture="a.json", output_dir="runs/a", **recipe)
+
+
+def test_every_benchmark_is_documented():
+    text = (FOLDER / "README.md").read_text()
+    assert [name for name in NAMES if f"`{name}.py`" not in text] == []
