@@ -1,9 +1,9 @@
-"""FBNetV2's DMaskingNAS, made of the product's layers, to compare with.
+"""FBNetV2's DMaskingNAS, built from the layers of the supernet, for comparisons.
 
-Every choice of every block is computed in every step and weighted by a Gumbel-softmax of its
-logits: kernel sizes, activations, attention and skipping side by side; filters and expansions as
-masks over the widest. Where the method leaves room, what is cheaper was chosen: one set of weights
-for all choices, and one convolution for all expansions.
+Every step computes every choice of every block, weighted by a Gumbel-softmax of its logits. Kernel
+sizes, activations, attention and skipping are computed side by side. Filters and expansions are
+masks over the widest tensor. Where the paper leaves it open, this code does what is cheaper: all
+choices share one set of weights, and all expansions share one convolution.
 
 Reference: Wan et al., "FBNetV2: Differentiable Neural Architecture Search for Spatial and Channel
 Dimensions", CVPR 2020, arXiv:2004.05565; temperature as in FBNet, arXiv:1812.03443.
@@ -22,9 +22,10 @@ FIRST_TEMPERATURE, DECAY = 5.0, 0.045 * 90
 
 
 class DMaskingNAS(fpnas.ArchitectureSearch):
-    """A search whose step trains the weights, then the logits, through all choices at once.
+    """A search whose step trains the weights, and then the logits, through all choices at once.
 
-    The weighting of the cost, its controller, the derivation and the warm-up are the product's.
+    The gradient of the cost, its controller, the derivation and the warm-up are those of
+    `ArchitectureSearch`.
 
     Args:
         space: The space.
@@ -34,14 +35,15 @@ class DMaskingNAS(fpnas.ArchitectureSearch):
 
     def __init__(self, space: Space, total_steps: int, **kwargs):
         super().__init__(space, distribution="factorized", **kwargs)
-        if any(set(block.block.splits) - {0, 1} for block in self.supernet.blocks):
-            raise ValueError("only squeeze-excite is masked here, not split-attention")
+        if any(set(block.search_block.splits) - {0, 1} for block in self.supernet.blocks):
+            raise ValueError("the masks here are for squeeze-excite, not for split-attention")
         self.total_steps = total_steps
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """One update of the weights on the first batch and of the logits on the second."""
         train_batch, validation_batch = data
-        weights = [variable.value for variable in self.supernet.trainable_variables]
+        variables = self.supernet.stem_variables + self.supernet.body_variables
+        weights = [variable.value for variable in variables]
         with tf.GradientTape() as tape:
             train_loss, train_accuracy = self._evaluate_masked(train_batch, part=0)
         gradients = tape.gradient(train_loss, weights, unconnected_gradients="zero")
@@ -50,8 +52,8 @@ class DMaskingNAS(fpnas.ArchitectureSearch):
             tape.watch(logits)
             loss, accuracy = self._evaluate_masked(validation_batch, part=1)
         logits_gradient = tape.gradient(loss, logits)
-        self.optimizer.apply(gradients, self.supernet.trainable_variables)
-        expected_cost, slope = self.cost_table.expected_and_slope(
+        self.optimizer.apply(gradients, variables)
+        expected_cost, slope = self.space_cost.expected_and_slope(
             self.distribution.entry_probabilities()
         )
         coefficient = tf.constant(0.0)
@@ -59,7 +61,7 @@ class DMaskingNAS(fpnas.ArchitectureSearch):
             coefficient = self._cost_coefficient(expected_cost)
             logits_gradient += coefficient * self._cost_gradient(None, slope)
         tf.cond(
-            self.step < self.warmup_steps,
+            self._is_warming_up(),
             lambda: None,
             lambda: self._update_logits(logits_gradient),
         )
@@ -112,7 +114,7 @@ def masked_network(
     x, filters_in = supernet.features(images), tf.ones(1)
     for block, row in zip(supernet.blocks, supernet.rows):
         x = masked_block(block, x, weights[row], filters_in)
-        if not block.block.keeps_filters:
+        if not block.search_block.keeps_filters:
             filters_in = weights[row]["filters"]
     x = supernet.head_activation(supernet.head_bn(supernet.head(x)))
     return supernet.classes(tf.reduce_mean(x, axis=[1, 2]))
@@ -121,15 +123,15 @@ def masked_network(
 def masked_block(
     block: SupernetBlock, inputs: tf.Tensor, weights: dict[str, tf.Tensor], filters_in: tf.Tensor
 ) -> tf.Tensor:
-    """The weighted sum of what the choices of a block compute.
+    """The weighted sum of the outputs of all choices of a block.
 
     Args:
         block: The block.
-        inputs: Features with the most filters that may come in, masked.
-        weights: Of each choice of each variable.
-        filters_in: Weights of the numbers of filters that may come in.
+        inputs: Features with the largest number of input channels, masked.
+        weights: The weight of each choice of each variable.
+        filters_in: The weight of each number of input channels.
     """
-    choices, widest = block.block, int(block.expanded.max())
+    choices, widest = block.search_block, int(block.expanded.max())
     shares = filters_in[:, None] * weights["expansion"]
     mask = _mask(shares, block.expanded)
 
@@ -170,7 +172,7 @@ def masked_block(
 
 
 def _added(block, inputs, filters_in, options):
-    """The input as far as the numbers of filters agree, to be added."""
+    """The residual connection, weighted by how much input and output have the same channels."""
     if block.must_agree or not block.may_agree:
         return inputs if block.must_agree else None
     equal = np.equal.outer(block.filters_in, options[0]).astype(np.float32)
@@ -189,7 +191,7 @@ def _gate(block, x, shares):
 
 
 def _mask(weights, widths):
-    """sum of w * (1 for the first `width` channels, else 0), shape `(widest,)`."""
+    """The sum of w * (1 for the first `width` channels, else 0), of shape `(widest,)`."""
     masks = (np.arange(widths.max()) < widths[..., None]).astype(np.float32)
     return tf.reduce_sum(weights[..., None] * masks, axis=list(range(widths.ndim)))
 

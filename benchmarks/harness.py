@@ -1,5 +1,7 @@
-"""What the benchmarks of speed and memory share: noise, timing in turn, rows in a file."""
+"""What the benchmarks share: settings, command lines, files of rows, jobs, and timing in turn."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -8,47 +10,446 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, NamedTuple, Self
 
 import keras
 import tensorflow as tf
-from absl import app, flags
 
 import fpnas_keras as fpnas
-from fpnas_keras.method.estimator import Samples
+from fpnas_keras.commands import Command
+from fpnas_keras.errors import UserError
+from fpnas_keras.method import Samples
+from fpnas_keras.runs import RunDirectory
+from fpnas_keras.search import SearchSettings, run_search
+from fpnas_keras.settings import Settings, setting
+from fpnas_keras.spaces import Space
+from fpnas_keras.train import TrainSettings, run_training
 
 Batch = tuple[tf.Tensor, tf.Tensor]
+Row = dict[str, Any]
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The short protocol's images, as the command lines take them.
-FASHION_MNIST = ("--data=tfds:fashion_mnist", "--nodownload", "--train_images=10000")
 # Image size and batch size that each space is measured with.
 SIZES = {"mobile_mini": (32, 64), "fbnetv2_f": (128, 32)}
+# A space of two blocks, which replaces every other space in a smoke run.
+SMALL_SPACE = ROOT / "benchmarks" / "small_space.json"
 
 
-def get_space(name: str) -> fpnas.spaces.Space:
-    """A space at its size of `SIZES`, with 10 classes."""
-    size = SIZES[name][0]
-    return fpnas.spaces.get(name, (size, size, 3), 10)
+def output_setting(name: str) -> str:
+    """The setting `output` of a benchmark, with a file of the folder `benchmarks` as default."""
+    return setting("File of the finished rows.", f"benchmarks/{name}", basic=True)
 
 
-def noise(space: fpnas.spaces.Space, size: int, seed: int) -> Batch:
-    """Noise with labels: the time and the memory are those of any images."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(Settings):
+    """Settings that all benchmarks have. Each is a flag.
+
+    Subclasses add `output`, made by `output_setting`.
+
+    Attributes:
+        SMOKE: The values of settings in a smoke run, unless they are given.
+    """
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {}
+
+    smoke: bool = setting(
+        "Whether to run everything once in the smallest size, on stand-in data, in this process. "
+        "It shows within seconds that the benchmark works. The results mean nothing. They go to a "
+        "temporary folder, unless --output is given.",
+        False,
+        basic=True,
+    )
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run that these settings ask for.
+
+        Args:
+            folder: The temporary folder.
+        """
+        smallest = {"output": str(folder / pathlib.Path(self.output).name), **self.SMOKE}
+        defaults = self.defaults()
+        changes = {name: value for name, value in smallest.items() if name in defaults}
+        return dataclasses.replace(self, **changes)
+
+
+def make_command(
+    script: str,
+    documentation: str,
+    settings: type[BenchmarkSettings],
+    run: Callable[[Any], None],
+) -> Command:
+    """The command of a benchmark.
+
+    Args:
+        script: `__file__` of the benchmark.
+        documentation: Its `__doc__`.
+        settings: Class of its settings.
+        run: Runs the benchmark and prints its tables.
+    """
+    name = pathlib.Path(script).stem
+
+    def start(given):
+        if not given.smoke:
+            run(given)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            run(given.shrink(pathlib.Path(folder)))
+
+    example = f"python benchmarks/{name}.py --smoke"
+    summary = documentation.splitlines()[0]
+    return Command(name, summary, [("Everything once, in seconds", example)], settings, start)
+
+
+# Files of rows
+
+
+def read_rows(output: str | os.PathLike) -> list[Row]:
+    """Reads a file of rows, one JSON object in each line. The file need not exist."""
+    path = pathlib.Path(output)
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+
+def finished(output: str | os.PathLike, key: str = "job") -> dict[str, Row]:
+    """The rows of a file by what they have under `key`."""
+    return {row[key]: row for row in read_rows(output)}
+
+
+def append(output: str, row: Row) -> None:
+    """Adds a row to a file of rows."""
+    with pathlib.Path(output).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# Benchmarks whose jobs run one after the other, each in a process of its own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobSettings(BenchmarkSettings):
+    """Settings of a benchmark whose jobs run one after the other, each in a process."""
+
+    job: str | None = setting("Run this job alone and print its row.", None)
+
+    def get_space(self, name: str, image_size: int, num_classes: int = 10) -> Space:
+        """A space for colored images. In a smoke run: the small space at 8 pixels."""
+        if self.smoke:
+            name, image_size = SMALL_SPACE, 8
+        return fpnas.spaces.get(name, (image_size, image_size, 3), num_classes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedSettings(JobSettings):
+    """Settings of a benchmark of time or memory. Noise is as good as images for it."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {"spaces": ("mobile_mini",), "repeats": 1}
+
+    spaces: tuple[str, ...] = setting(
+        f"Spaces to measure, separated by commas: {', '.join(SIZES)}.", tuple(SIZES)
+    )
+    repeats: int = setting("Timed calls of each function. The median counts.", 7, least=1)
+
+    def check(self) -> None:
+        """Raises `UserError` when a space has no size to be measured with."""
+        unknown = [name for name in self.spaces if name not in SIZES]
+        if unknown:
+            raise UserError(
+                f"`spaces` must be of {', '.join(SIZES)}. Received: spaces={','.join(unknown)}"
+            )
+
+    def measured_space(self, name: str) -> tuple[Space, int]:
+        """A space and its batch size, as in `SIZES`."""
+        image_size, batch_size = SIZES[name]
+        return self.get_space(name, image_size), 2 if self.smoke else batch_size
+
+
+def run_jobs(
+    script: str,
+    settings: JobSettings,
+    jobs: Mapping[str, Callable[[], Row]],
+    report: Callable[[dict[str, Row]], None],
+) -> None:
+    """Runs the jobs that have no row yet, and reports.
+
+    Args:
+        script: `__file__` of the benchmark.
+        settings: Its settings.
+        jobs: The functions that make the rows, by the names of the jobs.
+        report: Prints the tables of the rows, which it gets by job.
+    """
+    if settings.job is not None:
+        print(json.dumps(run_job(settings, jobs)))
+        return
+    rows = finished(settings.output)
+    for job in jobs:
+        if job not in rows:
+            print(f"{job} ...", flush=True)
+            row = measure_job(script, dataclasses.replace(settings, job=job), jobs)
+            rows[job] = {"job": job, **row}
+            append(settings.output, rows[job])
+    report(rows)
+
+
+def run_job(settings: JobSettings, jobs: Mapping[str, Callable[[], Row]]) -> Row:
+    """The row of `settings.job`.
+
+    Raises:
+        UserError: When there is no such job.
+    """
+    if settings.job not in jobs:
+        raise UserError(f"`job` must be one of {', '.join(jobs)}. Received: job={settings.job}")
+    return jobs[settings.job]()
+
+
+def measure_job(script: str, settings: JobSettings, jobs: Mapping[str, Callable[[], Row]]) -> Row:
+    """The row of `settings.job`, measured in a new process; in a smoke run in this one."""
+    if settings.smoke:
+        return run_job(settings, jobs)
+    command = [sys.executable, script, *settings.to_flags()]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Benchmarks whose jobs are searches and trainings, one on each core at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectSettings(BenchmarkSettings):
+    """Settings of a benchmark of searches and trainings.
+
+    The defaults are the short protocol of the documentation. The digits of scikit-learn replace
+    Fashion-MNIST in a smoke run.
+    """
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "data": "digits",
+        "train_images": 40,
+        "space": str(SMALL_SPACE),
+        "search_epochs": 2,
+        "steps_per_epoch": 1,
+        "batch_size": 8,
+        "train_epochs": 1,
+        "seeds": 1,
+    }
+
+    data_dir: str | None = setting(
+        "Folder where tensorflow_datasets keeps its data. Default: ~/tensorflow_datasets.",
+        None,
+        basic=True,
+    )
+    work_dir: str | None = setting(
+        "Folder of the run directories. Default: a folder in runs/, named after --output.",
+        None,
+        basic=True,
+    )
+    data: str = setting("Images to use.", "tfds:fashion_mnist")
+    input_size: int = setting("Height and width of the images.", 28, least=1)
+    train_images: int = setting("Number of training images.", 10_000, least=2)
+    space: str = setting("Space to search.", "mobile_mini", path=True)
+    target: float = setting("What the networks may cost.", 1.5e6, least=0)
+    search_epochs: int = setting("Epochs of a search.", 15, least=1)
+    steps_per_epoch: int = setting("Steps in an epoch of a search.", 100, least=1)
+    batch_size: int | None = setting(
+        "Images in a batch. Default: that of the command.", None, least=2
+    )
+    train_epochs: int = setting("Epochs of a training.", 20, least=1)
+    seeds: int = setting("Repetitions with other seeds.", 3, least=1)
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run that these settings ask for."""
+        smallest = super().shrink(folder)
+        return dataclasses.replace(smallest, work_dir=self.work_dir or str(folder / "runs"))
+
+
+class Job(NamedTuple):
+    """Something that runs in a directory and leaves a summary there, which is its row.
+
+    Attributes:
+        arguments: What follows `python` to run it in a process.
+        run: Runs it in this process.
+        keeps_architecture: Whether its row also holds the architecture of the run.
+    """
+
+    arguments: list[str]
+    run: Callable[[], object]
+    keeps_architecture: bool = False
+
+
+class Runs:
+    """Makes searches and trainings that follow the settings of a benchmark, and runs them.
+
+    Args:
+        settings: The settings.
+    """
+
+    def __init__(self, settings: ProjectSettings):
+        self.settings = settings
+        name = pathlib.Path(settings.output).stem
+        work_dir = settings.work_dir or ROOT / "runs" / f"benchmark_{name}"
+        self.work_dir = pathlib.Path(work_dir).absolute()
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+
+    def directory(self, name: str) -> pathlib.Path:
+        """Run directory of a job."""
+        return self.work_dir / name.replace(" ", "_")
+
+    def architecture_file(self, name: str) -> pathlib.Path:
+        """The architecture that a search finds."""
+        return RunDirectory(self.directory(name)).architecture_file
+
+    def data(self) -> dict[str, Any]:
+        """The settings of a search or training that name the images."""
+        own = self.settings
+        data_dir = own.data_dir and str(pathlib.Path(own.data_dir).absolute())
+        train_images = own.train_images
+        return {
+            "data": own.data,
+            "data_dir": data_dir,
+            "download": False,
+            "train_images": train_images,
+        }
+
+    def search(self, name: str, **changes: Any) -> dict[str, Job]:
+        """A search by its name.
+
+        Args:
+            name: Its name.
+            **changes: Settings of `fpnas search` that differ from those of the benchmark.
+        """
+        own = self.settings
+        values = {
+            **self._common(name),
+            "space": own.space,
+            "input_size": own.input_size,
+            "cost": "macs",
+            "target": own.target,
+            "epochs": own.search_epochs,
+            "steps_per_epoch": own.steps_per_epoch,
+            "architecture_learning_rate": 0.03,
+            "ranked_samples": 0,  # Nobody reads the ranking in the report of the search.
+        }
+        return {name: search_job(SearchSettings(**values | changes))}
+
+    def train(self, name: str, architecture: str | os.PathLike, **changes: Any) -> dict[str, Job]:
+        """A training by its name.
+
+        Args:
+            name: Its name.
+            architecture: The architecture file. An earlier phase may write it.
+            **changes: Settings of `fpnas train` that differ from those of the benchmark.
+        """
+        own = {"architecture": architecture, "epochs": self.settings.train_epochs}
+        settings = TrainSettings(**self._common(name) | own | changes)
+        job = Job(
+            ["-m", "fpnas_keras.train", *settings.to_flags()],
+            functools.partial(run_training, settings),
+            keeps_architecture=True,
+        )
+        return {name: job}
+
+    def _common(self, name):
+        values = {"output_dir": str(self.directory(name)), **self.data()}
+        if self.settings.batch_size is not None:
+            values["batch_size"] = self.settings.batch_size
+        return values
+
+    def run_phases(self, phases: Iterable[dict[str, Job]]) -> dict[str, Row]:
+        """Runs the jobs that have no row yet, one on each core at a time.
+
+        In a smoke run they run one after the other in this process.
+
+        Args:
+            phases: Jobs by name. The jobs of a phase need the results of earlier phases only.
+
+        Returns:
+            The rows of the output file by name.
+        """
+        output = self.settings.output
+        rows = finished(output, "name")
+        cores = queue.SimpleQueue()
+        for core in sorted(os.sched_getaffinity(0))[: 1 if self.settings.smoke else None]:
+            cores.put(core)
+
+        def work(item):
+            name, job = item
+            core = cores.get()
+            try:
+                rows[name] = {"name": name, **self._run(name, job, core)}
+            finally:
+                cores.put(core)
+            append(output, rows[name])
+            print(f"finished: {name}", flush=True)
+
+        with ThreadPoolExecutor(cores.qsize()) as pool:
+            for phase in phases:
+                todo = [item for item in phase.items() if item[0] not in rows]
+                list((map if self.settings.smoke else pool.map)(work, todo))
+        return rows
+
+    def _run(self, name, job, core):
+        """The row of a job, from the files that it leaves."""
+        run = RunDirectory(self.directory(name))
+        shutil.rmtree(run.directory, ignore_errors=True)  # An interrupted run may have left it.
+        if self.settings.smoke:
+            job.run()
+        else:
+            run_on_core(job.arguments, core, self.work_dir / f"{run.directory.name}.log")
+        architecture = (
+            {"architecture": run.architecture.to_dict()} if job.keeps_architecture else {}
+        )
+        return architecture | run.summary
+
+
+def search_job(settings: SearchSettings) -> Job:
+    """A search as a job."""
+    return Job(
+        ["-m", "fpnas_keras.search", *settings.to_flags()], functools.partial(run_search, settings)
+    )
+
+
+def run_on_core(arguments: list[str], core: int, log: pathlib.Path) -> None:
+    """Runs Python in a process on one core.
+
+    Raises:
+        RuntimeError: When the process fails. The message names the log.
+    """
+    command = [sys.executable, *arguments]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        os.sched_setaffinity(process.pid, {core})
+        if process.wait():
+            raise RuntimeError(f"{' '.join(command)} failed; see {log}")
+
+
+# Timing
+
+
+def noise(space: Space, size: int, seed: int) -> Batch:
+    """Noise with labels: the time and the memory are those of any images.
+
+    Args:
+        space: The space, which gives the shape of the images.
+        size: Number of images.
+        seed: Seed of the noise.
+    """
     x = tf.random.stateless_uniform((size, *space.input_shape), (seed, 0), 0, 255)
     return x, tf.range(size) % space.num_classes
 
 
 def timed_in_turn(
-    runs: dict[str, Callable[[], object]], repeats: int, untimed: int = 1
+    runs: Mapping[str, Callable[[], object]], repeats: int, untimed: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each of several functions that are called in turn.
+    """Times several functions that are called in turn.
 
     Args:
-        runs: The functions by name; each returns when its work is done.
+        runs: The functions by name. Each returns when its work is done.
         repeats: Timed calls of each.
-        untimed: Calls before those: the first one traces, or meets its shapes for the first time.
+        untimed: Calls before those. The first call traces, or meets its shapes for the first time.
+
+    Returns:
+        Seconds of each timed call.
     """
     seconds = {name: [] for name in runs}
     for repeat in range(untimed + repeats):
@@ -60,9 +461,22 @@ def timed_in_turn(
     return seconds
 
 
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each of several functions that are called in turn."""
     return {name: statistics.median(s) for name, s in timed_in_turn(runs, repeats).items()}
+
+
+def draw_networks(
+    search: fpnas.ArchitectureSearch, count: int
+) -> list[tuple[tf.Tensor, fpnas.Architecture]]:
+    """Draws networks from the distribution of a search.
+
+    Returns:
+        The entries of each network, int32 of shape `(blocks,)`, and its architecture.
+    """
+    drawn = search.distribution.sample(count, seed=0, step=0)
+    architectures = map(search.space.architecture, search.space.entries.to_choices(drawn.numpy()))
+    return list(zip(tf.unstack(drawn), architectures))
 
 
 def keras_step(model: keras.Model, batch: Batch) -> Callable[[], object]:
@@ -78,161 +492,21 @@ def keras_step(model: keras.Model, batch: Batch) -> Callable[[], object]:
 def sample_steps(
     search: fpnas.ArchitectureSearch, batch: Batch, copies: int
 ) -> Callable[[tf.Tensor], object]:
-    """From choices to the weight half of a search step that samples them `copies` times."""
+    """The weight half of a search step that draws one architecture several times.
+
+    Args:
+        search: The search.
+        batch: Images and labels.
+        copies: How many times the architecture is drawn.
+
+    Returns:
+        A function of the entries of the architecture.
+    """
 
     @tf.function
-    def run(choices):
-        drawn = Samples.each(tf.repeat(choices[None], copies, axis=0))
+    def run(entries):
+        drawn = Samples.each(tf.repeat(entries[None], copies, axis=0))
         gradients, results = search.weight_gradients(drawn, batch)
         return [*gradients, results]
 
-    return lambda choices: run(choices)[-1].numpy()
-
-
-def finished(output: str, key: str = "job") -> dict[str, dict]:
-    """The rows of a file by what each has under `key`."""
-    path = pathlib.Path(output)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {row[key]: row for row in map(json.loads, lines)}
-
-
-def append(output: str, row: dict) -> None:
-    """Adds a row to a file of finished rows."""
-    with pathlib.Path(output).open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def run_jobs(
-    script: str,
-    jobs: dict[str, Callable[[], dict]],
-    report: Callable[[dict[str, dict]], None],
-) -> None:
-    """The command line of a benchmark whose jobs run one after the other, each in a process.
-
-    Args:
-        script: `__file__` of the benchmark; its rows go into a `.jsonl` file of that name.
-        jobs: By name, what makes a row.
-        report: Prints all rows, by job.
-    """
-    flags.DEFINE_enum("job", None, list(jobs), "Run this job alone and print its row.")
-    output = f"benchmarks/{pathlib.Path(script).stem}.jsonl"
-    flags.DEFINE_string("output", output, "File of the finished rows.")
-
-    def main(_):
-        if flags.FLAGS.job:
-            print(json.dumps(jobs[flags.FLAGS.job]()))
-        else:
-            report(_in_processes(script, jobs, flags.FLAGS.output))
-
-    app.run(main)
-
-
-def _in_processes(script, jobs, output):
-    rows = finished(output)
-    for job in jobs:
-        if job not in rows:
-            print(f"{job} ...", flush=True)
-            done = subprocess.run(
-                [sys.executable, script, f"--job={job}"],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            rows[job] = {"job": job, **json.loads(done.stdout.splitlines()[-1])}
-            append(output, rows[job])
-    return rows
-
-
-def on_cores(
-    phases: Iterable[dict[str, list[str]]],
-    run: Callable[[str, list[str], int], dict],
-    output: str,
-) -> dict[str, dict]:
-    """Runs the commands that are not in the output yet, one on each core at a time.
-
-    Args:
-        phases: Commands by name; those of a phase need nothing but earlier phases.
-        run: From name, command and core to the row of a job.
-        output: File that finished rows are appended to.
-
-    Returns:
-        The rows by name.
-    """
-    rows = finished(output, "name")
-    cores = queue.SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
-
-    def work(item):
-        name, command = item
-        core = cores.get()
-        try:
-            rows[name] = {"name": name, **run(name, command, core)}
-        finally:
-            cores.put(core)
-        append(output, rows[name])
-        print(f"finished: {name}", flush=True)
-
-    with ThreadPoolExecutor(cores.qsize()) as pool:
-        for phase in phases:
-            list(pool.map(work, [item for item in phase.items() if item[0] not in rows]))
-    return rows
-
-
-class Runs:
-    """Runs the project's command lines for `on_cores`, each in a run directory of its own.
-
-    Args:
-        work_dir: Folder of the run directories, made here.
-        data_dir: Where tensorflow_datasets keeps its data.
-    """
-
-    def __init__(self, work_dir: str, data_dir: str):
-        self.work_dir = pathlib.Path(work_dir).absolute()
-        self.data_dir = pathlib.Path(data_dir).absolute()
-        self.work_dir.mkdir(parents=True, exist_ok=True)
-
-    def directory(self, name: str) -> pathlib.Path:
-        """Run directory of a job."""
-        return self.work_dir / name.replace(" ", "_")
-
-    def __call__(self, name: str, command: list[str], core: int) -> dict:
-        """Runs a module with flags on one core; its summary, or a `RuntimeError`."""
-        output_dir = self.directory(name)
-        command = [sys.executable, "-m", *command, f"--output_dir={output_dir}"]
-        command.append(f"--data_dir={self.data_dir}")
-        log = output_dir.with_name(f"{output_dir.name}.log")
-        shutil.rmtree(output_dir, ignore_errors=True)  # what a run that was cut has left
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-            os.sched_setaffinity(process.pid, {core})
-            if process.wait():
-                raise RuntimeError(f"{' '.join(command)} failed; see {log}")
-        return json.loads((output_dir / "summary.json").read_text())
-
-
-def run_phases(
-    script: str,
-    phases: Callable[[Runs], Iterable[dict[str, list[str]]]],
-    report: Callable[[dict[str, dict]], None],
-) -> None:
-    """The command line of a benchmark whose jobs are the project's own, one on each core.
-
-    Args:
-        script: `__file__` of the benchmark; its rows go into a `.jsonl` file of that name.
-        phases: From the runs to what `on_cores` takes.
-        report: Prints all rows, by name.
-    """
-    from fpnas_keras import cli  # and its flags, --data_dir among them
-
-    name = pathlib.Path(script).stem
-    flags.adopt_module_key_flags(cli)
-    flags.mark_flag_as_required("data_dir")
-    flags.DEFINE_string("work_dir", f"runs/benchmark_{name}", "Folder of the run directories.")
-    flags.DEFINE_string("output", f"benchmarks/{name}.jsonl", "File of the finished rows.")
-
-    def main(_):
-        runs = Runs(flags.FLAGS.work_dir, flags.FLAGS.data_dir)
-        report(on_cores(phases(runs), runs, flags.FLAGS.output))
-
-    app.run(main)
+    return lambda entries: run(entries)[-1].numpy()

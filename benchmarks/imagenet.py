@@ -2,48 +2,81 @@
 
 python benchmarks/imagenet.py
 
-30,000 images of 256x256 pixels of noise in 1,000 classes become the tensorflow_datasets set
-`imagenet2012` in --data_dir (1.2 GB): at 224 pixels too many for the memory, so they are read from
-their TFRecords, as the real ones are. Each config runs for three steps, one an epoch, with 16
-images a batch, 2 samples a step and no warm-up.
+30,000 images of 256x256 pixels of noise in 1,000 classes become the tensorflow_datasets data set
+`imagenet2012` in --data_dir (1.2 GB). At 224 pixels they do not fit into the memory, so they are
+read from their TFRecords, like the real ones. Each job runs for three epochs of one step, with
+batches of 16 images, 2 samples in a step and no warm-up. The rows are written to --output at the
+end.
 
-The estimate: MACs of the whole search, 4 * target * batch_size * samples (forward and backward on
-one batch, forward on the other) for each step. The samples of a step are those of the uniform
-distribution times what remained of them on average in the searches of fashion_mnist.jsonl. What a
-GPU does in an hour is for the reader to put in; --tera_macs is an assumption, not a measurement.
+The estimate is the MACs of the whole search: 4 * target * batch_size * samples for each step
+(forward and backward on one batch, forward on the other). The samples of a step are those of the
+uniform distribution, times the mean share that remained in the searches of fashion_mnist.jsonl. The
+MACs per second of a GPU, --tera_macs, are an assumption and no measurement.
 """
 
+import dataclasses
 import io
 import json
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import harness
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from absl import app, flags
 
 import fpnas_keras as fpnas
+from fpnas_keras.commands import run_command
+from fpnas_keras.method import FactorizedLogits
+from fpnas_keras.runs import RunDirectory
+from fpnas_keras.search import SearchSettings
+from fpnas_keras.settings import setting
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", "runs/imagenet_stand_in", "Folder of the stand-in images.")
-flags.DEFINE_string("work_dir", "runs/benchmark_imagenet", "Folder of the run directories.")
-flags.DEFINE_string("output", "benchmarks/imagenet.json", "File of the rows.")
-flags.DEFINE_float("tera_macs", 1.0, "10^12 multiply-adds a second that a GPU does in training.")
-
-ROOT = pathlib.Path(__file__).parents[1]
 JOBS = ("imagenet_l0", "imagenet_l2")
-IMAGES, CLASSES, TRAIN_IMAGES = 30_000, 1_000, 1_281_167
+CLASSES, TRAIN_IMAGES = 1_000, 1_281_167
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagenetSettings(harness.BenchmarkSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "images": 2_000,
+        "space": str(harness.SMALL_SPACE),
+        "input_size": 8,
+        "target": 1e5,
+        "batch_size": 2,
+    }
+
+    output: str = harness.output_setting("imagenet.json")
+    data_dir: str = setting("Folder of the stand-in images.", "runs/imagenet_stand_in", basic=True)
+    work_dir: str = setting("Folder of the run directories.", "runs/benchmark_imagenet", basic=True)
+    tera_macs: float = setting(
+        "10^12 multiply-adds per second of a GPU in training.", 1.0, least=0.001
+    )
+    images: int = setting("Number of stand-in images.", 30_000, least=2 * CLASSES)
+    batch_size: int = setting("Images in a batch.", 16, least=2)
+    space: str | None = setting("Another space than that of the jobs.", None, path=True)
+    input_size: int | None = setting("Another input size than that of the jobs.", None, least=1)
+    target: float | None = setting("Another target than those of the jobs.", None, least=0)
+
+    def shrink(self, folder: pathlib.Path) -> "ImagenetSettings":
+        """The settings of the smoke run that these settings ask for."""
+        smallest = super().shrink(folder)
+        folders = {"data_dir": str(folder / "data"), "work_dir": str(folder / "runs")}
+        return dataclasses.replace(smallest, **folders)
 
 
 class Imagenet2012(tfds.core.GeneratorBasedBuilder):
-    """Noise, under the name, version and features of the real set."""
+    """Noise, with the name, version and features of the real data set."""
 
+    train_images: int
     VERSION = tfds.core.Version("5.1.0")
-    pkg_dir_path = ROOT / "benchmarks"
+    pkg_dir_path = harness.ROOT / "benchmarks"
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -59,11 +92,14 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, _):
-        return {"train": self._generate_examples(IMAGES), "validation": self._generate_examples(50)}
+        return {
+            "train": self._generate_examples(self.train_images),
+            "validation": self._generate_examples(50),
+        }
 
     def _generate_examples(self, count):
         rng = np.random.default_rng(0)
-        small = rng.integers(0, 256, (100, 64, 64, 3))
+        small = rng.integers(0, 256, (min(count, 100), 64, 64, 3))
         large = tf.cast(tf.image.resize(small, (256, 256)), tf.uint8)
         encoded = [tf.io.encode_jpeg(image).numpy() for image in large]
         for index in range(count):
@@ -72,65 +108,72 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder):
 
 
 def remaining_samples() -> float:
-    """Mean samples of a step over those of the first, of the Fashion-MNIST searches."""
-    lines = (ROOT / "benchmarks" / "fashion_mnist.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["name"].startswith("search factorized")]
+    """Mean samples of a step relative to the first step, in the Fashion-MNIST searches."""
+    rows = harness.finished(harness.ROOT / "benchmarks" / "fashion_mnist.jsonl", "name")
     return statistics.mean(
         row["total_samples"]
         / row["steps"]
         / first_samples(row["space"], tuple(row["input_shape"]), row["num_classes"])
-        for row in rows
+        for name, row in rows.items()
+        if name.startswith("search factorized")
     )
 
 
-def first_samples(*space: object) -> int:
+def first_samples(space: str, input_shape: tuple[int, int, int], num_classes: int) -> int:
     """Samples of a step under the uniform distribution."""
-    search = fpnas.distributions.FactorizedLogits(fpnas.spaces.get(*space).blocks)
-    return int(fpnas.AdaptiveSamples(scale=0.25)(search.entropy()))
+    distribution = FactorizedLogits(fpnas.spaces.get(space, input_shape, num_classes))
+    return int(fpnas.AdaptiveSamples(scale=0.25)(distribution.entropy()))
 
 
-def run(job: str) -> dict[str, float]:
-    """Three steps of a job, and the MACs of all."""
-    directory = pathlib.Path(FLAGS.work_dir).absolute() / job
-    overridden = {
-        "output_dir": directory,
-        "data_dir": pathlib.Path(FLAGS.data_dir).absolute(),
-        "batch_size": 16,
+def run_job(settings: ImagenetSettings, name: str) -> harness.Row:
+    """Runs three steps of a job, and estimates the MACs of all of its steps."""
+    job = SearchSettings.from_flag_file(f"configs/{name}.flags")
+    directory = pathlib.Path(settings.work_dir).absolute() / name
+    changes = {
+        "output_dir": str(directory),
+        "data_dir": str(pathlib.Path(settings.data_dir).absolute()),
+        "batch_size": settings.batch_size,
         "samples": 2,
         "warmup_steps": 0,
         "epochs": 3,
         "steps_per_epoch": 1,
+        "ranked_samples": 0,
     }
-    command = [sys.executable, "-m", "fpnas_keras.search", f"--flagfile=configs/{job}.flags"]
-    command += [f"--{name}={value}" for name, value in overridden.items()]
-    subprocess.run(command, check=True, cwd=ROOT)
-    summary = json.loads((directory / "summary.json").read_text())
-    text = (ROOT / "configs" / f"{job}.flags").read_text()
-    given = dict(re.findall(r"^--(\w+)=(.*)$", text, re.MULTILINE))
-    batch_size, target = int(given["batch_size"]), float(given["target"])
-    steps = int(given["epochs"]) * (TRAIN_IMAGES // 2 // batch_size)
-    samples = first_samples(given["space"], (224, 224, 3), CLASSES) * remaining_samples()
+    others = {key: getattr(settings, key) for key in ("space", "input_size", "target")}
+    changes |= {key: value for key, value in others.items() if value is not None}
+    short = harness.search_job(dataclasses.replace(job, **changes))
+    if settings.smoke:
+        short.run()
+    else:
+        subprocess.run([sys.executable, *short.arguments], check=True, cwd=harness.ROOT)
+    summary = RunDirectory(directory).summary
+    steps = job.epochs * (TRAIN_IMAGES // 2 // job.batch_size)
+    samples = first_samples(job.space, (224, 224, 3), CLASSES) * remaining_samples()
+    macs = 4 * job.target * job.batch_size * samples * steps
     return {
-        "job": job,
+        "job": name,
         "seconds": summary["wall_seconds"],
         "peak_memory_mb": summary["peak_memory_mb"],
         "steps_run": summary["steps"],
         "macs_found": summary["macs"],
         "steps": steps,
         "samples_a_step": round(samples, 1),
-        "peta_macs": round(4 * target * batch_size * samples * steps / 1e15, 1),
-        "gpu_hours": round(4 * target * batch_size * samples * steps / FLAGS.tera_macs / 3.6e15, 1),
+        "peta_macs": round(macs / 1e15, 1),
+        "gpu_hours": round(macs / settings.tera_macs / 3.6e15, 1),
     }
 
 
-def main(_: list[str]) -> None:
-    """Writes the images where they are not yet, and runs the jobs."""
+def run(settings: ImagenetSettings) -> None:
+    """Writes the images if they are missing, and runs the jobs."""
+    Imagenet2012.train_images = settings.images
     config = tfds.download.DownloadConfig(num_shards=8)
-    Imagenet2012(data_dir=FLAGS.data_dir).download_and_prepare(download_config=config)
-    rows = [run(job) for job in JOBS]
-    pathlib.Path(FLAGS.output).write_text(json.dumps(rows, indent=1) + "\n")
+    Imagenet2012(data_dir=settings.data_dir).download_and_prepare(download_config=config)
+    rows = [run_job(settings, name) for name in JOBS]
+    pathlib.Path(settings.output).write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 
 
+COMMAND = harness.make_command(__file__, __doc__, ImagenetSettings, run)
+
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(run_command(COMMAND))

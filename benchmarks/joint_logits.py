@@ -2,65 +2,76 @@
 
 python benchmarks/joint_logits.py
 
-20 blocks of 720 and of 5,000 choices each, factorized and joint, a fresh process each: draw 16
-architectures, expected cost, gradient, Adam.
+20 blocks of 720 and of 5,000 choices each, factorized and joint, each in a new process. A step
+draws 16 architectures and computes the expected cost, the gradient and the update of Adam. The rows
+are written to --output at the end.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
 import resource
-import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import harness
+import keras
 import numpy as np
-from absl import app, flags
+import tensorflow as tf
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("measure", None, "CHOICES,DISTRIBUTION: one row, in this process.")
-flags.DEFINE_string("output", "benchmarks/joint_logits.json", "File of the rows.")
+import fpnas_keras as fpnas
+from fpnas_keras.architecture import ACTIVATIONS, Head, Stem
+from fpnas_keras.commands import run_command
+from fpnas_keras.settings import setting
+from fpnas_keras.spaces import SearchBlock, Space
 
-BLOCKS, SAMPLES, STEPS = 20, 16, 200
 CHOICES = {
-    720: {"expansion": range(1, 7), "kernel_size": (3, 5), "activation": 3},
-    5000: {"expansion": range(1, 26), "kernel_size": (3, 5, 7, 9, 11), "activation": 2},
+    720: {"expansion": range(1, 7), "kernel_size": (3, 5), "activation": ACTIVATIONS[:3]},
+    5000: {
+        "expansion": range(1, 26),
+        "kernel_size": (3, 5, 7, 9, 11),
+        "activation": ACTIVATIONS[:2],
+    },
 }
 
 
-def space(choices: int):  # noqa: ANN201 (imported in the measuring process only)
-    """20 blocks with that many choices each, in 5 stages."""
-    from fpnas_keras.architecture import ACTIVATIONS, Head, Stem
-    from fpnas_keras.spaces import SearchBlock, Space
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointLogitsSettings(harness.JobSettings):
+    """Settings of this benchmark."""
 
-    own = CHOICES[choices]
-    blocks = [
+    SMOKE: ClassVar[Mapping[str, Any]] = {"blocks": 2, "steps": 1, "target": 50e6}
+
+    output: str = harness.output_setting("joint_logits.json")
+    blocks: int = setting("Blocks of the space.", 20, least=1)
+    steps: int = setting("Timed steps.", 200, least=1)
+    target: float = setting("Target of the search, in MACs.", 300e6, least=0)
+
+
+def make_space(choices: int, blocks: int) -> Space:
+    """A space of blocks with that many choices each, in stages of 4 blocks."""
+    search_blocks = [
         SearchBlock(
             filters=range(8, 88, 8),
-            expansion=own["expansion"],
-            kernel_size=own["kernel_size"],
-            activation=ACTIVATIONS[: own["activation"]],
             splits=(0, 1),
             strides=2 if index % 4 == 0 else 1,
+            **CHOICES[choices],
         )
-        for index in range(BLOCKS)
+        for index in range(blocks)
     ]
-    assert all(len(block.entries) == choices for block in blocks)
+    assert all(len(each.entries) == choices for each in search_blocks)
     stem, head = Stem(16, 3, 2, "relu"), Head(256, "relu")
-    return Space("wide", (224, 224, 3), 1000, stem, tuple(blocks), head)
+    return Space("wide", (224, 224, 3), 1000, stem, tuple(search_blocks), head)
 
 
-def measure(choices: int, distribution: str) -> dict[str, float]:
+def measure(settings: JointLogitsSettings, choices: int, distribution: str) -> harness.Row:
     """Median milliseconds of a step, and peak memory of the process."""
-    import keras
-    import tensorflow as tf
-
-    import fpnas_keras as fpnas
-
-    wide = space(choices)
     search = fpnas.ArchitectureSearch(
-        wide,
-        samples=SAMPLES,
-        cost=fpnas.MacsCost(target=300e6),
+        make_space(choices, settings.blocks),
+        samples=16,
+        cost=fpnas.MacsCost(settings.target),
         distribution=distribution,
         warmup_steps=0,
     )
@@ -73,7 +84,7 @@ def measure(choices: int, distribution: str) -> dict[str, float]:
 
     step()
     seconds = []
-    for _ in range(STEPS):
+    for _ in range(settings.steps):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
@@ -88,21 +99,24 @@ def measure(choices: int, distribution: str) -> dict[str, float]:
     }
 
 
-def main(_: list[str]) -> None:
-    """Measures each row in a fresh process."""
-    if FLAGS.measure:
-        choices, distribution = FLAGS.measure.split(",")
-        print(json.dumps(measure(int(choices), distribution)))
+def run(settings: JointLogitsSettings) -> None:
+    """Measures each row in a new process, and writes all."""
+    jobs = {
+        f"{choices},{distribution}": functools.partial(measure, settings, choices, distribution)
+        for choices in CHOICES
+        for distribution in ("factorized", "joint")
+    }
+    if settings.job is not None:
+        print(json.dumps(harness.run_job(settings, jobs)))
         return
     rows = []
-    for choices in CHOICES:
-        for distribution in ("factorized", "joint"):
-            command = [sys.executable, __file__, f"--measure={choices},{distribution}"]
-            result = subprocess.run(command, check=True, capture_output=True, text=True)
-            rows.append(json.loads(result.stdout.splitlines()[-1]))
-            print(json.dumps(rows[-1]), flush=True)
-    pathlib.Path(FLAGS.output).write_text(json.dumps(rows, indent=1) + "\n")
+    for job in jobs:
+        rows.append(harness.measure_job(__file__, dataclasses.replace(settings, job=job), jobs))
+        print(json.dumps(rows[-1]), flush=True)
+    pathlib.Path(settings.output).write_text(json.dumps(rows, indent=1) + "\n")
 
+
+COMMAND = harness.make_command(__file__, __doc__, JointLogitsSettings, run)
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(run_command(COMMAND))

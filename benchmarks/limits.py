@@ -1,35 +1,61 @@
-"""How close a sample comes to what this machine can do, and where the rest of its time goes.
+"""How close a sample comes to the peak of this machine, and where the rest of its time goes.
 
 python benchmarks/limits.py
 
-For random architectures of each space: multiply-adds a second of the weight half of a sample,
-against its convolutions called alone in a loop, forward and both gradients, and against a large
-matrix product; then the time by kind of operation, from TensorFlow's profiler.
+For random architectures of each space, it measures the multiply-adds per second of the weight half
+of a search step, with one sample. It compares them with the convolutions of the same architecture
+alone, forward and both gradients, and with a large matrix product. Then it splits the time by kind
+of operation with TensorFlow's profiler.
 """
 
 import collections
+import dataclasses
 import functools
 import pathlib
+import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import harness
 import numpy as np
 import tensorflow as tf
 
-# TensorFlow has no public reader of its profiler's files.
+# TensorFlow has no public reader for the files of its profiler.
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import fpnas_keras as fpnas
 from fpnas_keras.architecture import expanded_filters, output_size
+from fpnas_keras.commands import run_command
 from fpnas_keras.networks.sliced_layers import SlicedConv, SlicedDepthwiseConv
-
-ARCHITECTURES, COPIES, REPEATS = 6, 4, 7
-# Rows of the matrix product that is taken for the ceiling.
-MATRIX = 2048
+from fpnas_keras.settings import setting
 
 
-def convolutions(architecture: fpnas.Architecture) -> list[tuple]:
-    """The convolutions of stem, blocks and head: layer, input size, filters in, arguments."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitsSettings(harness.SpeedSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **harness.SpeedSettings.SMOKE,
+        "architectures": 1,
+        "copies": 1,
+        "matrix_size": 64,
+    }
+
+    output: str = harness.output_setting("limits.jsonl")
+    architectures: int = setting("Random architectures of a space.", 6, least=1)
+    copies: int = setting("Samples in a timed call, which share its overhead.", 4, least=1)
+    matrix_size: int = setting("Rows and columns of the matrices of the product.", 2048, least=1)
+
+
+def convolutions(
+    architecture: fpnas.Architecture,
+) -> list[tuple[Callable[[tf.Tensor], tf.Tensor], tuple[int, int], int]]:
+    """The convolutions of stem, blocks and head.
+
+    Returns:
+        Layer, input size and input channels of each.
+    """
     stem, size = architecture.stem, architecture.input_shape[:2]
     channels = architecture.input_shape[2]
     found = [(SlicedConv(channels, stem.filters, stem.kernel_size, stem.strides), size, channels)]
@@ -53,9 +79,23 @@ def convolutions(architecture: fpnas.Architecture) -> list[tuple]:
     return found
 
 
-def alone(layer, size: tuple[int, int], channels: int, batch: int) -> float:
-    """Seconds of a convolution, forward and both gradients, in a loop of its own."""
-    x = tf.random.stateless_normal((batch, *size, channels), (0, 0))
+def alone(
+    layer: Callable[[tf.Tensor], tf.Tensor],
+    size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    repeats: int,
+) -> float:
+    """Seconds of a convolution alone, forward and both gradients.
+
+    Args:
+        layer: The convolution.
+        size: Height and width of its input.
+        channels: Channels of its input.
+        batch_size: Images in a batch.
+        repeats: Timed calls.
+    """
+    x = tf.random.stateless_normal((batch_size, *size, channels), (0, 0))
     own = layer.func if isinstance(layer, functools.partial) else layer
 
     @tf.function
@@ -65,52 +105,54 @@ def alone(layer, size: tuple[int, int], channels: int, batch: int) -> float:
             y = layer(x)
         return tape.gradient(y, [x, own.kernel.value], y)
 
-    return harness.in_turn({"run": lambda: run(x)[0].numpy()}, REPEATS)["run"]
+    return harness.in_turn({"run": lambda: run(x)[0].numpy()}, repeats)["run"]
 
 
-def against_kernels(name: str) -> dict[str, list[float]]:
+def against_kernels(settings: LimitsSettings, name: str) -> dict[str, list[float]]:
     """Seconds of samples, and of their convolutions called alone."""
-    space, batch_size = harness.get_space(name), harness.SIZES[name][1]
+    space, batch_size = settings.measured_space(name)
+    repeats, side = settings.repeats, settings.matrix_size
     search = fpnas.ArchitectureSearch(space)
     batch = harness.noise(space, batch_size, 0)
-    sample = harness.sample_steps(search, batch, COPIES)
-    matrix = tf.random.stateless_normal((MATRIX, MATRIX), (0, 0))
+    sample = harness.sample_steps(search, batch, settings.copies)
+    matrix = tf.random.stateless_normal((side, side), (0, 0))
     product = tf.function(lambda: tf.matmul(matrix, matrix))
     rows = collections.defaultdict(list)
-    for choices in search.distribution.sample(ARCHITECTURES, seed=0, step=0):
-        architecture = space.architecture(choices.numpy())
+    for entries, architecture in harness.draw_networks(search, settings.architectures):
         runs = {
-            "sample": functools.partial(sample, choices),
+            "sample": functools.partial(sample, entries),
             "matrix_product": lambda: product().numpy(),
         }
-        seconds = harness.in_turn(runs, REPEATS)
-        rows["sample"].append(seconds["sample"] / COPIES)
-        rows["kernels"].append(sum(alone(*each, batch_size) for each in convolutions(architecture)))
+        seconds = harness.in_turn(runs, repeats)
+        rows["sample"].append(seconds["sample"] / settings.copies)
+        kernels = [alone(*each, batch_size, repeats) for each in convolutions(architecture)]
+        rows["kernels"].append(sum(kernels))
         rows["macs"].append(architecture.macs() * batch_size)
-        rows["matrix_macs_per_second"].append(MATRIX**3 / seconds["matrix_product"])
+        rows["matrix_macs_per_second"].append(side**3 / seconds["matrix_product"])
     return rows
 
 
-def by_operation(name: str) -> dict[str, dict[str, float]]:
-    """Milliseconds and calls a sample of each kind of operation, and the wall time."""
-    space, batch_size = harness.get_space(name), harness.SIZES[name][1]
+def by_operation(settings: LimitsSettings, name: str) -> harness.Row:
+    """Milliseconds and calls per sample of each kind of operation, and the wall time."""
+    space, batch_size = settings.measured_space(name)
     search = fpnas.ArchitectureSearch(space)
-    run = harness.sample_steps(search, harness.noise(space, batch_size, 0), COPIES)
-    drawn = search.distribution.sample(ARCHITECTURES, seed=0, step=0)
-    for choices in [*drawn, *drawn]:  # traced, and shapes met
-        run(choices)
-    wall = harness.in_turn({"all": lambda: [run(choices) for choices in drawn]}, REPEATS)["all"]
-    samples = ARCHITECTURES * COPIES
+    run = harness.sample_steps(search, harness.noise(space, batch_size, 0), settings.copies)
+    drawn = [entries for entries, _ in harness.draw_networks(search, settings.architectures)]
+    for entries in [*drawn, *drawn]:  # The first calls trace and meet new shapes.
+        run(entries)
+    runs = {"all": lambda: [run(entries) for entries in drawn]}
+    wall = harness.in_turn(runs, settings.repeats)["all"]
+    samples = settings.architectures * settings.copies
     with tempfile.TemporaryDirectory() as directory:
         with tf.profiler.experimental.Profile(directory):
-            for choices in drawn:
-                run(choices)
+            for entries in drawn:
+                run(entries)
         (file,) = pathlib.Path(directory).rglob("*.xplane.pb")
         spaces = xplane_pb2.XSpace.FromString(file.read_bytes())
     milliseconds, calls = collections.Counter(), collections.Counter()
     for plane in spaces.planes:
         for event in (event for line in plane.lines for event in line.events):
-            # "scope/name:Kind" are operations; what else there is encloses them.
+            # Operations are called "scope/name:Kind". Other events enclose them.
             scope, _, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
             if "CPU" in plane.name and scope and not scope.endswith((":", "EagerLocalExecute")):
                 kind = kind.removeprefix("_MklNative").removeprefix("_Mkl")
@@ -125,16 +167,12 @@ def by_operation(name: str) -> dict[str, dict[str, float]]:
     }
 
 
-JOBS = {f"kernels of {name}": functools.partial(against_kernels, name) for name in harness.SIZES}
-JOBS |= {f"operations of {name}": functools.partial(by_operation, name) for name in harness.SIZES}
-
-
-def report(rows: dict[str, dict]) -> None:
+def report(settings: LimitsSettings, rows: dict[str, harness.Row]) -> None:
     """Prints both tables."""
-    print("\nGMAC a second, medians, forward and backward counted as 3 times the MACs:\n")
+    print("\nGMAC per second, medians, forward and backward counted as 3 times the MACs:\n")
     columns = "sample | its convolutions alone | matrix product | time alone / sample"
     print(f"| | {columns} |\n{'|---' * 5}|")
-    for name in harness.SIZES:
+    for name in settings.spaces:
         row = {
             key: np.array(value)
             for key, value in rows[f"kernels of {name}"].items()
@@ -145,7 +183,7 @@ def report(rows: dict[str, dict]) -> None:
         share = np.median(row["kernels"] / row["sample"])
         cells = " | ".join(f"{np.median(rate):.1f}" for rate in rates)
         print(f"| `{name}` | {cells} | {share:.2f} |")
-    for name in harness.SIZES:
+    for name in settings.spaces:
         row = rows[f"operations of {name}"]
         wall, total = row["wall_ms"], row["sum_ms"]
         print(f"\n`{name}`: {wall:.1f} ms a sample, {total:.1f} ms of operations (2 run at a time)")
@@ -154,5 +192,17 @@ def report(rows: dict[str, dict]) -> None:
             print(f"| {kind} | {own['ms']:.2f} | {own['calls']:.1f} | {own['ms'] / total:.1%} |")
 
 
+def run(settings: LimitsSettings) -> None:
+    """Runs the jobs that have no row yet, and reports."""
+    jobs = {
+        f"{kind} of {name}": functools.partial(function, settings, name)
+        for kind, function in (("kernels", against_kernels), ("operations", by_operation))
+        for name in settings.spaces
+    }
+    harness.run_jobs(__file__, settings, jobs, functools.partial(report, settings))
+
+
+COMMAND = harness.make_command(__file__, __doc__, LimitsSettings, run)
+
 if __name__ == "__main__":
-    harness.run_jobs(__file__, JOBS, report)
+    sys.exit(run_command(COMMAND))

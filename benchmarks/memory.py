@@ -1,16 +1,20 @@
-"""Peak memory of a search step, against training the largest architecture alone and all at once.
+"""Peak memory of a search step, compared with training the largest network and all choices at once.
 
 python benchmarks/memory.py
 
-One fresh process each: a step with K = 1, 4, 16 and 64 samples; a step of Keras' `fit` on the
-largest architecture of the space; DMaskingNAS (all choices as masks over the widest); and all
-combinations of a block's choices side by side, as in DARTS, where it fits. `before` is what the
-process holds when networks and data are made and nothing has run; 2 images of 8x8 show what the
-graph of a search takes by itself.
+Each row is measured in a new process: a search step with K = 1, 4, 16 and 64 samples; a step of
+Keras' `fit` on the largest architecture of the space; DMaskingNAS, which masks the widest tensors;
+and all combinations of a block's choices side by side, as in DARTS, where that fits. `before` is
+the memory of the process when networks and data exist and nothing has run. The row with 2 images
+of 8x8 pixels shows the memory of the graph of a search.
 """
 
+import dataclasses
 import functools
 import resource
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import harness
 import keras
@@ -19,66 +23,103 @@ import tensorflow as tf
 from dmasking import DMaskingNAS
 
 import fpnas_keras as fpnas
-from fpnas_keras.architecture import Part
-from fpnas_keras.networks.supernet import Supernet
+from fpnas_keras.architecture import Part, count_part
+from fpnas_keras.commands import run_command
+from fpnas_keras.networks import Supernet
+from fpnas_keras.settings import setting
+from fpnas_keras.spaces import VARIABLES, Space
 
-STEPS = 3
 SAMPLES = (1, 4, 16, 64)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemorySettings(harness.SpeedSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **harness.SpeedSettings.SMOKE,
+        "most_samples": 1,
+        "steps": 1,
+    }
+
+    output: str = harness.output_setting("memory.jsonl")
+    most_samples: int = setting("Largest K.", max(SAMPLES), least=1)
+    steps: int = setting("Steps in a process.", 3, least=1)
+
+
 def peak_mb() -> int:
-    """Peak resident memory of this process so far."""
+    """Peak resident memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def search_steps(
-    name: str, make=fpnas.ArchitectureSearch, size: tuple[int, int] | None = None, **settings
+    settings: MemorySettings,
+    space: Space,
+    batch_size: int,
+    make: Callable[..., fpnas.ArchitectureSearch] = fpnas.ArchitectureSearch,
+    **arguments: Any,
 ) -> dict[str, int]:
-    """Steps of a search, weights and logits, with images and batches of `size`."""
-    image_size, batch_size = size or harness.SIZES[name]
-    space = fpnas.spaces.get(name, (image_size, image_size, 3), 10)
+    """Runs steps of a search, which update weights and logits.
+
+    Args:
+        settings: Settings of the benchmark.
+        space: The space.
+        batch_size: Images in a batch.
+        make: Makes the search from the space and `arguments`.
+        **arguments: Arguments of the search.
+    """
     data = tuple(harness.noise(space, batch_size, seed) for seed in (0, 1))
-    search = make(space, warmup_steps=0, **settings)
+    search = make(space, warmup_steps=0, **arguments)
     search.compile(keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True), "adam")
     before = peak_mb()
     step = tf.function(search.train_step)
-    for _ in range(STEPS):
+    for _ in range(settings.steps):
         step(data)["train_loss"].numpy()
     return {"before": before, "peak": peak_mb()}
 
 
-def sampled(name: str, samples: int) -> dict[str, int]:
-    """A search step with K samples, none counted twice."""
-    # One sample needs the gradient of the papers: with the control variate it is 0.
-    settings = {"deduplicate": False, "control_variate": samples > 1}
-    return search_steps(name, samples=samples, **settings)
+def sampled(settings: MemorySettings, name: str, samples: int) -> dict[str, int]:
+    """Search steps with K samples. Equal samples are evaluated each."""
+    # With the control variate, the gradient of a single sample is zero.
+    arguments = {"deduplicate": False, "control_variate": samples > 1}
+    space, batch_size = settings.measured_space(name)
+    return search_steps(settings, space, batch_size, samples=samples, **arguments)
 
 
-def largest_alone(name: str) -> dict[str, int]:
-    """A step of Keras' `fit` on the architecture of the most MACs."""
-    space = harness.get_space(name)
+def graph_alone(settings: MemorySettings, name: str) -> dict[str, int]:
+    """Search steps with K = 4 on images that need no memory."""
+    return search_steps(settings, settings.get_space(name, 8), 2, samples=4)
+
+
+def masked(settings: MemorySettings, name: str) -> dict[str, int]:
+    """Steps of DMaskingNAS."""
+    space, batch_size = settings.measured_space(name)
+    return search_steps(settings, space, batch_size, make=DMaskingNAS, total_steps=100)
+
+
+def largest_alone(settings: MemorySettings, name: str) -> dict[str, int]:
+    """Steps of Keras' `fit` on the architecture of the most MACs."""
+    space, batch_size = settings.measured_space(name)
     choices = [
-        max(block.entries, key=lambda own, b=block: _most_macs(space, b, own))
-        for block in space.blocks
+        max(block.entries, key=lambda own, b=block: _count_macs(b, own)) for block in space.blocks
     ]
     architecture = space.architecture(np.array(choices))
-    batch = harness.noise(space, harness.SIZES[name][1], 0)
-    step = harness.keras_step(architecture.build(), batch)
+    step = harness.keras_step(architecture.build(), harness.noise(space, batch_size, 0))
     before = peak_mb()
-    for _ in range(STEPS):
+    for _ in range(settings.steps):
         step()
     return {"before": before, "peak": peak_mb(), "macs": architecture.macs()}
 
 
-def _most_macs(space, block, own):
-    cost = fpnas.MacsCost()
-    return sum(cost(Part(each, (16, 16), 64)) for each in block.blocks(own, 64))
+def _count_macs(block, own):
+    """MACs of a block at a fixed size, to compare choices."""
+    return sum(count_part(Part(each, (16, 16), 64)).macs for each in block.blocks(own, 64))
 
 
-def side_by_side(name: str) -> dict[str, int]:
+def side_by_side(settings: MemorySettings, name: str) -> dict[str, int]:
     """A step of the weights through all combinations of each block's choices, widest filters."""
-    space = harness.get_space(name)
-    images, labels = harness.noise(space, harness.SIZES[name][1], 0)
+    space, batch_size = settings.measured_space(name)
+    images, labels = harness.noise(space, batch_size, 0)
     supernet = Supernet(space)
     weights = [variable.value for variable in supernet.trainable_variables]
     before = peak_mb()
@@ -86,11 +127,11 @@ def side_by_side(name: str) -> dict[str, int]:
     def network(x):
         x, widest = supernet.features(x), tf.constant(0)
         for block in supernet.blocks:
-            own, filters = block.block.entries, len(block.block.filters) - 1
-            own = own[own[:, 1] == filters]
-            outputs = [block(x, choices=tf.constant(each), filters_in=widest) for each in own]
+            own, filters = block.search_block.entries, len(block.search_block.filters) - 1
+            own = own[own[:, VARIABLES.index("filters")] == filters]
+            outputs = [block(x, choices=tf.constant(e), filters_in_index=widest) for e in own]
             x = tf.add_n(outputs) / len(outputs)
-            if not block.block.keeps_filters:
+            if not block.search_block.keeps_filters:
                 widest = tf.constant(filters)
         x = supernet.head_activation(supernet.head_bn(supernet.head(x)))
         return supernet.classes(tf.reduce_mean(x, axis=[1, 2]))
@@ -106,22 +147,26 @@ def side_by_side(name: str) -> dict[str, int]:
     return {"before": before, "peak": peak_mb()}
 
 
-JOBS = {}
-for _name in harness.SIZES:
-    JOBS[f"{_name}, largest alone"] = functools.partial(largest_alone, _name)
-    for _samples in SAMPLES:
-        JOBS[f"{_name}, K = {_samples}"] = functools.partial(sampled, _name, _samples)
-    JOBS[f"{_name}, K = 4, 2 images of 8x8"] = functools.partial(
-        search_steps, _name, samples=4, size=(8, 2)
-    )
-    JOBS[f"{_name}, DMaskingNAS"] = functools.partial(
-        search_steps, _name, make=DMaskingNAS, total_steps=100
-    )
-# In `fbnetv2_f` a block has hundreds of combinations.
-JOBS["mobile_mini, side by side"] = functools.partial(side_by_side, "mobile_mini")
+def make_jobs(settings: MemorySettings) -> dict[str, Callable[[], harness.Row]]:
+    """The jobs by name."""
+    jobs = {}
+    for name in settings.spaces:
+
+        def job(function, *arguments, name=name):
+            return functools.partial(function, settings, name, *arguments)
+
+        jobs[f"{name}, largest alone"] = job(largest_alone)
+        for samples in SAMPLES:
+            if samples <= settings.most_samples:
+                jobs[f"{name}, K = {samples}"] = job(sampled, samples)
+        jobs[f"{name}, K = 4, 2 images of 8x8"] = job(graph_alone)
+        jobs[f"{name}, DMaskingNAS"] = job(masked)
+        if name == "mobile_mini":  # In `fbnetv2_f` a block has hundreds of combinations.
+            jobs[f"{name}, side by side"] = job(side_by_side)
+    return jobs
 
 
-def report(rows: dict[str, dict]) -> None:
+def report(rows: dict[str, harness.Row]) -> None:
     """Prints the table."""
     print("\n| | before, MB | peak, MB | peak / largest alone |\n|---|---|---|---|")
     for job, row in rows.items():
@@ -129,5 +174,12 @@ def report(rows: dict[str, dict]) -> None:
         print(f"| {job} | {row['before']:,} | {row['peak']:,} | {row['peak'] / alone:.2f} |")
 
 
+def run(settings: MemorySettings) -> None:
+    """Runs the jobs that have no row yet, and reports."""
+    harness.run_jobs(__file__, settings, make_jobs(settings), report)
+
+
+COMMAND = harness.make_command(__file__, __doc__, MemorySettings, run)
+
 if __name__ == "__main__":
-    harness.run_jobs(__file__, JOBS, report)
+    sys.exit(run_command(COMMAND))

@@ -1,67 +1,130 @@
-"""A search for milliseconds against the search for MACs of `fashion_mnist.py`.
+"""A search for milliseconds, compared with the search for MACs of `fashion_mnist.py`.
 
 mkdir -p runs
 python -m export.latency --space=mobile_mini --input_size=28 --channels=1 --output=runs/host.json
 python benchmarks/milliseconds.py --data_dir=DATA --latency_table=runs/host.json \\
     --target=0.027
 
-Short protocol, as in `fashion_mnist.py`: the same search for --target milliseconds by a table of
-this machine, float32 or int8, the same training of each result;
-then all networks of both searches are timed in turn on one core, in the numbers of the table, for 3
-minutes. Finished rows are in --output; a run that was cut goes on from there.
+The protocol is that of `fashion_mnist.py`. The search holds --target milliseconds by a latency
+table of this machine, float32 or int8. Each result is trained in the same way. Then all networks of
+both searches are timed in turn on one core for 3 minutes, in the format of the table. Finished rows
+are appended to --output. A run that was interrupted continues from there.
 """
 
 import contextlib
+import dataclasses
+import json
 import math
 import pathlib
 import statistics
+import sys
 import tempfile
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import harness
 import numpy as np
 import scipy.stats
-from absl import flags
 
 import fpnas_keras as fpnas
 from export import conversion, devices
-from fpnas_keras.cost import latency
-
-FLAGS = flags.FLAGS
-flags.DEFINE_string("latency_table", None, "Table of this machine.", required=True)
-flags.DEFINE_float("target", None, "Milliseconds to search for.", required=True)
-flags.DEFINE_integer("seeds", 3, "Searches.", lower_bound=2)
-
-MACS_ROWS = "benchmarks/fashion_mnist.jsonl"
-ROUNDS, SECONDS = 100, 180
+from fpnas_keras.commands import run_command
+from fpnas_keras.cost import latency_table
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import setting
 
 
-def phases(runs: harness.Runs) -> list[dict[str, list[str]]]:
-    """Commands by name; those of a phase need nothing but earlier phases."""
-    table = pathlib.Path(FLAGS.latency_table).absolute()
-    label = _label()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MillisecondsSettings(harness.ProjectSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **harness.ProjectSettings.SMOKE,
+        "seeds": 2,
+        "target": 0.027,
+        "rounds": 1,
+        "seconds": 0.0,
+    }
+
+    output: str = harness.output_setting("milliseconds.jsonl")
+    latency_table: str | None = setting("Latency table of this machine.", None, basic=True)
+    target: float | None = setting("Milliseconds to search for.", None, least=0, basic=True)
+    macs_rows: str = setting(
+        "Rows of the search for MACs, from fashion_mnist.py.", "benchmarks/fashion_mnist.jsonl"
+    )
+    seeds: int = setting("Searches.", 3, least=2)
+    rounds: int = setting("Least rounds in which all networks are timed.", 100, least=1)
+    seconds: float = setting("Least seconds for which all networks are timed.", 180.0, least=0)
+
+    def check(self) -> None:
+        """Raises `UserError` when the table or the target is missing."""
+        if not self.smoke and None in (self.latency_table, self.target):
+            raise UserError("--latency_table and --target must be given")
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run, with a latency table and rows that stand in."""
+        smallest = super().shrink(folder)
+        table, rows = write_stand_ins(smallest, folder)
+        return dataclasses.replace(smallest, latency_table=str(table), macs_rows=str(rows))
+
+    @property
+    def label(self) -> str:
+        """What is searched for, as the names of rows say it."""
+        return f"{self.target} ms {self.quantize}"
+
+    @property
+    def quantize(self) -> str:
+        """The format of the files that the table was measured with."""
+        return latency_table.read(self.latency_table)["quantize"]
+
+
+def write_stand_ins(
+    settings: MillisecondsSettings, folder: pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes a latency table in which --target is 1.5M MACs, and rows of two networks."""
+    shape = (settings.input_size, settings.input_size, 1)
+    space, macs = fpnas.spaces.get(settings.space, shape, 10), fpnas.MacsCost()
+    table = {key: {} for key in latency_table.KEYS} | {
+        "format": latency_table.FORMAT,
+        "complete": True,
+        "device": {"kind": "host", "name": "stand-in", "threads": 1},
+        "quantize": "none",
+        "entries": {
+            name: macs(part) * settings.target / 1.5e6
+            for part in space.parts()
+            for name in latency_table.names(part)
+        },
+    }
+    table_file, rows_file = folder / "latency_table.json", folder / "fashion_mnist.jsonl"
+    table_file.write_text(json.dumps(table))
+    for seed in range(2):
+        network = space.architecture(space.entries.to_choices(np.full(len(space.blocks), seed)))
+        row = {"test_accuracy": 0.1 * seed, "macs": network.macs()}
+        row |= {"name": f"train result {seed}", "architecture": network.to_dict()}
+        harness.append(rows_file, row)
+    return table_file, rows_file
+
+
+def phases(settings: MillisecondsSettings, runs: harness.Runs) -> list[dict[str, harness.Job]]:
+    """The jobs by name. Those of a phase need the results of earlier phases only."""
+    cost = {
+        "cost": "latency",
+        "latency_table": str(pathlib.Path(settings.latency_table).absolute()),
+    }
     searches, trainings = {}, {}
-    for seed in range(FLAGS.seeds):
-        searches[f"search {label} {seed}"] = [
-            *("fpnas_keras.search", *harness.FASHION_MNIST, "--space=mobile_mini"),
-            *("--input_size=28", "--cost=latency", f"--latency_table={table}"),
-            *(f"--target={FLAGS.target}", "--epochs=15", "--steps_per_epoch=100"),
-            *("--architecture_learning_rate=0.03", f"--seed={seed}"),
-        ]
-        architecture = runs.directory(f"search {label} {seed}") / "architecture.json"
-        trainings[f"train result {label} {seed}"] = [
-            *("fpnas_keras.train", *harness.FASHION_MNIST, f"--architecture={architecture}"),
-            *("--epochs=20", "--seed=0"),
-        ]
+    for seed in range(settings.seeds):
+        name = f"search {settings.label} {seed}"
+        searches |= runs.search(name, **cost, seed=seed)
+        trainings |= runs.train(
+            f"train result {settings.label} {seed}", runs.architecture_file(name)
+        )
     return [searches, trainings]
 
 
-def _label():
-    """What is searched for, as rows are named."""
-    return f"{FLAGS.target} ms {latency.read(FLAGS.latency_table)['quantize']}"
-
-
-def milliseconds(architectures: list[fpnas.Architecture], quantize: str) -> list[float]:
-    """What networks take on one core of this machine, timed in turn."""
+def time_networks(
+    settings: MillisecondsSettings, architectures: list[fpnas.Architecture]
+) -> list[float]:
+    """Milliseconds of networks on one core of this machine, timed in turn."""
     pixels = np.random.default_rng(0).uniform(0, 255, (4, *architectures[0].input_shape))
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -70,27 +133,27 @@ def milliseconds(architectures: list[fpnas.Architecture], quantize: str) -> list
         files = {}
         for index, architecture in enumerate(architectures):
             files[str(index)] = pathlib.Path(folder) / f"{index}.tflite"
-            content = conversion.convert(architecture.build(), quantize, pixels)
+            content = conversion.convert(architecture.build(), settings.quantize, pixels)
             files[str(index)].write_bytes(content)
-        times = devices.times(host, files, ROUNDS, SECONDS)
-    return [devices.typical(times[str(index)]) for index in range(len(architectures))]
+        times = devices.times(host, files, settings.rounds, settings.seconds)
+    return [devices.tenth_percentile(times[name]) for name in files]
 
 
-def report(rows: dict[str, dict]) -> None:
+def report(settings: MillisecondsSettings, rows: dict[str, harness.Row]) -> None:
     """Times all networks and prints the table."""
-    cost = fpnas.LatencyCost(FLAGS.latency_table)
+    cost = fpnas.LatencyCost(settings.latency_table)
     groups = {
-        "1.5M MACs": harness.finished(MACS_ROWS, "name"),
-        _label(): rows,
+        "1.5M MACs": harness.finished(settings.macs_rows, "name"),
+        settings.label: {name: row for name, row in rows.items() if settings.label in name},
     }
     trained = [
         (group, row)
         for group, own in groups.items()
         for name, row in own.items()
-        if name.startswith("train result") and (own is not rows or _label() in name)
+        if name.startswith("train result")
     ]
     networks = [fpnas.Architecture.from_dict(row["architecture"]) for _, row in trained]
-    measured = milliseconds(networks, latency.read(FLAGS.latency_table)["quantize"])
+    measured = time_networks(settings, networks)
     predicted = [math.fsum(map(cost, network.parts())) for network in networks]
     print("\n| searched for | accuracy, % | M MACs | predicted ms | measured ms | error |")
     print("|---" * 6 + "|")
@@ -109,5 +172,13 @@ def report(rows: dict[str, dict]) -> None:
         print(f"{name}: Welch's t = {test.statistic:.2f}, p = {test.pvalue:.3g}")
 
 
+def run(settings: MillisecondsSettings) -> None:
+    """Runs the jobs that have no row yet, and reports."""
+    runs = harness.Runs(settings)
+    report(settings, runs.run_phases(phases(settings, runs)))
+
+
+COMMAND = harness.make_command(__file__, __doc__, MillisecondsSettings, run)
+
 if __name__ == "__main__":
-    harness.run_phases(__file__, phases, report)
+    sys.exit(run_command(COMMAND))

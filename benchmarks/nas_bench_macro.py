@@ -3,35 +3,36 @@
 python benchmarks/nas_bench_macro.py --data_dir=FOLDER
 
 The log-likelihood of a sample is -3.5 * (1 - accuracy), with the accuracy of the table, plus
-Gaussian noise of 0.02; all else is the product's own: distribution, draws, estimator, schedules,
-controller, derivation. Rows are appended to --output as they are finished; a run that was cut goes
-on from there.
+Gaussian noise of 0.02. Distribution, draws, estimator, schedules, controller and derivation are
+those of the project. Finished rows are appended to --output. A run that was interrupted continues
+from there.
 """
 
+import dataclasses
 import functools
+import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import harness
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import app, flags
 
 import fpnas_keras as fpnas
+from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import setting
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Folder of nas-bench-macro_cifar10.json.", required=True)
-flags.DEFINE_string("output", "benchmarks/nas_bench_macro.jsonl", "File of the finished rows.")
-flags.DEFINE_integer("seeds", 24, "Runs of each row.", lower_bound=1)
-
+TABLE_FILE = "nas-bench-macro_cifar10.json"
 SLOPE, NOISE = 3.5, 0.02
-SAMPLES = 1_000
 BUDGETS = (30e6, 40e6, 60e6, 80e6)
 LEVELS = (92.85, 92.90, 92.95, 93.00)
 CHECKPOINTS = (*range(50, 500, 25), *range(500, 1_000, 50), *range(1_000, 5_001, 100))
-# With budgets: points of accuracy below the best within the budget, mean over the budgets.
+# With budgets: points of accuracy below the best network within the budget, averaged over them.
 DISTANCES = (0.60, 0.50, 0.40, 0.30, 0.25)
 BUDGET_CHECKPOINTS = (*range(100, 500, 50), *range(500, 1_000, 100), *range(1_000, 5_001, 500))
 
@@ -47,7 +48,7 @@ PARSEC = {
     "stratified": False,
     "deduplicate": False,
 }
-# What each switch buys: one thing changed at a time.
+# What each switch is worth: one thing changes at a time.
 SWITCHES = {
     "as it is": {},
     "no control variate (the paper)": {"control_variate": False},
@@ -71,42 +72,118 @@ SWITCHES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NasBenchMacroSettings(harness.BenchmarkSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "seeds": 1,
+        "samples": 20,
+        "budgets": 1,
+        "checkpoints": 1,
+        "rows_of_a_kind": 1,
+        "compared_networks": 10,
+    }
+
+    output: str = harness.output_setting("nas_bench_macro.jsonl")
+    data_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
+    seeds: int = setting("Runs of each row.", 24, least=1)
+    samples: int = setting("Samples of a search.", 1000, least=1)
+    budgets: int = setting("Budgets: the first ones of the list.", len(BUDGETS), least=1)
+    checkpoints: int = setting(
+        "Numbers of samples after which a network is derived: the first ones of the list.",
+        len(CHECKPOINTS),
+        least=1,
+    )
+    rows_of_a_kind: int = setting("Rows of each kind: the first ones of the list.", 100, least=1)
+    compared_networks: int = setting(
+        "Networks whose MACs and parameters are compared with the table.", 3**8, least=1
+    )
+
+    def check(self) -> None:
+        """Raises `UserError` when the table is missing."""
+        if self.data_dir is None and not self.smoke:
+            raise UserError(f"--data_dir must be given: the folder of {TABLE_FILE}")
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run, with a table of random accuracies that stands in."""
+        smallest = super().shrink(folder)
+        if self.data_dir is None:
+            write_stand_in(folder)
+            smallest = dataclasses.replace(smallest, data_dir=str(folder))
+        return smallest
+
+
+def write_stand_in(folder: pathlib.Path) -> None:
+    """Writes a table of random accuracies. Costs are those of the project."""
+    space, rng = fpnas.spaces.get("nas_bench_macro"), np.random.default_rng(0)
+    entries = all_entries()
+    macs = fpnas.cost.SpaceCost(space, fpnas.MacsCost())(entries).numpy()
+    params = fpnas.cost.SpaceCost(space, fpnas.ParamsCost())(entries).numpy()
+    rows = {
+        code: {"mean_acc": rng.uniform(80, 93), "flops": int(flops), "params": int(count)}
+        for code, flops, count in zip(table_keys(space), macs, params)
+    }
+    (folder / TABLE_FILE).write_text(json.dumps(rows))
+
+
+def all_entries() -> np.ndarray:
+    """All networks of the space, row-major: integers of shape `(6561, 8)`."""
+    return np.array(list(itertools.product(range(3), repeat=8)))
+
+
+def table_keys(space: fpnas.spaces.Space) -> list[str]:
+    """What the published table calls the networks of `all_entries`."""
+    digits = space.blocks[0].variables["operation"][1]
+    return ["".join(str(digits[entry]) for entry in entries) for entries in all_entries()]
+
+
 class Table:
-    """The published table, by architecture and inside the graph."""
+    """The published table, by architecture and inside the graph.
+
+    Args:
+        data_dir: The folder of the published file.
+
+    Attributes:
+        accuracy: Mean accuracy of each network of `all_entries`, in percent.
+        macs: Multiply-adds of each network of `all_entries`.
+    """
 
     def __init__(self, data_dir: str):
         self.space = fpnas.spaces.get("nas_bench_macro")
-        path = pathlib.Path(data_dir) / "nas-bench-macro_cifar10.json"
-        rows = json.loads(path.read_text())
-        # In the order of the space: row-major over the entries of the blocks.
-        self._digits = self.space.blocks[0].variables["operation"][1]
-        codes = np.stack(np.unravel_index(np.arange(3**8), (3,) * 8), axis=1)
-        codes = ["".join(str(self._digits[entry]) for entry in code) for code in codes]
-        self.rows = [rows[code] for code in codes]
+        rows = json.loads((pathlib.Path(data_dir) / TABLE_FILE).read_text())
+        self.rows = [rows[key] for key in table_keys(self.space)]
         self.accuracy = np.array([row["mean_acc"] for row in self.rows])
         self.macs = np.array([row["flops"] for row in self.rows])
 
-    def index(self, choices: tf.Tensor, distribution: fpnas.distributions.BlockLogits) -> tf.Tensor:
-        """Rows of architectures, from their choices."""
+    def index(self, entries: tf.Tensor) -> tf.Tensor:
+        """Rows of architectures.
+
+        Args:
+            entries: int32 of shape `(..., 8)`.
+        """
         place_values = 3 ** np.arange(7, -1, -1, dtype=np.int32)
-        return tf.reduce_sum(distribution.entries.index(choices) * place_values, axis=-1)
+        return tf.reduce_sum(entries * place_values, axis=-1)
 
     def best(self, budget: float) -> float:
         """The highest accuracy within a budget."""
         return self.accuracy[self.macs <= budget].max()
 
-    def count_differences(self) -> int:
-        """How many networks have other MACs or parameters in the project than in the table."""
-        entries = self.space.blocks[0].entries
+    def count_differences(self, networks: int) -> int:
+        """How many networks have other MACs or parameters in the project than in the table.
+
+        Args:
+            networks: Number of networks to compare.
+        """
         differences = 0
-        for row, code in zip(self.rows, np.ndindex(*(3,) * 8)):
-            network = self.space.architecture(entries[list(code)])
+        for row, entries in zip(self.rows[:networks], all_entries()):
+            network = self.space.architecture(self.space.entries.to_choices(entries))
             differences += (network.macs(), network.params()) != (row["flops"], row["params"])
         return differences
 
 
 class TableSearch:
-    """A search on the table, run again for each seed without being traced again."""
+    """A search on the table. All seeds run in one trace."""
 
     def __init__(self, table: Table, target: float | None, learning_rate: float, **settings):
         self.table = table
@@ -128,7 +205,7 @@ class TableSearch:
             drawn = tf.cast(tf.reduce_sum(samples.counts), tf.int64)
             going = search.total_samples + drawn <= total
             if going:
-                rows = self.table.index(samples.choices, search.distribution)
+                rows = self.table.index(samples.entries)
                 key = tf.stack([search.seed.value, search.step.value]) + 10_000
                 noise = tf.random.stateless_normal(tf.shape(rows), key, stddev=NOISE)
                 search.tell(samples, SLOPE * (tf.gather(accuracy, rows) - 1) + noise)
@@ -147,21 +224,21 @@ class TableSearch:
     def row(self, budget: float | str | None, least_share: float = 0.0) -> int:
         """Row of the network that the search derives now."""
         found = self.search.derive(budget, least_share=least_share)
-        choices = self.table.space.choices(found)
-        return int(self.table.index(tf.constant(choices), self.search.distribution))
+        space = self.table.space
+        return int(self.table.index(space.entries.from_choices(space.choices(found))))
 
     def expected_cost(self) -> float:
         """E[cost] now."""
         probabilities = self.search.distribution.entry_probabilities()
-        return float(self.search.cost_table.expected(probabilities))
+        return float(self.search.space_cost.expected(probabilities))
 
 
-def without_budget(table: Table, **settings) -> dict[str, float]:
-    """Accuracy of the derived network after 1,000 samples, over the seeds."""
+def without_budget(own: NasBenchMacroSettings, table: Table, **settings: Any) -> harness.Row:
+    """Accuracy of the derived network after all samples, over the seeds."""
     search = TableSearch(table, None, **settings)
     rows, evaluated = [], []
-    for seed in range(FLAGS.seeds):
-        rows += list(search.run(seed, [SAMPLES]))
+    for seed in range(own.seeds):
+        rows += list(search.run(seed, [own.samples]))
         evaluated.append(float(search.search.total_evaluated.numpy()))
     accuracy = table.accuracy[rows]
     return {
@@ -171,21 +248,23 @@ def without_budget(table: Table, **settings) -> dict[str, float]:
     }
 
 
-def with_budgets(table: Table, least_share: float = 0.0, **settings) -> dict[str, float]:
-    """Distance to the best network within each budget after 1,000 samples, over the seeds."""
+def with_budgets(
+    own: NasBenchMacroSettings, table: Table, least_share: float = 0.0, **settings: Any
+) -> harness.Row:
+    """Distance to the best network within each budget after all samples, over the seeds."""
     distances, over, modes_over, misses, result = [], 0, 0, [], {}
-    for budget in BUDGETS:
+    for budget in BUDGETS[: own.budgets]:
         search = TableSearch(table, budget, **settings)
-        own = []
-        for seed in range(FLAGS.seeds):
-            search.run(seed, [SAMPLES])
+        of_budget = []
+        for seed in range(own.seeds):
+            search.run(seed, [own.samples])
             row = search.row("target", least_share)
-            own.append(table.best(budget) - table.accuracy[row])
+            of_budget.append(table.best(budget) - table.accuracy[row])
             over += int(table.macs[row] > budget)
             modes_over += int(table.macs[search.row(None)] > budget)
             misses.append(search.expected_cost() / budget - 1)
-        result[f"{budget / 1e6:.0f}M"] = np.mean(own)
-        distances += own
+        result[f"{budget / 1e6:.0f}M"] = np.mean(of_budget)
+        distances += of_budget
     return result | {
         "distance": np.mean(distances),
         "worst_distance": np.max(distances),
@@ -196,28 +275,30 @@ def with_budgets(table: Table, least_share: float = 0.0, **settings) -> dict[str
     }
 
 
-def samples_to_reach(table: Table, **settings) -> dict[str, float | None]:
+def samples_to_reach(own: NasBenchMacroSettings, table: Table, **settings: Any) -> harness.Row:
     """Samples after which the mean accuracy over the seeds stays at or above each level."""
-    search = TableSearch(table, None, **settings)
-    rows = np.array([search.run(seed, CHECKPOINTS) for seed in range(FLAGS.seeds)])
-    return _first_to_stay(table.accuracy[rows].mean(axis=0), LEVELS, CHECKPOINTS)
+    search, checkpoints = TableSearch(table, None, **settings), CHECKPOINTS[: own.checkpoints]
+    rows = np.array([search.run(seed, checkpoints) for seed in range(own.seeds)])
+    return _first_to_stay(table.accuracy[rows].mean(axis=0), LEVELS, checkpoints)
 
 
-def samples_to_reach_with_budgets(table: Table, **settings) -> dict[str, float | None]:
+def samples_to_reach_with_budgets(
+    own: NasBenchMacroSettings, table: Table, **settings: Any
+) -> harness.Row:
     """Samples after which the mean distance over seeds and budgets stays within each level."""
-    distances = []
-    for budget in BUDGETS:
+    distances, checkpoints = [], BUDGET_CHECKPOINTS[: own.checkpoints]
+    for budget in BUDGETS[: own.budgets]:
         search = TableSearch(table, budget, **settings)
-        for seed in range(FLAGS.seeds):
-            accuracy = table.accuracy[search.run(seed, BUDGET_CHECKPOINTS)]
+        for seed in range(own.seeds):
+            accuracy = table.accuracy[search.run(seed, checkpoints)]
             distances.append(table.best(budget) - accuracy)
     levels = [-level for level in DISTANCES]
-    found = _first_to_stay(-np.mean(distances, axis=0), levels, BUDGET_CHECKPOINTS)
+    found = _first_to_stay(-np.mean(distances, axis=0), levels, checkpoints)
     return {level.removeprefix("-"): samples for level, samples in found.items()}
 
 
 def _first_to_stay(values, levels, checkpoints):
-    # Stays: the mean of seeds is noisy, and its first crossing would flatter.
+    # The mean over the seeds is noisy, so that its first crossing would be too early.
     lowest_later = np.minimum.accumulate(values[::-1])[::-1]
     result = {}
     for level in levels:
@@ -226,8 +307,8 @@ def _first_to_stay(values, levels, checkpoints):
     return result
 
 
-def jobs() -> dict[str, functools.partial]:
-    """All rows by name."""
+def make_jobs() -> dict[str, Callable[..., harness.Row]]:
+    """What makes the rows from the settings and the table, by their names."""
     found = {}
     for name, change in SWITCHES.items():
         settings = OURS | change
@@ -254,15 +335,29 @@ def jobs() -> dict[str, functools.partial]:
     return found
 
 
-def report(rows: list[dict]) -> None:
-    """Prints all rows as tables."""
-    by_name = {row["name"]: row for row in rows}
+def first_of_each_kind(names: Sequence[str], count: int) -> list[str]:
+    """The first names of each kind, which is the text before "|" and the method after it."""
+    kinds = {}
+    for name in names:
+        kind, _, rest = name.partition(" | ")
+        kinds.setdefault((kind, rest.startswith("PARSEC")), []).append(name)
+    kept = {name for members in kinds.values() for name in members[:count]}
+    return [name for name in names if name in kept]
+
+
+def report(by_name: Mapping[str, harness.Row], budgets: int) -> None:
+    """Prints all rows as tables.
+
+    Args:
+        by_name: The rows.
+        budgets: Number of budgets.
+    """
     print("\n| without budget | mean | worst | evaluated |\n|---|---|---|---|")
     for name, row in by_name.items():
         if name.startswith("no budget | "):
             name = name.removeprefix("no budget | ")
             print(f"| {name} | {row['mean']:.2f} | {row['worst']:.2f} | {row['evaluated']:.0f} |")
-    columns = [f"{budget / 1e6:.0f}M" for budget in BUDGETS]
+    columns = [f"{budget / 1e6:.0f}M" for budget in BUDGETS[:budgets]]
     print(f"\n| distance with budgets | {' | '.join(columns)} | mean | worst | over | modes over |")
     print("|---" * (len(columns) + 5) + "|")
     for name, row in by_name.items():
@@ -282,20 +377,26 @@ def report(rows: list[dict]) -> None:
                 print(f"| {name.removeprefix(kind)} | {' | '.join(values)} |")
 
 
-def main(_: list[str]) -> None:
-    """Runs what is not yet in the output and prints all of it."""
-    table = Table(FLAGS.data_dir)
-    output = pathlib.Path(FLAGS.output)
-    lines = output.read_text().splitlines() if output.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["seeds"] == FLAGS.seeds]
-    print(f"networks with other MACs or parameters than published: {table.count_differences()}")
-    for name, job in jobs().items():
-        if name not in {row["name"] for row in rows}:
-            rows.append({"name": name, "seeds": FLAGS.seeds} | job(table))
-            harness.append(FLAGS.output, rows[-1])
-            print(json.dumps(rows[-1]), flush=True)
-    report(rows)
+def run(settings: NasBenchMacroSettings) -> None:
+    """Runs the rows that are not in the output yet, and prints all of them."""
+    table = Table(settings.data_dir)
+    rows = {
+        row["name"]: row
+        for row in harness.read_rows(settings.output)
+        if row["seeds"] == settings.seeds
+    }
+    differences = table.count_differences(settings.compared_networks)
+    print(f"networks with other MACs or parameters than published: {differences}")
+    jobs = make_jobs()
+    for name in first_of_each_kind(list(jobs), settings.rows_of_a_kind):
+        if name not in rows:
+            rows[name] = {"name": name, "seeds": settings.seeds} | jobs[name](settings, table)
+            harness.append(settings.output, rows[name])
+            print(json.dumps(rows[name]), flush=True)
+    report(rows, settings.budgets)
 
+
+COMMAND = harness.make_command(__file__, __doc__, NasBenchMacroSettings, run)
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(run_command(COMMAND))

@@ -1,55 +1,52 @@
-"""What training can do for a network, and where what a search finds stands among others.
+"""What training adds to a network, and how the network of a search compares with others.
 
 python benchmarks/recipe.py --data_dir=DATA
 
 Short protocol: 10,000 training images of Fashion-MNIST, networks of 1.5M MACs, 20 epochs. The
-recipe is chosen among `RECIPES` by 10,000 held-out images. One search of `mobile_mini`; its result
-trained by the recipe, with a teacher (the largest network of the space; another, "plain", has no
-label smoothing) and from the shared weights, 3 seeds each; 10 random networks of the space of 95%
-to 100% of the MACs; the shapes of MobileNetV3-Small and EfficientNet-B0 scaled to them; the ranking
-of the search's shared weights against what was trained. One job runs on each core. Rows are
-appended to --output as jobs finish; a run that was cut goes on from there.
+recipe is the best of `RECIPES` on 10,000 held-out images. There is one search of `mobile_mini`. Its
+result is trained by the recipe, with a teacher (the largest network of the space; the "plain" one
+is trained without label smoothing) and from the shared weights, with 3 seeds each. It is compared
+with 10 random networks of the space that cost 95% to 100% of the target, and with the shapes of
+MobileNetV3-Small and EfficientNet-B0 scaled to the target. The ranking by the shared weights is
+compared with the trained accuracies. One job runs on each core. Finished rows are appended to
+--output. A run that was interrupted continues from there.
 """
 
+import dataclasses
 import statistics
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import harness
 import numpy as np
 import scipy.stats
-from absl import flags
 
 import fpnas_keras as fpnas
-from fpnas_keras import cli, ranking, searched
 from fpnas_keras.architecture import Block, Head, Stem, make_divisible
-from fpnas_keras.method.distributions import FactorizedLogits
+from fpnas_keras.commands import run_command
+from fpnas_keras.method import FactorizedLogits
+from fpnas_keras.runs import Ranked, SearchRun
+from fpnas_keras.settings import setting
 
-FLAGS = flags.FLAGS
-
-TARGET, LEAST, RANDOM, SEEDS = 1_500_000, 0.95, 10, 3
-SHAPE = (28, 28, 1)
-SEARCH = (
-    *("--space=mobile_mini", "--input_size=28", "--cost=macs", f"--target={TARGET}"),
-    *("--epochs=15", "--steps_per_epoch=100", "--architecture_learning_rate=0.03"),
-)
-# Recipes to choose among, by 10,000 held-out training images and the first random network.
-CHOICE = ("--train_images=20000", "--validation_split=0.5")
+LEAST_SHARE = 0.95
+# Recipes to choose from, on held-out training images and with the first random network.
 RECIPES = {
-    "plain": (),
-    "not moved": ("--random_crop=0",),
-    "no label smoothing": ("--label_smoothing=0",),
-    "learning rate 0.2": ("--learning_rate=0.2",),
-    "flip": ("--random_flip",),
-    "flip, batch 64": ("--random_flip", "--batch_size=64"),
-    "flip, EMA": ("--random_flip", "--ema_momentum=0.99"),
-    "flip, AdamW": ("--random_flip", "--optimizer=adamw"),
-    "flip, MixUp": ("--random_flip", "--mix_up=0.2"),
-    "flip, CutMix": ("--random_flip", "--cut_mix=0.5"),
-    "flip, RandAugment": ("--random_flip", "--rand_augment=0.1"),
+    "plain": {},
+    "not moved": {"random_crop": 0},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "learning rate 0.2": {"learning_rate": 0.2},
+    "flip": {"random_flip": True},
+    "flip, batch 64": {"random_flip": True, "batch_size": 64},
+    "flip, EMA": {"random_flip": True, "ema_momentum": 0.99},
+    "flip, AdamW": {"random_flip": True, "optimizer": "adamw"},
+    "flip, MixUp": {"random_flip": True, "mix_up": 0.2},
+    "flip, CutMix": {"random_flip": True, "cut_mix": 0.5},
+    "flip, RandAugment": {"random_flip": True, "rand_augment": 0.1},
 }
-# (kernel size, expansion, filters, squeeze-excite, hard swish, stride) of the published blocks, at
-# 28 pixels: three of five halvings are left, as in `mobile_mini`. Of MobileNetV3 they are the last
-# three; of EfficientNet the middle ones, else it is over the target at any width.
+# (kernel size, expansion, filters, squeeze-excite, hard swish, stride) of the published blocks. For
+# 28 pixels, three of the five halvings of the size are kept, as in `mobile_mini`. MobileNetV3 keeps
+# the last three. EfficientNet keeps the middle ones; otherwise no width is within the target.
 MOBILENET_V3_SMALL = (
     (3, 1, 16, 1, 0, 1),
     (3, 4.5, 24, 0, 0, 2),
@@ -78,15 +75,42 @@ PUBLISHED = {
 }
 
 
-def scaled(blocks: tuple, stem: int, head: int) -> fpnas.Architecture:
-    """Published blocks at the largest width that is within the target, in steps of 4 channels."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeSettings(harness.ProjectSettings):
+    """Settings of this benchmark."""
 
-    def at(width):
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **harness.ProjectSettings.SMOKE,
+        "recipes": ("plain", "flip, CutMix"),
+        "published": ("MobileNetV3-Small",),
+        "published_blocks": 2,
+        "random_networks": 2,
+    }
+
+    output: str = harness.output_setting("recipe.jsonl")
+    recipes: tuple[str, ...] = setting("Recipes to choose from.", tuple(RECIPES))
+    published: tuple[str, ...] = setting(
+        "Published networks, separated by commas.", tuple(PUBLISHED)
+    )
+    published_blocks: int = setting("Most blocks of a published network.", 16, least=1)
+    random_networks: int = setting("Random networks.", 10, least=2)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of the images, which are grey."""
+        return self.input_size, self.input_size, 1
+
+
+def scale_published(settings: RecipeSettings, name: str) -> fpnas.Architecture:
+    """A published network at the largest width within the target, in steps of 4 channels."""
+    blocks, stem, head = PUBLISHED[name]
+
+    def at_width(width):
         def filters(count):
             return make_divisible(width * count, 4)
 
         return fpnas.Architecture(
-            input_shape=SHAPE,
+            input_shape=settings.input_shape,
             num_classes=10,
             stem=Stem(filters(stem), 3, 1, "hard_silu"),
             blocks=[
@@ -98,143 +122,159 @@ def scaled(blocks: tuple, stem: int, head: int) -> fpnas.Architecture:
                     activation="hard_silu" if hard_silu else "relu",
                     splits=splits,
                 )
-                for kernel_size, expansion, out, splits, hard_silu, strides in blocks
+                for kernel_size, expansion, out, splits, hard_silu, strides in blocks[
+                    : settings.published_blocks
+                ]
             ],
             head=Head(filters(head), "hard_silu"),
         )
 
-    every = (at(width) for width in np.arange(1.5, 0.05, -0.005))
-    return next(each for each in every if each.macs() <= TARGET)
+    networks = (at_width(width) for width in np.arange(1.5, 0.05, -0.005))
+    return next(each for each in networks if each.macs() <= settings.target)
 
 
-def largest(space: fpnas.spaces.Space) -> fpnas.Architecture:
+def largest_network(space: fpnas.spaces.Space) -> fpnas.Architecture:
     """The architecture of most MACs in a space whose last choices are the largest ones."""
     choices = space.cardinalities - 1
     choices[:, fpnas.spaces.VARIABLES.index("skip")] = 0
     return space.architecture(choices)
 
 
-def random_networks(space: fpnas.spaces.Space) -> list[fpnas.Architecture]:
-    """Uniformly drawn networks of 95% to 100% of the target."""
-    found, logits = [], FactorizedLogits(space.blocks)
+def draw_random_networks(
+    settings: RecipeSettings, space: fpnas.spaces.Space
+) -> list[fpnas.Architecture]:
+    """Uniformly drawn networks that cost 95% to 100% of the target."""
+    found, distribution = [], FactorizedLogits(space)
     for step in range(1000):
-        for choices in logits.sample(1000, seed=0, step=step).numpy():
+        drawn = distribution.sample(1000, seed=0, step=step).numpy()
+        for choices in space.entries.to_choices(drawn):
             architecture = space.architecture(choices)
-            if LEAST * TARGET <= architecture.macs() <= TARGET:
+            if LEAST_SHARE * settings.target <= architecture.macs() <= settings.target:
                 found.append(architecture)
-                if len(found) == RANDOM:
+                if len(found) == settings.random_networks:
                     return found
-    raise RuntimeError("the space has no such networks")
+    raise RuntimeError("the space has too few networks that use the target")
 
 
-def phases(runs: harness.Runs) -> Iterator[dict[str, list[str]]]:
-    """Commands by name; those of a phase need nothing but earlier phases."""
-    space = fpnas.spaces.get("mobile_mini", SHAPE, 10)
-    files = {"largest": largest(space)}
-    files |= {f"random {index}": each for index, each in enumerate(random_networks(space))}
-    files |= {name: scaled(*each) for name, each in PUBLISHED.items()}
-    for name, architecture in files.items():
-        architecture.save(runs.directory(name).with_suffix(".json"))
+def phases(settings: RecipeSettings, runs: harness.Runs) -> Iterator[dict[str, harness.Job]]:
+    """The jobs by name. Those of a phase need the results of earlier phases only."""
+    space = fpnas.spaces.get(settings.space, settings.input_shape, 10)
+    random_networks = draw_random_networks(settings, space)
+    networks = {"largest": largest_network(space)}
+    networks |= {f"random {index}": each for index, each in enumerate(random_networks)}
+    networks |= {name: scale_published(settings, name) for name in settings.published}
+    for name, architecture in networks.items():
+        architecture.save(network_file(runs, name))
 
-    def train(architecture, *more):
-        file = runs.directory(architecture).with_suffix(".json")
-        if architecture == "search":
-            file = runs.directory("search") / "architecture.json"
-        return [
-            *("fpnas_keras.train", *harness.FASHION_MNIST, "--epochs=20"),
-            *(f"--architecture={file}", *more),
-        ]
+    def train(name, network, **changes):
+        return runs.train(name, network_file(runs, network), **changes)
 
-    yield {
-        "teacher": train("largest", *RECIPES["flip"]),
-        "search": ["fpnas_keras.search", *harness.FASHION_MNIST, *SEARCH],
-        **{f"recipe {name}": train("random 0", *CHOICE, *RECIPES[name]) for name in RECIPES},
-    }
-    recipe = RECIPES[best_recipe(harness.finished(FLAGS.output, "name"))]
-
-    def distilled(teacher, seed):
-        teacher = runs.directory(teacher) / "model.keras"
-        return train("search", *recipe, f"--seed={seed}", f"--teacher={teacher}")
-
-    jobs = {"plain teacher": train("largest", *recipe, "--label_smoothing=0")}
-    for seed in range(SEEDS):
-        seeded = (*recipe, f"--seed={seed}")
-        jobs |= {
-            f"distilled {seed}": distilled("teacher", seed),
-            f"found {seed}": train("search", *seeded),
-            f"supernet {seed}": train("search", *seeded, "--init=supernet"),
-        }
-    jobs |= {name: train(name, *recipe) for name in files if name.startswith("random")}
-    for seed in range(SEEDS):
-        jobs |= {f"{name} {seed}": train(name, *recipe, f"--seed={seed}") for name in PUBLISHED}
+    jobs = train("teacher", "largest", **RECIPES["flip"]) | runs.search("search")
+    held_out = {"train_images": 2 * settings.train_images, "validation_split": 0.5}
+    for name in settings.recipes:
+        jobs |= train(f"recipe {name}", "random 0", **held_out | RECIPES[name])
     yield jobs
-    yield {f"distilled plainly {seed}": distilled("plain teacher", seed) for seed in range(SEEDS)}
+    rows = harness.finished(settings.output, "name")
+    recipe = RECIPES[best_recipe(settings, rows)]
+
+    def distill(name, teacher, seed):
+        teacher = str(runs.directory(teacher) / "model.keras")
+        return train(name, "search", **recipe, seed=seed, teacher=teacher)
+
+    jobs = train("plain teacher", "largest", **recipe | {"label_smoothing": 0.0})
+    for seed in range(settings.seeds):
+        jobs |= distill(f"distilled {seed}", "teacher", seed)
+        jobs |= train(f"found {seed}", "search", **recipe, seed=seed)
+        jobs |= train(f"supernet {seed}", "search", **recipe, seed=seed, init="supernet")
+    for index in range(settings.random_networks):
+        jobs |= train(f"random {index}", f"random {index}", **recipe)
+    for seed in range(settings.seeds):
+        for name in settings.published:
+            jobs |= train(f"{name} {seed}", name, **recipe, seed=seed)
+    yield jobs
+    jobs = {}
+    for seed in range(settings.seeds):
+        jobs |= distill(f"distilled plainly {seed}", "plain teacher", seed)
+    yield jobs
 
 
-def best_recipe(rows: dict[str, dict]) -> str:
+def network_file(runs: harness.Runs, name: str) -> str:
+    """The architecture file of a network. "search" is what the search finds."""
+    if name == "search":
+        return str(runs.architecture_file(name))
+    return f"{runs.directory(name)}.json"
+
+
+def best_recipe(settings: RecipeSettings, rows: Mapping[str, harness.Row]) -> str:
     """The name of the recipe that is best on the held-out images."""
-    return max(RECIPES, key=lambda name: rows[f"recipe {name}"]["val_accuracy"])
+    return max(settings.recipes, key=lambda name: rows[f"recipe {name}"]["val_accuracy"])
 
 
-def shared_weights(runs: harness.Runs) -> dict[str, ranking.Ranked]:
-    """The trained networks of the space as the search's shared weights see them, by name."""
-    cli.take_data_flags(runs.directory("search") / "flags.txt")
-    images = cli.load_data("train", SHAPE[0])
-    names = [f"random {index}" for index in range(RANDOM)]
-    files = {name: runs.directory(name).with_suffix(".json") for name in names}
-    files |= {
-        "found 0": runs.directory("search") / "architecture.json",
-        "teacher": runs.directory("largest").with_suffix(".json"),
+def rank_trained_networks(settings: RecipeSettings, runs: harness.Runs) -> dict[str, Ranked]:
+    """The trained networks of the space, ranked by the shared weights of the search, by name."""
+    run = SearchRun(runs.directory("search"))
+    images = run.data_settings().load_images("train", settings.input_size)
+    names = {f"random {index}": f"random {index}" for index in range(settings.random_networks)}
+    names |= {"found 0": "search", "teacher": "largest"}
+    networks = {
+        name: fpnas.Architecture.load(network_file(runs, network))
+        for name, network in names.items()
     }
-    architectures = {name: fpnas.Architecture.load(file) for name, file in files.items()}
-    search = searched.load(runs.directory("search"))
-    return {each.name: each for each in ranking.rank(search, architectures, images)}
+    ranked = fpnas.runs.rank_by_shared_weights(run.load_search(), networks, images)
+    return {each.name: each for each in ranked}
 
 
-def report(rows: dict[str, dict]) -> None:
-    """Prints the tables."""
-
-    def line(label, names):
-        done = [rows[name] for name in names if name in rows]
-        accuracies = [100 * row["test_accuracy"] for row in done]
-        if accuracies:
-            spread = f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-            listed = " ".join(f"{value:.2f}" for value in accuracies)
-            seconds = statistics.median(row["cpu_seconds"] for row in done)
-            print(
-                f"| {label} | {done[0]['macs'] / 1e6:.2f} | {done[0]['params'] / 1e3:.1f} | "
-                f"{listed} | {statistics.mean(accuracies):.2f} | {spread} | {seconds:.0f} |"
-            )
-
+def report_recipes(settings: RecipeSettings, rows: Mapping[str, harness.Row]) -> None:
+    """Prints the accuracy of each recipe on the held-out images."""
     print("\n| recipe | held-out images, % | CPU s |\n|---|---|---|")
-    for name in RECIPES:
+    for name in settings.recipes:
         row = rows[f"recipe {name}"]
         print(f"| {name} | {100 * row['val_accuracy']:.2f} | {row['cpu_seconds']:.0f} |")
-    print(f"chosen: {best_recipe(rows)}")
+    print(f"chosen: {best_recipe(settings, rows)}")
+
+
+def report_trainings(settings: RecipeSettings, rows: Mapping[str, harness.Row]) -> None:
+    """Prints the test accuracy of each training."""
+
+    def line(label, names):
+        done = [rows[name] for name in names]
+        accuracies = [100 * row["test_accuracy"] for row in done]
+        spread = f"{statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        listed = " ".join(f"{value:.2f}" for value in accuracies)
+        seconds = statistics.median(row["cpu_seconds"] for row in done)
+        print(
+            f"| {label} | {done[0]['macs'] / 1e6:.2f} | {done[0]['params'] / 1e3:.1f} | "
+            f"{listed} | {statistics.mean(accuracies):.2f} | {spread} | {seconds:.0f} |"
+        )
 
     columns = "M MACs | k parameters | test accuracy, % | mean | standard deviation | CPU s"
     print(f"\n| | {columns} |\n{'|---' * 7}|")
-    for label in ("found", "distilled", "distilled plainly", "supernet", *PUBLISHED):
-        line(label, [f"{label} {seed}" for seed in range(SEEDS)])
+    for label in ("found", "distilled", "distilled plainly", "supernet", *settings.published):
+        line(label, [f"{label} {seed}" for seed in range(settings.seeds)])
     for label in ("teacher", "plain teacher"):
         line(f"{label}, largest of the space", [label])
-    for index in range(RANDOM):
-        line(f"random {index}", [f"random {index}"])
-    everywhere = [100 * rows[f"random {index}"]["test_accuracy"] for index in range(RANDOM)]
-    mean, deviation = statistics.mean(everywhere), statistics.stdev(everywhere)
+    random_names = [f"random {index}" for index in range(settings.random_networks)]
+    for name in random_names:
+        line(name, [name])
+    accuracies = [100 * rows[name]["test_accuracy"] for name in random_names]
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     print(f"\nrandom networks: mean {mean:.2f}, standard deviation {deviation:.2f}")
-    seen = shared_weights(harness.Runs(FLAGS.work_dir, FLAGS.data_dir))
+
+
+def report_ranking(ranked: Mapping[str, Ranked], rows: Mapping[str, harness.Row]) -> None:
+    """Compares the ranking by shared weights with the trained accuracies."""
     print("\n| | trained, % | shared weights, % | loss |\n|---|---|---|---|")
-    for name, each in sorted(seen.items(), key=lambda item: -rows[item[0]]["test_accuracy"]):
+    for name, each in sorted(ranked.items(), key=lambda item: -rows[item[0]]["test_accuracy"]):
         print(
             f"| {name} | {100 * rows[name]['test_accuracy']:.2f} | {100 * each.accuracy:.2f} | "
             f"{each.loss:.3f} |"
         )
-    for label, names in (("all", list(seen)), ("equal MACs", [n for n in seen if n != "teacher"])):
+    equal = [name for name in ranked if name != "teacher"]
+    for label, names in (("all", list(ranked)), ("equal MACs", equal)):
         trained = [rows[name]["test_accuracy"] for name in names]
         for measure, values in (
-            ("accuracy", [seen[name].accuracy for name in names]),
-            ("loss", [-seen[name].loss for name in names]),
+            ("accuracy", [ranked[name].accuracy for name in names]),
+            ("loss", [-ranked[name].loss for name in names]),
         ):
             tau = scipy.stats.kendalltau(trained, values)
             print(
@@ -243,5 +283,16 @@ def report(rows: dict[str, dict]) -> None:
             )
 
 
+def run(settings: RecipeSettings) -> None:
+    """Runs the jobs that have no row yet, and reports."""
+    runs = harness.Runs(settings)
+    rows = runs.run_phases(phases(settings, runs))
+    report_recipes(settings, rows)
+    report_trainings(settings, rows)
+    report_ranking(rank_trained_networks(settings, runs), rows)
+
+
+COMMAND = harness.make_command(__file__, __doc__, RecipeSettings, run)
+
 if __name__ == "__main__":
-    harness.run_phases(__file__, phases, report)
+    sys.exit(run_command(COMMAND))

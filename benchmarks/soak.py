@@ -5,21 +5,53 @@ python benchmarks/soak.py
 The numbers are written to --output.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import statistics
+import sys
 import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import harness
 import keras
 import tensorflow as tf
-from absl import app, flags
 
 import fpnas_keras as fpnas
+from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import setting
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("output", "benchmarks/soak.json", "File of the numbers.")
-flags.DEFINE_integer("steps", 2000, "Steps of the search.", lower_bound=1000)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoakSettings(harness.BenchmarkSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "steps": 5,
+        "window": 1,
+        "space": str(harness.SMALL_SPACE),
+    }
+
+    output: str = harness.output_setting("soak.json")
+    space: str = setting("Space to search.", "mobile_mini", path=True)
+    steps: int = setting("Steps of the search.", 2000, least=1)
+    window: int = setting(
+        "Steps that are compared at the start, after as many others, and at the end. They "
+        "are also the steps of an epoch.",
+        200,
+        least=1,
+    )
+
+    def check(self) -> None:
+        """Raises `UserError` when there are too few steps to compare."""
+        if self.steps < 5 * self.window:
+            raise UserError(
+                f"`steps` must be at least 5 times `window`. Received: steps={self.steps}, "
+                f"window={self.window}"
+            )
 
 
 class Watch(keras.callbacks.Callback):
@@ -38,26 +70,31 @@ class Watch(keras.callbacks.Callback):
         self.megabytes.append(resident * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
 
-def main(_: list[str]) -> None:
-    """Searches and prints one table."""
+def run(settings: SoakSettings) -> None:
+    """Searches, prints the numbers and writes them."""
+    window = settings.window
     images = fpnas.data.load("digits", "train", 8)
-    batches = fpnas.data.search_batches(images.x, images.y, 32, steps_per_epoch=200)
-    space = fpnas.spaces.get("mobile_mini", (8, 8, 1), 10)
+    batches = fpnas.data.search_batches(images.x, images.y, 32, steps_per_epoch=window)
+    space = fpnas.spaces.get(settings.space, (8, 8, 1), 10)
     # A fixed number of samples from the first step on, so that the steps can be compared.
     search = fpnas.ArchitectureSearch(
         space, samples=4, cost=fpnas.MacsCost(target=1e5), warmup_steps=0
     )
-    # Logits that stand still: later steps draw networks of the same sizes.
+    # The logits do not change, so that later steps draw networks of the same sizes.
     search.compile(keras.optimizers.SGD(0.05), keras.optimizers.Adam(0.0))
     traces, train_step = [], search.train_step
     search.train_step = lambda data: traces.append(0) or train_step(data)
     watch = Watch()
-    search.fit(batches, epochs=FLAGS.steps // 200, verbose=2, shuffle=False, callbacks=[watch])
-    early, late = watch.seconds[200:400], watch.seconds[-200:]
+    epochs = settings.steps // window
+    search.fit(batches, epochs=epochs, verbose=2, shuffle=False, callbacks=[watch])
+    early, late = watch.seconds[window : 2 * window], watch.seconds[-window:]
+    around = max(1, window // 20)
     row = {
-        "steps": FLAGS.steps,
-        "megabytes_after_200": round(statistics.median(watch.megabytes[190:210])),
-        "megabytes_at_the_end": round(statistics.median(watch.megabytes[-20:])),
+        "steps": settings.steps,
+        "megabytes_after_200": round(
+            statistics.median(watch.megabytes[window - around : window + around])
+        ),
+        "megabytes_at_the_end": round(statistics.median(watch.megabytes[-2 * around :])),
         "milliseconds_200_to_400": round(1e3 * statistics.median(early), 2),
         "milliseconds_last_200": round(1e3 * statistics.median(late), 2),
         "traces": len(traces),
@@ -67,8 +104,10 @@ def main(_: list[str]) -> None:
     seconds = row["milliseconds_last_200"] / row["milliseconds_200_to_400"]
     row |= {"memory_ratio": round(memory, 4), "time_ratio": round(seconds, 3)}
     print("\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {row[key]} |" for key in row))
-    pathlib.Path(FLAGS.output).write_text(json.dumps(row, indent=1) + "\n")
+    pathlib.Path(settings.output).write_text(json.dumps(row, indent=1) + "\n")
 
+
+COMMAND = harness.make_command(__file__, __doc__, SoakSettings, run)
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(run_command(COMMAND))

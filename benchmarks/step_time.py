@@ -1,97 +1,118 @@
-"""How long a sampled architecture takes in the supernet, against the same network alone.
+"""How long a sample takes in the supernet, compared with the same network alone.
 
 python benchmarks/step_time.py
 
 * For 24 random architectures of each space: the weight half of a search step for one sample
-  (forward, backward, accumulation) against a step of Keras' own `fit` on the network that Keras
-  builds for that architecture; and forward pass against forward pass.
-* Whole search steps, with data, against their samples alone: what is left is Python, input,
+  (forward, backward, accumulation) against a step of Keras' own `fit` on the plain network; and the
+  forward passes of both.
+* Whole search steps, with data, against their samples alone. The difference is Python, input,
   sampling, cost and updates.
 * Seconds from the command of the quickstart to its first search step.
 
-What is compared runs in turn in one process. Finished rows are appended to --output; a run that was
-cut goes on from there.
+Times that are compared are measured in turn in one process. Finished rows are appended to --output.
+A run that was interrupted continues from there.
 """
 
+import dataclasses
 import functools
-import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import harness
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
 import fpnas_keras as fpnas
-from fpnas_keras.cost import CostTable
-from fpnas_keras.method.estimator import Samples
+from fpnas_keras.commands import run_command
+from fpnas_keras.cost import SpaceCost
+from fpnas_keras.method import Samples
+from fpnas_keras.settings import setting
 
-FLAGS = flags.FLAGS
-flags.DEFINE_integer("architectures", 24, "Random architectures of a space.", lower_bound=1)
-
-REPEATS = 7
-# Samples in a timed call, so that what the call itself costs is shared as in a search step.
+# Samples in a timed call: they share its overhead, as in a search step.
 COPIES = 4
-ROOT = pathlib.Path(__file__).parents[1]
 
 
-def samples(name: str) -> dict[str, list[float]]:
-    """Seconds a sample of random architectures of a space, in the supernet and alone."""
-    space = harness.get_space(name)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimeSettings(harness.SpeedSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **harness.SpeedSettings.SMOKE,
+        "architectures": 1,
+        "whole_steps": 1,
+        "untimed_steps": 0,
+        "starts": 1,
+        "quickstart_space": str(harness.SMALL_SPACE),
+    }
+
+    output: str = harness.output_setting("step_time.jsonl")
+    architectures: int = setting("Random architectures of a space.", 24, least=1)
+    whole_steps: int = setting("Timed steps of `fit`.", 40, least=1)
+    untimed_steps: int = setting(
+        "Steps of `fit` before those, in which most shapes are met.", 20, least=0
+    )
+    starts: int = setting("Starts of the quickstart.", 3, least=1)
+    quickstart_space: str = setting("Space of the quickstart.", "mobile_mini", path=True)
+
+
+def samples(settings: StepTimeSettings, name: str) -> dict[str, list[float]]:
+    """Seconds per sample of random architectures of a space, in the supernet and alone."""
+    space, batch_size = settings.measured_space(name)
     search = fpnas.ArchitectureSearch(space)
-    batch = harness.noise(space, harness.SIZES[name][1], 0)
+    batch = harness.noise(space, batch_size, 0)
     train = harness.sample_steps(search, batch, COPIES)
     forward = tf.function(lambda choices: search.supernet(batch[0], choices))
 
     def repeated(run, *arguments):
         for _ in range(COPIES):
-            np.asarray(run(*arguments))  # which waits for the end
+            np.asarray(run(*arguments))  # Waits for the end.
 
     rows = {}
-    for choices in search.distribution.sample(FLAGS.architectures, seed=0, step=0):
-        architecture = space.architecture(choices.numpy())
+    for entries, architecture in harness.draw_networks(search, settings.architectures):
+        choices = tf.constant(space.entries.to_choices(entries.numpy()))
         model = architecture.build()
         keras_train = harness.keras_step(model, batch)
         keras_forward = tf.function(functools.partial(model, batch[0], training=True))
         runs = {
-            "supernet": functools.partial(train, choices),
+            "supernet": functools.partial(train, entries),
             "keras": functools.partial(repeated, keras_train),
             "supernet_forward": functools.partial(repeated, forward, choices),
             "keras_forward": functools.partial(repeated, keras_forward),
         }
         rows.setdefault("macs", []).append(architecture.macs())
-        for key, seconds in harness.in_turn(runs, REPEATS).items():
+        for key, seconds in harness.in_turn(runs, settings.repeats).items():
             rows.setdefault(key, []).append(seconds / COPIES)
-        print(f"{len(rows['macs'])} of {FLAGS.architectures}", file=sys.stderr, end="\r")
+        print(f"{len(rows['macs'])} of {settings.architectures}", file=sys.stderr, end="\r")
         keras.backend.clear_session()
     return rows
 
 
-def whole_steps(name: str) -> dict[str, list[float]]:
+def whole_steps(settings: StepTimeSettings, name: str) -> dict[str, list[float]]:
     """Seconds of steps of `fit` with 8 samples, and of the same samples alone."""
     keras.utils.set_random_seed(0)
-    space = harness.get_space(name)
-    size = harness.SIZES[name][1]
+    space, batch_size = settings.measured_space(name)
     x = np.random.default_rng(0).integers(0, 256, (2000, *space.input_shape), np.uint8)
-    # Not updated, so that both run the same architectures.
-    table = CostTable(space, fpnas.MacsCost())
-    cost = fpnas.MacsCost((table.least() + table.largest()) / 2)
+    macs = SpaceCost(space, fpnas.MacsCost())
+    cost = fpnas.MacsCost((macs.least() + macs.largest()) / 2)
     search = fpnas.ArchitectureSearch(space, samples=8, cost=cost, warmup_steps=0)
+    # Without updates both run the same architectures.
     search.compile(keras.optimizers.SGD(0.0, momentum=0.9), keras.optimizers.Adam(0.0))
-    batches = fpnas.data.search_batches(x, np.arange(len(x)) % 10, size, steps_per_epoch=1000)
+    batches = fpnas.data.search_batches(x, np.arange(len(x)) % 10, batch_size, steps_per_epoch=1000)
     search.make_train_function()
     iterator = iter(batches)
     data = next(iterator)
     drawn = []
 
     @tf.function
-    def samples_alone(choices, counts):
-        gradients, results = search.weight_gradients(Samples(choices, counts), data[0])
-        return [*gradients, results, search.evaluate_samples(Samples(choices, counts), data[1])]
+    def samples_alone(entries, counts):
+        drawn = Samples(entries, counts)
+        gradients, results = search.weight_gradients(drawn, data[0])
+        return [*gradients, results, search.evaluate_samples(drawn, data[1])]
 
     def alone():
         return samples_alone(*drawn[-1])[-1].numpy()
@@ -100,27 +121,28 @@ def whole_steps(name: str) -> dict[str, list[float]]:
         return search.train_function(iterator)["train_loss"].numpy()
 
     rows = {"step": [], "samples": []}
-    for repeat in range(60):
-        drawn.append(search.ask())  # what the step is going to draw
+    for repeat in range(settings.untimed_steps + settings.whole_steps):
+        drawn.append(search.ask())  # The same samples as the step draws.
         seconds = harness.timed_in_turn({"step": step, "samples": alone}, repeats=1, untimed=0)
-        if repeat >= 20:  # until most shapes have been met
+        if repeat >= settings.untimed_steps:
             for key, (value,) in seconds.items():
                 rows[key].append(value)
     return rows
 
 
-def start() -> dict[str, list[float]]:
-    """Seconds from the command of the quickstart to the end of its first step, three times."""
+def start(settings: StepTimeSettings) -> dict[str, list[float]]:
+    """Seconds from the command of the quickstart to the end of its first step."""
     seconds = []
-    for _ in range(3):
+    for _ in range(settings.starts):
         with tempfile.TemporaryDirectory() as directory:
             begin = time.perf_counter()
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "fpnas_keras.search"),
                     *("--flagfile=configs/quickstart.flags", f"--output_dir={directory}/run"),
+                    f"--space={settings.quickstart_space}",
                 ],
-                cwd=ROOT,
+                cwd=harness.ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
@@ -136,12 +158,7 @@ def start() -> dict[str, list[float]]:
     return {"seconds": seconds}
 
 
-JOBS = {f"samples of {name}": functools.partial(samples, name) for name in harness.SIZES}
-JOBS |= {f"steps of {name}": functools.partial(whole_steps, name) for name in harness.SIZES}
-JOBS["start"] = start
-
-
-def report(rows: dict[str, dict]) -> None:
+def report(settings: StepTimeSettings, rows: dict[str, harness.Row]) -> None:
     """Prints the ratios."""
     print("\n| | median | quartiles | range |\n|---|---|---|---|")
 
@@ -150,7 +167,7 @@ def report(rows: dict[str, dict]) -> None:
         spread = f"{low:.3f} to {high:.3f} | {least:.3f} to {most:.3f}"
         print(f"| {title} | {median:.3f} | {spread} |")
 
-    for name in harness.SIZES:
+    for name in settings.spaces:
         row = rows[f"samples of {name}"]
         line(f"sample / Keras step, `{name}`", np.divide(row["supernet"], row["keras"]))
         ratios = np.divide(row["supernet_forward"], row["keras_forward"])
@@ -160,5 +177,18 @@ def report(rows: dict[str, dict]) -> None:
     line("seconds to the first step of the quickstart", rows["start"]["seconds"])
 
 
+def run(settings: StepTimeSettings) -> None:
+    """Runs the jobs that have no row yet, and reports."""
+    jobs = {
+        f"{kind} of {name}": functools.partial(function, settings, name)
+        for kind, function in (("samples", samples), ("steps", whole_steps))
+        for name in settings.spaces
+    }
+    jobs["start"] = functools.partial(start, settings)
+    harness.run_jobs(__file__, settings, jobs, functools.partial(report, settings))
+
+
+COMMAND = harness.make_command(__file__, __doc__, StepTimeSettings, run)
+
 if __name__ == "__main__":
-    harness.run_jobs(__file__, JOBS, report)
+    sys.exit(run_command(COMMAND))

@@ -94,9 +94,7 @@ def test_given_settings_stay_in_a_smoke_run(tmp_path):
 
 def test_job_in_a_process():
     benchmark = load("joint_logits")
-    settings = benchmark.JointLogitsSettings(
-        job="720,factorized", blocks=1, steps=1, target=2e6, smoke=False
-    )
+    settings = benchmark.JointLogitsSettings(job="720,factorized", blocks=2, steps=1, target=50e6)
     row = load("harness").measure_job(benchmark.__file__, settings, {})
     assert row["choices"] == 720
     assert row["milliseconds"] > 0
