@@ -5,6 +5,7 @@ slows the device down for a while then hits a few rounds of all files, not all r
 """
 
 import collections
+import contextlib
 import json
 import pathlib
 import platform
@@ -13,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,11 +36,13 @@ class Host:
 
     def __init__(self, threads: int = 1):
         self.threads = threads
+        # Where LiteRT says that it found XNNPACK, and why it dies.
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, str(_TIMER), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # where LiteRT says that it found XNNPACK
+            stderr=self._log,
             text=True,
         )
 
@@ -49,19 +53,28 @@ class Host:
     def round(self, files: Mapping[str, pathlib.Path], seed: int) -> Iterator[tuple[str, float]]:
         """Milliseconds of each file, as they are measured, in an order drawn by the seed."""
         for name in random.Random(seed).sample(sorted(files), len(files)):
-            print(json.dumps(str(files[name])), file=self._process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # The process has died.
+                print(json.dumps(str(files[name])), file=self._process.stdin, flush=True)
             answer = self._process.stdout.readline()
             if not answer:
                 raise UserError(
                     f"the file for {name} cannot be run: LiteRT died of it. (In int8 XNNPACK "
-                    "refuses layers that give 0 for all representative images.)"
+                    "refuses layers that give 0 for all representative images.) Its last words: "
+                    f"{self._last_words()}"
                 )
             yield name, float(answer)
 
+    def _last_words(self):
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        return lines[-1] if lines else "none"
+
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+        self._log.close()
 
 
 def _processor():

@@ -29,8 +29,8 @@ from fpnas_keras.architecture import Architecture, Part, Stem
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import LatencyCost, latency_table
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import replacing
-from fpnas_keras.settings import Settings, setting
+from fpnas_keras.files import is_of_package, write_json
+from fpnas_keras.settings import MAX_SEED, Settings, setting
 
 if TYPE_CHECKING:
     from export.devices import Adb, Host
@@ -39,6 +39,7 @@ _DEVICE, _MEASURING = "Device", "Measuring"
 # Networks that the scale between sums of entries and whole networks is taken from.
 _SCALE_NETWORKS = 8
 _SECONDS_BETWEEN_WRITES = 30
+_FEWEST_BLOCKS = 50
 # A file with one addition takes the time of calling the interpreter.
 _NOTHING = "nothing"
 # Networks are measured twice, each time in this many processes of the interpreter.
@@ -90,10 +91,10 @@ class LatencySettings(Settings):
         least=1,
         group=_DEVICE,
     )
-    quantize: str = setting(
+    quantize: str | None = setting(
         "Numbers in the files that are timed: float32, or int8. Measure the format that you are "
-        "going to ship.",
-        "none",
+        "going to ship. Default: none, and for --architecture that of the table.",
+        None,
         choices=("none", "int8"),
         group=_DEVICE,
     )
@@ -139,7 +140,11 @@ class LatencySettings(Settings):
         group=_MEASURING,
     )
     seed: int = setting(
-        "Seed of the networks, and of the entries that are drawn.", 0, least=0, group=_MEASURING
+        "Seed of the networks, and of the entries that are drawn.",
+        0,
+        least=0,
+        most=MAX_SEED,
+        group=_MEASURING,
     )
 
     def check(self) -> None:
@@ -154,6 +159,11 @@ class LatencySettings(Settings):
             )
         if (self.device == "adb") != (self.benchmark_model is not None):
             raise UserError("--device=adb needs --benchmark_model, and the other way round")
+
+    @property
+    def number_format(self) -> str:
+        """Numbers in the files of a table."""
+        return self.quantize or "none"
 
     def count_rounds(self) -> int:
         """Rounds of measuring."""
@@ -209,11 +219,12 @@ def measure_latency(**settings: Any) -> dict[str, Any]:
 
 def run_measuring(settings: LatencySettings) -> dict[str, Any]:
     """As `measure_latency`, with settings that are checked already."""
+    if settings.space is None:
+        raise UserError("`space` must be given to measure a table. Received: space=None")
     shape = (settings.input_size, settings.input_size, settings.channels)
     space = spaces.get(settings.space, shape, settings.num_classes)
     output = pathlib.Path(settings.output)
-    if not output.parent.is_dir():
-        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
+    _check_folder(output)
     with settings.open_device() as device:
         table = _open_table(settings, space, device)
         if not table["complete"]:
@@ -223,7 +234,7 @@ def run_measuring(settings: LatencySettings) -> dict[str, Any]:
                 _fit(table, parts)
                 _scale_and_prove(settings, table, space, folder)
             table["complete"] = True
-            _write(output, table)
+            write_json(output, table)
     return table
 
 
@@ -244,18 +255,17 @@ def compare_latency(**settings: Any) -> dict[str, Any]:
 
 def run_comparison(settings: LatencySettings) -> dict[str, Any]:
     """As `compare_latency`, with settings that are checked already."""
+    if settings.architecture is None:
+        raise UserError(
+            "`architecture` must be given to compare it with a table. Received: architecture=None"
+        )
     architecture = Architecture.load(settings.architecture)
     predicted = _predict(settings, architecture)
+    output = _comparison_file(settings)
+    _check_folder(output)
     with settings.open_device() as device:
         own = device.describe()
-    quantize = settings.quantize
-    if settings.latency_table.endswith(".json"):
-        table = latency_table.read(settings.latency_table)
-        quantize = table["quantize"]
-        if not _is_same_device(table, {"device": own}):
-            raise UserError(
-                f"{settings.latency_table} is of the device {table['device']}. Received: {own}"
-            )
+    quantize = _check_table(settings, own)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "network.tflite"
         export.latency_parts.write_file(architecture, quantize, file)
@@ -271,8 +281,30 @@ def run_comparison(settings: LatencySettings) -> dict[str, Any]:
         "error": float(predicted / measured - 1),
         "macs": architecture.macs(),
     }
-    _write(_comparison_file(settings), comparison)
+    write_json(output, comparison)
     return comparison
+
+
+def _check_folder(output):
+    if not output.parent.is_dir():
+        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
+
+
+def _check_table(settings, device):
+    """The numbers of the table to compare with, which must be of this device."""
+    if not settings.latency_table.endswith(".json"):
+        return settings.number_format
+    table = latency_table.read(settings.latency_table)
+    if not _is_same_device(table, {"device": device}):
+        raise UserError(
+            f"{settings.latency_table} is of the device {table['device']}. Received: {device}"
+        )
+    if settings.quantize not in (None, table["quantize"]):
+        raise UserError(
+            f"`quantize` must be that of {settings.latency_table}, {table['quantize']}. "
+            f"Received: quantize={settings.quantize}"
+        )
+    return table["quantize"]
 
 
 def _predict(settings, architecture):
@@ -286,8 +318,10 @@ def _predict(settings, architecture):
 
 
 def _comparison_file(settings):
+    """Beside the architecture, or in the current folder for one that comes with the package."""
     path = pathlib.Path(settings.architecture)
-    return pathlib.Path(settings.output or path.with_name(f"{path.stem}_latency.json"))
+    folder = pathlib.Path() if is_of_package(path) else path.parent
+    return pathlib.Path(settings.output or folder / f"{path.stem}_latency.json")
 
 
 def _open_table(settings, space, device):
@@ -299,7 +333,7 @@ def _open_table(settings, space, device):
         "input_shape": list(space.input_shape),
         "num_classes": space.num_classes,
         "device": device.describe(),
-        "quantize": settings.quantize,
+        "quantize": settings.number_format,
         "versions": {
             name: importlib.metadata.version(name) for name in ("ai-edge-litert", "tensorflow")
         },
@@ -327,11 +361,6 @@ def _is_same_device(one, other):
     return one["device"] | {"build": None} == other["device"] | {"build": None}
 
 
-def _write(path, contents):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-
-
 @contextlib.contextmanager
 def _folder_of_files(output):
     """A folder for the files to time. It stays when the block is interrupted."""
@@ -349,9 +378,14 @@ def _measure_entries(
     folder: pathlib.Path,
 ) -> None:
     """Fills `measured`: milliseconds of each entry, round by round."""
-    names = [_NOTHING, *_draw(settings, list(parts))]
+    names = [_NOTHING, *_draw_entries(settings, list(parts))]
+    if table["measured"] and table["measured"].keys() != set(names):
+        raise UserError(
+            f"`output` {settings.output} was begun with another `seed` or `max_entries`. "
+            f"Received: seed={settings.seed}, max_entries={settings.max_entries}"
+        )
     items = {name: parts.get(name) for name in names}
-    files = export.latency_parts.write_files(items, settings.quantize, folder)
+    files = export.latency_parts.write_files(items, settings.number_format, folder)
     rounds, measured, output = settings.count_rounds(), table["measured"], settings.output
     for name in names:
         measured.setdefault(name, [])
@@ -367,19 +401,20 @@ def _measure_entries(
                     measured[name].append(round(milliseconds, 6))
                     progress.update()
                     if time.monotonic() > written + _SECONDS_BETWEEN_WRITES:
-                        _write(output, table)
+                        write_json(output, table)
                         written = time.monotonic()
         finally:  # A phone may go away. The command continues from what is written.
-            _write(output, table)
+            write_json(output, table)
 
 
-def _draw(settings, names):
-    """The entries to measure: all of them, or all but blocks and as many blocks as allowed."""
+def _draw_entries(settings, names):
+    """The entries to measure: all of them, or all but the blocks and as many blocks as allowed."""
     if len(names) <= settings.max_entries:
         return names
     blocks = [name for name in names if name.startswith("block")]
     rest = [name for name in names if not name.startswith("block")]
-    count = max(0, settings.max_entries - len(rest))
+    # Some blocks in any case, which the model of the others is fitted to.
+    count = min(len(blocks), max(_FEWEST_BLOCKS, settings.max_entries - len(rest)))
     return rest + random.Random(settings.seed).sample(blocks, count)
 
 
@@ -420,7 +455,7 @@ def _scale_and_prove(settings, table, space, folder):
             f"space `{space.name}`"
         )
     items = {json.dumps(each.to_dict()): each for each in networks}
-    files = latency_parts.write_files(items, settings.quantize, folder)
+    files = latency_parts.write_files(items, settings.number_format, folder)
     once, again = _time_networks(
         settings, {str(index): file for index, file in enumerate(files.values())}
     )

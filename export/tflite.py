@@ -5,7 +5,6 @@ python -m export.tflite --model=runs/quickstart_trained/model.keras
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shlex
 import sys
@@ -21,8 +20,8 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import replacing
-from fpnas_keras.settings import setting
+from fpnas_keras.files import replacing, write_json
+from fpnas_keras.settings import MAX_SEED, setting
 
 if TYPE_CHECKING:
     import keras
@@ -94,7 +93,7 @@ class TfliteSettings(DataSettings):
     batch_size: int = setting("Images in a batch.", 128, least=2, group=_QAT)
     random_crop: int = setting("As for fpnas train.", 2, least=0, group=_QAT)
     random_flip: bool = setting("As for fpnas train.", False, group=_QAT)
-    seed: int = setting("Seed of everything that is random.", 0, least=0, group=_QAT)
+    seed: int = setting("Seed of everything that is random.", 0, least=0, most=MAX_SEED, group=_QAT)
     output: str | None = setting(
         "File to write, ending in .tflite. Default: beside the model, named after it and after "
         "--quantize. labels.txt and a JSON report go to the same folder.",
@@ -185,8 +184,7 @@ def run_export(settings: TfliteSettings) -> TfliteExport:
     }
     with replacing(labels) as temporary:
         temporary.write_text(_label_text(images), encoding="utf-8")
-    with replacing(report_file) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report_file, report)
     with replacing(output) as temporary:
         temporary.write_bytes(content)
     return TfliteExport(output, labels, report_file, report)

@@ -8,7 +8,7 @@ import fpnas_keras
 from fpnas_keras.commands import Command, run_command
 
 # The module of each command. None of them loads TensorFlow before its job begins.
-_MODULES = {
+MODULES = {
     "search": "fpnas_keras.search",
     "train": "fpnas_keras.train",
     "rank": "fpnas_keras.rank",
@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"fpnas_keras {fpnas_keras.__version__}")
         return 0
-    if arguments[0] not in _MODULES:
+    if arguments[0] not in MODULES:
         print(
-            f"error: the command must be one of {', '.join(_MODULES)}. Received: {arguments[0]}",
+            f"error: the command must be one of {', '.join(MODULES)}. Received: {arguments[0]}",
             file=sys.stderr,
         )
         return 2
@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load(name: str) -> Command:
-    return importlib.import_module(_MODULES[name]).COMMAND
+    return importlib.import_module(MODULES[name]).COMMAND
 
 
 def _help():
-    commands = "\n".join(f"  {name:8} {_load(name).summary}" for name in _MODULES)
+    commands = "\n".join(f"  {name:8} {_load(name).summary}" for name in MODULES)
     return (
         "usage: fpnas COMMAND --flag=value ...\n\n"
         "Neural architecture search for mobile vision: from photos to a .tflite file.\n\n"

@@ -7,7 +7,6 @@ FLOPS. Batch normalizations, activations, pooling and the gates of attention do 
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ from fpnas_keras.files import (
     read_fields,
     read_json,
     read_list,
-    replacing,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -264,8 +263,7 @@ class Architecture:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the architecture as JSON."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Architecture":

@@ -34,6 +34,11 @@ def find_file(path: str) -> str:
     return path
 
 
+def is_of_package(path: str | os.PathLike) -> bool:
+    """Whether a file is one of those that come with the package."""
+    return any(folder in pathlib.Path(path).resolve().parents for folder in _CONFIGS)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary path that becomes `path` when the block ends well.
@@ -69,6 +74,12 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, contents: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike, kind: str, read: Callable[[Any], Any]) -> Any:

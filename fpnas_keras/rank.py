@@ -15,9 +15,9 @@ from fpnas_keras import data, report, runs
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import format_cost
-from fpnas_keras.data.settings import NAMES, DataSettings
+from fpnas_keras.data.settings import DATA_FLAGS, DataSettings
 from fpnas_keras.errors import UserError
-from fpnas_keras.settings import Settings, setting
+from fpnas_keras.settings import MAX_SEED, Settings, setting
 
 if TYPE_CHECKING:
     from fpnas_keras.runs import Ranked, SearchRun
@@ -66,7 +66,7 @@ class RankSettings(Settings):
     train_images: int | None = setting(
         "Number of training images. It must be that of the search.", None, least=2, group=_IMAGES
     )
-    seed: int = setting("Seed of the architectures that are drawn.", 0, least=0)
+    seed: int = setting("Seed of the architectures that are drawn.", 0, least=0, most=MAX_SEED)
 
     def find_images(self, run: "SearchRun") -> DataSettings:
         """Which images to use: those of the search, unless others are given.
@@ -81,7 +81,9 @@ class RankSettings(Settings):
                 f"`train_images` must be that of {run.flag_file}, {theirs.train_images}. "
                 f"Received: train_images={self.train_images}"
             )
-        given = {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+        given = {
+            name: getattr(self, name) for name in DATA_FLAGS if getattr(self, name) is not None
+        }
         if "data" in given:
             # Other data has a place of its own.
             return DataSettings(**{"train_images": theirs.train_images} | given)
@@ -152,9 +154,8 @@ def _rank_and_print(settings):
     print("\n".join(f"  {run.pareto_file(each)}" for each in front))
     if run.report.exists():
         print(f"report: {run.report}")
-    # The first one within the target: the derived network is, so that there always is one.
     target = math.inf if run.target is None else run.target
-    best = next((each for each in ranked if each.cost <= target), ranked[0])
+    best = next(each for each in ranked if each.cost <= target)  # as the derived network is
     file = run.pareto_file(best)
     print(
         "next, train one of them:\n  python -m fpnas_keras.train "

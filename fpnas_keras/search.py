@@ -3,13 +3,11 @@
 python -m fpnas_keras.search --flagfile=configs/quickstart.flags
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import shlex
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -239,6 +237,13 @@ class SearchSettings(RunSettings):
         """Raises `UserError` when settings do not fit together."""
         super().check()
         self._check_cost()
+        fewest = "min_samples" if self.samples is None else "samples"
+        if self.control_variate and getattr(self, fewest) < 2:
+            raise UserError(
+                f"`{fewest}` must be at least 2, or with --nocontrol_variate 1: the control "
+                "variate of a single sample makes every gradient of the logits zero. "
+                f"Received: {fewest}={getattr(self, fewest)}"
+            )
         if self.min_samples > self.max_samples:
             raise UserError(
                 "--min_samples must be at most --max_samples. "
@@ -343,19 +348,13 @@ def run_search(settings: SearchSettings) -> "SearchRun":
         search = images = None
         if not run.finished:
             search, images = _search(session)
-        if chief and not run.report.exists():
-            with _warning_instead("no report"):
+        # A report of the unfinished search may be there already.
+        if chief and (search is not None or not run.report.exists()):
+            try:
                 _rank_and_report(run, settings, search, images)
+            except (UserError, OSError) as error:  # The result is there all the same.
+                logging.warning("no report: %s", summarize_error(error))
     return run
-
-
-@contextlib.contextmanager
-def _warning_instead(what: str) -> Iterator[None]:
-    """Lets a finished search keep its result when its report fails."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        logging.warning("%s: %s", what, summarize_error(error))
 
 
 def _search(session: "Session"):
@@ -650,16 +649,16 @@ def _next_commands(run, settings):
         commands += (
             "\nmeasure it on the device:\n"
             f"  python -m export.latency --architecture={file} "
-            f"{_device_arguments(settings.latency_table)}"
+            f"{_device_arguments(settings.latency_table, run.latency_table)}"
         )
     return commands
 
 
-def _device_arguments(table):
-    """Flags of `export.latency` for the device of a latency table."""
+def _device_arguments(table, copy):
+    """Flags of `export.latency` for the device of a latency table, of which the run has a copy."""
     arguments = [f"--latency_table={table}"]
-    if table.endswith(".json"):
-        device = latency_table.read(table)["device"]
+    if copy is not None and copy.suffix == ".json":
+        device = latency_table.read(copy)["device"]
         arguments += [f"--device={device['kind']}", f"--threads={device['threads']}"]
         if device["kind"] == "adb":
             arguments += ["--benchmark_model=BENCHMARK_MODEL"]

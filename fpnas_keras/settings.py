@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.files import abbreviate, find_file
 
 FLAG_FILE = "flagfile"
+# NumPy takes no larger seed.
+MAX_SEED = 2**32 - 1
 
 
 def setting(
@@ -86,7 +89,9 @@ class Settings:
         Raises:
             UserError: When a flag is unknown, missing or has a bad value.
         """
-        return cls(**parse_flags(define_flags(cls), arguments))
+        given = parse_flags(define_flags(cls), arguments)
+        check_required(cls, given)
+        return cls(**given)
 
     @classmethod
     def from_flag_file(cls, path: str | os.PathLike) -> Self:
@@ -241,7 +246,8 @@ def _checked_number(field, kind, value):
     least, most = field.metadata["least"], field.metadata["most"]
     legal = numbers.Integral if kind is int else numbers.Real
     is_number = isinstance(value, legal) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:
+    # Also finite: NaN is in no range, and no integer is above all floats but in a message.
+    if not is_number or not least <= value <= most or abs(value) > sys.float_info.max:
         raise _error(field, _describe_range(kind, least, most), value)
     return kind(value)
 

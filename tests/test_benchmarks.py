@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
 import pathlib
 import shutil
@@ -161,3 +162,10 @@ def test_recipes_are_settings_of_a_training():
 def test_every_benchmark_is_documented():
     text = (FOLDER / "README.md").read_text()
     assert [name for name in NAMES if f"`{name}.py`" not in text] == []
+
+
+def test_rows_of_nas_bench_macro_give_arguments_of_the_search():
+    """A smoke run makes few of the rows."""
+    known = inspect.signature(fpnas_keras.ArchitectureSearch).parameters.keys()
+    for name, job in load("nas_bench_macro").make_jobs().items():
+        assert job.keywords.keys() - {"learning_rate", "least_share"} <= known, name

@@ -141,15 +141,13 @@ def test_broken_off_again_and_again_it_ends_bit_for_bit(begin, part, every, brea
 
 
 def test_a_signal_saves_and_ends(begin):
-    session = begin()
+    session = begin(every="999s")
     kill = BreakAfter(5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(Interrupted, match="interrupted after step 5, which is saved") as caught:
-            train_part(session, kill)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted, match="interrupted after step 5, which is saved") as caught:
+        train_part(session, kill)
+    # In a notebook the next Ctrl-C must work.
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert caught.value.signal == signal.SIGTERM
     assert Checkpoints(session).step == 5
     with pytest.raises(Interrupted, match=r"saved; to go on:\n  python -m module --flagfile="):  # noqa: SIM117
@@ -202,9 +200,11 @@ def test_weights_that_are_not_finite_are_not_saved(begin):
         weight.assign(np.full(weight.shape, np.nan))
 
     session = begin()
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match=r"not finite at step 4; .*last good .*step_3\.ckpt"):
         # It comes before `Checkpoints` in the list of callbacks.
         train_part(session, BreakAfter(4, spoil))
+    assert signal.getsignal(signal.SIGINT) is handler
     assert Checkpoints(session).step == 3
 
 

@@ -1,11 +1,13 @@
 """The code blocks of README and docs run as they stand, on small data and for few steps.
 
-A block after the comment `<!-- not run: reason -->` is only checked for its syntax and flags. All
-pages share one folder: a run that two pages name is made once.
+Searches of `mobile_mini` for MACs search a small space instead. A block after the comment
+`<!-- not run: reason -->` is only checked for its syntax and flags. `test_benchmarks.py` runs the
+benchmarks. All pages share one folder: a run that two pages name is made once.
 """
 
 import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -13,35 +15,31 @@ import shlex
 
 import numpy as np
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, SMALL_SPACE, run
 from PIL import Image
 
 import export.latency
 import export.tflite
+import fpnas_keras as fpnas
 import fpnas_keras.rank
 import fpnas_keras.search
 import fpnas_keras.train
-from fpnas_keras.__main__ import _MODULES
+from fpnas_keras import __main__ as fpnas_command
 
 pytestmark = pytest.mark.xdist_group("docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SLOW = {"latency.md"}  # which measures a latency table
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-# What makes each job short; files that an earlier page wrote are replaced.
+# What makes each job short. Files that an earlier page wrote are replaced.
 SHORT = {
     fpnas_keras.search: (
         "run_search",
-        {
-            "epochs": 2,
-            "steps_per_epoch": 2,
-            "warmup_steps": 1,
-            "batch_size": 8,
-            "ranked_samples": 2,
-        },
+        {"epochs": 2, "steps_per_epoch": 2, "warmup_steps": 1, "ranked_samples": 1},
     ),
-    fpnas_keras.train: ("run_training", {"epochs": 1, "batch_size": 16, "ema_momentum": 0.0}),
+    fpnas_keras.train: ("run_training", {"epochs": 1, "ema_momentum": 0.0}),
     fpnas_keras.rank: ("run_ranking", {"samples": 2, "evaluation_images": 100}),
     export.tflite: ("run_export", {"overwrite": True, "min_agreement": 0.0, "qat_epochs": 1}),
     export.latency: (
@@ -49,6 +47,16 @@ SHORT = {
         {"rounds": 1, "network_seconds": 0.0, "max_entries": 50, "proof_networks": 5},
     ),
 }
+
+
+def smaller(settings, space_file):
+    """A search of a small space instead of `mobile_mini`, for a cost that this one has."""
+    if (settings.space, settings.cost) != ("mobile_mini", "macs"):
+        return {}
+    channels = 1 if settings.data == "digits" else 3
+    space = fpnas.spaces.get(space_file, (settings.input_size, settings.input_size, channels), 3)
+    cost = fpnas.cost.SpaceCost(space, fpnas.MacsCost())
+    return {"space": str(space_file), "target": (cost.least() * cost.largest()) ** 0.5}
 
 
 def blocks(page):
@@ -62,10 +70,16 @@ def commands(code):
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
+def commands_of_the_project(code):
+    """The words of the commands among other lines of a shell script."""
+    own = [line for line in code.splitlines() if line.startswith(("fpnas ", "python -m "))]
+    return commands("\n".join(own))
+
+
 def to_module(words):
     """The module that a command runs, and its flags; `None` for another program."""
     if words[0] == "fpnas":
-        return _MODULES.get(words[1]), words[2:]
+        return fpnas_command.MODULES.get(words[1]), words[2:]
     if words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("fpnas_keras", "export"):
         return words[2], words[3:]
     return None, words
@@ -84,6 +98,7 @@ def folder(tmp_path_factory):
             photo = Image.fromarray(pixels.astype(np.uint8))
             photo.save(folder / "photos" / name / f"{number}.jpg")
     photo.save(folder / "new_photo.jpg")
+    (folder / "small.json").write_text(json.dumps(SMALL_SPACE))
     return folder
 
 
@@ -94,12 +109,31 @@ def shortened(folder, monkeypatch):
         function = getattr(module, name)
 
         def short(settings, function=function, changes=changes):
+            if isinstance(settings, fpnas_keras.search.SearchSettings):
+                changes = changes | smaller(settings, folder / "small.json")
             return function(dataclasses.replace(settings, **changes))
 
         monkeypatch.setattr(module, name, short)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def run_words(words):
+    """Runs one command, or fails."""
+    module, arguments = to_module(words)
+    if words[0] == "python" and words[1].startswith("benchmarks/"):
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "fpnas" and words[1].startswith("--"):
+        assert fpnas_command.main(words[1:]) == 0
+    else:
+        assert module is not None, f"{shlex.join(words)}: say why it is not run"
+        result = run(module, *arguments)
+        assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page.name in SLOW else page for page in PAGES],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_blocks_run(page, shortened):
     names = {"__name__": "__main__"}
     for reason, language, code in blocks(page):
@@ -107,10 +141,7 @@ def test_blocks_run(page, shortened):
             exec(compile(code, page.name, "exec"), names)
         elif reason is None and language == "bash":
             for words in commands(code):
-                module, arguments = to_module(words)
-                assert module is not None, f"{shlex.join(words)}: say why it is not run"
-                result = run(module, *arguments)
-                assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+                run_words(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -122,7 +153,7 @@ def test_blocks_that_are_not_run_are_valid(page, monkeypatch):
             continue
         if language == "python":
             compile(code, page.name, "exec")
-        for words in commands(code) if language == "bash" else ():
+        for words in commands_of_the_project(code) if language == "bash" else ():
             module, arguments = to_module(words)
             if module is not None:
                 importlib.import_module(module).COMMAND.settings.from_flags(arguments)

@@ -1,17 +1,23 @@
+import dataclasses
 import functools
 import json
 import os
+import pathlib
 import stat
 
 import numpy as np
 import pytest
 from helpers import run, run_process
 
+import export
 from export import devices
+from export.latency import LatencySettings, _check_table, _comparison_file, _draw_entries
 from export.latency_model import LatencyModel
+from export.latency_parts import named_parts
 from fpnas_keras import Architecture, LatencyCost, spaces
 from fpnas_keras.architecture import Block, Part, count_part
 from fpnas_keras.cost import SpaceCost, latency_table
+from fpnas_keras.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("latency")
 measure = functools.partial(run, "export.latency")
@@ -262,6 +268,48 @@ def test_blocks_that_were_not_measured_follow_from_those_that_were():
     errors = np.abs(model(parts[:100]) / times[:100] - 1)
     assert errors.mean() < 0.02
     assert model.error < 0.02
+
+
+def test_a_table_that_was_begun_with_another_draw_is_refused(folder, tmp_path, phone):
+    """Else some entries would have been measured less often than others, or never."""
+    flags, environment = phone
+    output = tmp_path / "phone.json"
+    flags = [f"--space={folder / 'small.json'}", f"--output={output}", *FLAGS, *flags, "--rounds=1"]
+    assert measure(*flags, **environment, FAIL="late").returncode == 1
+    table = json.loads(output.read_text())
+    table["measured"].popitem()
+    output.write_text(json.dumps(table))
+    result = measure(*flags, "--seed=1", **environment)
+    assert result.returncode == 1
+    assert "was begun with another `seed` or `max_entries`" in result.stderr.splitlines()[-1]
+
+
+def test_some_blocks_are_measured_however_many_other_parts_there_are():
+    settings = LatencySettings(space="fbnetv2_f", output="t.json", max_entries=50)
+    parts = named_parts(spaces.get("fbnetv2_f", (64, 64, 3), 10))
+    names = _draw_entries(settings, list(parts))
+    blocks = [name for name in names if name.startswith("block")]
+    assert len(blocks) == 50 < sum(name.startswith("block") for name in parts)
+    assert {name for name in parts if not name.startswith("block")} < set(names)
+
+
+def test_each_job_refuses_the_settings_of_the_other():
+    with pytest.raises(UserError, match="`space` must be given to measure a table"):
+        export.measure_latency(architecture="a.json", latency_table="t.json")
+    with pytest.raises(UserError, match="`architecture` must be given to compare"):
+        export.compare_latency(space="mobile_mini", output="t.json")
+
+
+def test_a_network_of_the_package_is_compared_in_the_current_folder(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = LatencySettings(
+        architecture="configs/architectures/mobilenet_v2.json", latency_table=table
+    )
+    assert _comparison_file(settings) == pathlib.Path("mobilenet_v2_latency.json")
+    with pytest.raises(UserError, match="`quantize` must be that of .*, none. Received: quantize"):
+        _check_table(
+            dataclasses.replace(settings, quantize="int8"), latency_table.read(table)["device"]
+        )
 
 
 def test_architectures_of_a_table_that_lacks_their_parts(folder, table):

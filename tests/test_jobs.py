@@ -64,6 +64,20 @@ def test_python_and_the_command_line_give_the_same(searched, settings, tmp_path)
         assert (tmp_path / "process" / name).read_bytes() == content
 
 
+def test_a_report_made_during_the_search_is_made_again_at_its_end(settings, tmp_path, monkeypatch):
+    finish = fpnas.runs.Session.finish
+
+    def report_and_finish(session, **summary):
+        fpnas.report.write_report(session.run.directory)
+        assert "has not finished" in session.run.report.read_text()
+        finish(session, **summary)
+
+    monkeypatch.setattr(fpnas.runs.Session, "finish", report_and_finish)
+    run = fpnas.search_architecture(**settings, output_dir=tmp_path / "run")
+    assert "has not finished" not in run.report.read_text()
+    assert run.ranking is not None
+
+
 def test_a_finished_search_is_returned_as_it_is(searched, settings):
     before = {path: path.stat().st_mtime_ns for path in searched.directory.iterdir()}
     again = fpnas.search_architecture(**settings, output_dir=searched.directory)
@@ -118,6 +132,9 @@ def test_from_a_search_to_a_file_in_one_process(searched, tmp_path):
     [
         (fpnas.search_architecture, {"output_dir": "x", "cost": "macs"}, "--target needs --cost"),
         (fpnas.search_architecture, {"output_dir": "x", "epochs": 0}, "`epochs` must be an"),
+        (fpnas.search_architecture, {"output_dir": "x", "seed": 2**32}, "`seed` must be an"),
+        (fpnas.search_architecture, {"output_dir": "x", "samples": 1}, "`samples` must be at"),
+        (fpnas.search_architecture, {"output_dir": "x", "min_samples": 1}, "`min_samples` must"),
         (fpnas.train_architecture, {"output_dir": "x", "architecture": "y"}, "cannot read y"),
         (fpnas.rank_architectures, {"search_dir": "nonesuch"}, "cannot read nonesuch"),
         (export.export_tflite, {"model": "nonesuch"}, "`model` must be an existing .keras"),

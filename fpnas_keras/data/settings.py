@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _GROUP = "Data"
 # The settings that name the images, to be repeated in the next command.
-NAMES = ("data", "data_dir", "train_images", "download")
+DATA_FLAGS = ("data", "data_dir", "train_images", "download")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,5 +95,5 @@ class DataSettings(Settings):
 
     def data_arguments(self) -> str:
         """The flags that name the images, to be typed in another command."""
-        others = self.to_arguments(NAMES[1:])
+        others = self.to_arguments(DATA_FLAGS[1:])
         return " ".join([shlex.quote(f"--data={self.data}"), *([others] if others else [])])

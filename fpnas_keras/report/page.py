@@ -145,7 +145,7 @@ def _progress(run, plots):
         "phase_notes": [_PHASE_NOTES[key] for key in dict.fromkeys(key for key, *_ in phases)],
         "plots": plots,
         "alt": _describe_curves(run),
-        "has_target": run.target is not None,
+        "has_controller": run.target is not None and "cost_coefficient" not in run.flags,
     }
 
 

@@ -5,6 +5,7 @@ rows of the metrics files, and the time that the run has used. Nothing else is n
 drawn architectures are pure functions of seed and step.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -52,28 +53,30 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.session = session
         self.directory = session.run.checkpoint_folder
-        self.seconds, self.steps = session.settings.checkpoint_interval()
+        self.save_every_seconds, self.save_every_steps = session.settings.checkpoint_interval()
         self.step = 0
         self.steps_per_epoch = None
-        self._good = []  # steps of the checkpoints that are known to be whole
-        self._arrays = self._state = self._signal = None
+        self._whole_steps = []  # of the checkpoints that are known to be whole
+        # What the last checkpoint holds, until the model has it.
+        self._restored_arrays = self._restored_state = None
+        self._signal = None
         self._interruptions = 0
-        self._find()
+        self._find_latest()
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
-    def _find(self):
+    def _find_latest(self):
         found = {}
         if self.directory.is_dir():
             names = {path: _STEP.fullmatch(path.name) for path in self.directory.iterdir()}
             found = {int(match[1]): path for path, match in names.items() if match}
         for step in sorted(found, reverse=True):
             try:
-                self._arrays, self._state = _read(found[step])
+                self._restored_arrays, self._restored_state = _read(found[step])
             except ValueError as error:
                 logging.warning("the checkpoint %s is damaged: %s", found[step], error)
                 continue
-            self.step, self.steps_per_epoch = step, self._state["steps_per_epoch"]
-            self._good = [step]
+            self.step, self.steps_per_epoch = step, self._restored_state["steps_per_epoch"]
+            self._whole_steps = [step]
             logging.info("going on after step %d, from %s", step, found[step])
             return
         if found:
@@ -88,14 +91,14 @@ class Checkpoints(keras.callbacks.Callback):
         callbacks: Sequence[keras.callbacks.Callback] = (),
         **kwargs: Any,
     ) -> None:
-        """`model.fit` from where the last checkpoint was.
+        """Calls `model.fit` from where the last checkpoint was.
 
         Args:
-            model: The model, compiled; its optimizer and metrics have their variables.
+            model: The model, compiled. Its optimizer and metrics have their variables.
             batches: An epoch of batches that begin with `first_step=step`.
             epochs: Epochs of the whole run.
             files: What writes the rows of the epochs.
-            callbacks: Further callbacks; those before may end the run at the end of an epoch.
+            callbacks: Further callbacks. They may end the run at the end of an epoch.
             **kwargs: As for `fit`.
 
         Raises:
@@ -107,47 +110,34 @@ class Checkpoints(keras.callbacks.Callback):
         self.epochs, self.files = epochs, files
         # One iterator for all epochs, and no batch read beyond the last.
         batches = batches.repeat().take(epochs * self.steps_per_epoch - self.step)
-        model.fit(
-            # Of unknown cardinality: Keras would count the steps that are skipped.
-            batches.filter(lambda *_: True),
-            epochs=epochs,
-            initial_epoch=self.step // self.steps_per_epoch,
-            steps_per_epoch=self.steps_per_epoch,
-            shuffle=False,
-            callbacks=[*files, *callbacks, self],
-            **kwargs,
-        )
+        with self._saving_at_signals():
+            model.fit(
+                # Of unknown cardinality: Keras would count the steps that are skipped.
+                batches.filter(lambda *_: True),
+                epochs=epochs,
+                initial_epoch=self.step // self.steps_per_epoch,
+                steps_per_epoch=self.steps_per_epoch,
+                shuffle=False,
+                callbacks=[*files, *callbacks, self],
+                **kwargs,
+            )
+            self._end_if_interrupted()
 
-    def set_model(self, model: keras.Model) -> None:
-        super().set_model(model)
-        # Before any other callback looks at the model.
-        if self._arrays is not None:
-            variables = _variables(model)
-            shapes = [tuple(variable.shape) for variable in variables]
-            if shapes != [each.shape for each in self._arrays]:
-                raise UserError(
-                    f"the checkpoint of step {self.step} in {self.directory} is of another version "
-                    "of the program or of other data. Remove it or choose another directory."
-                )
-            for variable, value in zip(variables, self._arrays):
-                variable.assign(value)
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        if self._state is not None:
-            self.session.add_usage(self._state["usage"])
-            for file in self.files:
-                file.set_state(self._state["files"][file.path.name])
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {
-                number: signal.signal(number, self._interrupt)
-                for number in (signal.SIGTERM, signal.SIGINT)
-            }
-
-    def on_train_end(self, logs: dict | None = None) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._handlers.items():
+    @contextlib.contextmanager
+    def _saving_at_signals(self):
+        """Makes SIGTERM and Ctrl-C wait, inside the block, until the state is saved."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Only the main thread may handle signals.
+            return
+        handlers = {
+            number: signal.signal(number, self._interrupt)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
-        self._end_if_interrupted()
 
     def _interrupt(self, number, frame):
         if self._interruptions:
@@ -159,21 +149,43 @@ class Checkpoints(keras.callbacks.Callback):
         else:  # It needs the others to finish its step, and so do they.
             logging.info("interrupted: the chief saves and ends (once more to end at once)")
 
+    # Keras calls, in this order: `set_model`; `on_train_begin` of the files, then of this callback;
+    # at the first epoch it resets the metrics and calls `on_epoch_begin`. So the variables are
+    # restored first, then the files, and the metrics of an unfinished epoch last.
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        if self._restored_arrays is not None:
+            variables = _variables(model)
+            shapes = [tuple(variable.shape) for variable in variables]
+            if shapes != [array.shape for array in self._restored_arrays]:
+                raise UserError(
+                    f"the checkpoint of step {self.step} in {self.directory} is of another version "
+                    "of the program or of other data. Remove it or choose another directory."
+                )
+            for variable, value in zip(variables, self._restored_arrays):
+                variable.assign(value)
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        if self._restored_state is not None:
+            self.session.set_earlier_usage(self._restored_state["usage"])
+            for file in self.files:
+                file.set_state(self._restored_state["files"][file.path.name])
+
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch, self._skipped = epoch, 0
-        if self._arrays is None:
+        if self._restored_arrays is None:
             return
-        # `fit` has just reset the metrics; those of a broken-off epoch go on.
         metrics = self.model.metrics_variables
-        for variable, value in zip(metrics, self._arrays[-len(metrics) :]):
+        for variable, value in zip(metrics, self._restored_arrays[-len(metrics) :]):
             variable.assign(value)
-        self._arrays = None
+        self._restored_arrays = None
         self._skipped = self.step % self.steps_per_epoch
         if self._skipped:
             self._skip(self._skipped)
 
     def _skip(self, count):
-        """Makes the next `count` steps of `fit` do nothing: they are already made."""
+        """Makes the next `count` steps of `fit` do nothing: the checkpoint holds their results."""
         function, left = self.model.train_function, count
 
         def skip(_):
@@ -189,19 +201,19 @@ class Checkpoints(keras.callbacks.Callback):
         if batch < self._skipped:
             return
         self.step = self._epoch * self.steps_per_epoch + batch + 1
-        if batch + 1 < self.steps_per_epoch and self._due():
+        if batch + 1 < self.steps_per_epoch and self._is_due():
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if self._due() or epoch + 1 == self.epochs:
+        if self._is_due() or epoch + 1 == self.epochs:
             self.model.reset_metrics()  # as the next epoch begins
             self._save()
 
-    def _due(self):
+    def _is_due(self):
         return (
             self._signal is not None
-            or self.step - self._saved_step >= self.steps
-            or time.monotonic() - self._saved_at >= self.seconds
+            or self.step - self._saved_step >= self.save_every_steps
+            or time.monotonic() - self._saved_at >= self.save_every_seconds
         )
 
     def _save(self):
@@ -221,7 +233,7 @@ class Checkpoints(keras.callbacks.Callback):
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise UserError(
                     f"training diverged: {variable.path} is not finite at step {self.step}; try a "
-                    "lower `learning_rate`" + self._last()
+                    "lower `learning_rate`" + self._describe_last()
                 )
         state = {
             "steps_per_epoch": self.steps_per_epoch,
@@ -234,16 +246,16 @@ class Checkpoints(keras.callbacks.Callback):
         content = archive.getvalue()
         with replacing(self.directory / f"step_{self.step}.ckpt") as temporary:
             temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        self._good = [*self._good, self.step][-_KEPT:]
-        kept = {f"step_{step}.ckpt" for step in self._good}
+        self._whole_steps = [*self._whole_steps, self.step][-_KEPT:]
+        kept = {f"step_{step}.ckpt" for step in self._whole_steps}
         for path in self.directory.iterdir():
             if path.name not in kept:  # older, damaged, or of a process that was killed
                 path.unlink()
 
-    def _last(self):
-        if not self._good:
+    def _describe_last(self):
+        if not self._whole_steps:
             return ""
-        return f". The last good checkpoint is {self.directory}/step_{self._good[-1]}.ckpt"
+        return f". The last good checkpoint is {self.directory}/step_{self._whole_steps[-1]}.ckpt"
 
 
 def _variables(model):

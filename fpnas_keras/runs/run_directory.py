@@ -33,7 +33,7 @@ import numpy as np
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import COSTS, Cost, MacsCost, make_cost
-from fpnas_keras.data.settings import NAMES, DataSettings
+from fpnas_keras.data.settings import DATA_FLAGS, DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import (
     KINDS,
@@ -43,6 +43,7 @@ from fpnas_keras.files import (
     read_json,
     replacing,
     summarize_error,
+    write_json,
 )
 from fpnas_keras.settings import flag_values
 from fpnas_keras.spaces import SUFFIXES
@@ -144,7 +145,8 @@ class RunDirectory:
 
     def write_flags(self, lines: Sequence[str]) -> None:
         """Writes the flag file."""
-        _write_text(self.flag_file, "".join(f"{line}\n" for line in lines))
+        with replacing(self.flag_file) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def flag_lines(self) -> list[str]:
         """The lines of the flag file, read leniently: to be compared with those of another run."""
@@ -251,6 +253,12 @@ class SearchRun(RunDirectory):
         return self.path("report")
 
     @property
+    def latency_table(self) -> pathlib.Path | None:
+        """The run's copy of the latency table, `None` where the search has none."""
+        tables = sorted(self.directory.glob("latency_table.*"))
+        return tables[0] if tables else None
+
+    @property
     def cost_kind(self) -> str:
         """The flag `--cost`: one of `COSTS`."""
         return self._flag("cost")
@@ -273,7 +281,7 @@ class SearchRun(RunDirectory):
     @functools.cached_property
     def cost(self) -> Cost:
         """The cost of the search. MACs where the copy of the latency table is gone."""
-        table = self._latency_table()
+        table = self.latency_table
         if self.cost_kind == "latency" and table is None:
             return MacsCost()
         return make_cost(self.cost_kind, table=table)
@@ -369,9 +377,9 @@ class SearchRun(RunDirectory):
         Raises:
             UserError: When the flag file is damaged.
         """
-        lines = [line for line in self.flag_lines() if flag_values([line]).keys() & set(NAMES)]
+        given = {name: value for name, value in self.flags.items() if name in DATA_FLAGS}
         try:
-            return DataSettings.from_flags(lines)
+            return DataSettings.from_flags([f"--{name}={value}" for name, value in given.items()])
         except UserError as error:
             raise UserError(f"{self.flag_file} is not the flag file of a run: {error}") from None
 
@@ -384,7 +392,7 @@ class SearchRun(RunDirectory):
         from fpnas_keras.method import ArchitectureSearch
 
         summary = read_json(self.summary_file, "a finished search's summary", _checked_for_loading)
-        table = self._latency_table()
+        table = self.latency_table
         if summary["cost"] == "latency" and table is None:
             raise UserError(
                 f"{self.directory} lacks the search's latency table (latency_table.json)"
@@ -442,23 +450,9 @@ class SearchRun(RunDirectory):
             f"--{name} in {self.flag_file} must be a number above 0. Received: --{name}={value}"
         )
 
-    def _latency_table(self) -> pathlib.Path | None:
-        tables = sorted(self.directory.glob("latency_table.*"))
-        return tables[0] if tables else None
-
     def _checked_summary(self, summary: Any) -> dict[str, Any]:
         check_fields(summary, "the summary", **_SUMMARY_OF_SEARCH)
         return summary
-
-
-def write_json(path: pathlib.Path, contents: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    _write_text(path, json.dumps(contents, indent=1) + "\n")
-
-
-def _write_text(path, text):
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _checked_for_loading(summary):
@@ -472,6 +466,8 @@ def _checked_for_loading(summary):
 
 
 def _read_metrics(path):
+    if not path.is_file():
+        raise UserError(f"{path} is missing: no epoch has ended yet, or this is no search")
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)

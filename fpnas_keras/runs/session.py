@@ -8,6 +8,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -161,7 +162,7 @@ class Session:
             message = str(error) or "interrupted"
             if self.run.flag_file.exists():
                 message += f"; to go on:\n  {self._command()}"
-            raise Interrupted(message, getattr(error, "signal", 2)) from None
+            raise Interrupted(message, getattr(error, "signal", signal.SIGINT)) from None
         finally:
             self.close()
 
@@ -186,8 +187,8 @@ class Session:
             "peak_memory_mb": max(earlier["peak_memory_mb"], peak),
         }
 
-    def add_usage(self, usage: dict[str, float]) -> None:
-        """Takes over what earlier parts of the run used, as their `usage` said."""
+    def set_earlier_usage(self, usage: dict[str, float]) -> None:
+        """Sets what earlier parts of the run used, as their `usage` said."""
         self._earlier = usage
 
     def finish(self, **summary: Any) -> None:

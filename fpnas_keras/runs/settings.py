@@ -5,7 +5,7 @@ import re
 
 from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
-from fpnas_keras.settings import setting
+from fpnas_keras.settings import MAX_SEED, setting
 
 _CHECKPOINT_EVERY = re.compile(r"([1-9][0-9]{0,8})(s?)")
 
@@ -33,7 +33,9 @@ class RunSettings(DataSettings):
         True,
         group="Run",
     )
-    seed: int = setting("Seed of everything that is random.", 0, least=0, group="Run")
+    seed: int = setting(
+        "Seed of everything that is random.", 0, least=0, most=MAX_SEED, group="Run"
+    )
 
     def check(self) -> None:
         """Raises `UserError` when settings do not fit together."""
