@@ -99,12 +99,12 @@ def test_between_two_costs_it_is_the_best_of_an_enumeration(tiny_space, kind, se
 
 
 @pytest.mark.parametrize("share", [0, 0.95])
-def test_narrow_passes_and_small_chunks_end_in_the_same_proof(monkeypatch, share):
+def test_passes_with_few_labels_and_small_chunks_end_in_the_same_proof(monkeypatch, share):
     space = spaces.get("mobile_mini")
     space_cost = SpaceCost(space, MacsCost())
     log_p = random_distribution(space, 1).log_probabilities().numpy()
     expected = most_probable(log_p, space_cost, 2e6, least=share * 2e6)
-    monkeypatch.setattr(derivation, "_FIRST_WIDTH", 2)
+    monkeypatch.setattr(derivation, "_FIRST_MAX_LABELS", 2)
     monkeypatch.setattr(derivation, "_CHUNK", 50)
     found = most_probable(log_p, space_cost, 2e6, least=share * 2e6)
     assert found == expected and found.gap == 0

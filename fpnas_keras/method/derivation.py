@@ -15,8 +15,10 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import SpaceCost, format_cost
 from fpnas_keras.errors import UserError
 
-# Labels kept after each search block in the first pass. Each further pass keeps more.
-_FIRST_WIDTH, _WIDTH_FACTOR = 1_000, 8
+# Most labels after each search block: in the first pass, and the factor from pass to pass.
+_FIRST_MAX_LABELS, _MAX_LABELS_FACTOR = 1_000, 8
+# Number of relaxations that are solved to find the multiplier with the lowest bound.
+_RELAXATIONS = 60
 # Labels times moves that are in memory at once.
 _CHUNK = 2_000_000
 # Log-probabilities that differ by less are equal.
@@ -87,19 +89,19 @@ def most_probable(
             f"space. Received: budget={format_cost(budget)}"
         )
     budget = min(budget, space_cost.largest())  # The budget can be infinite.
-    chain = _Chain(np.asarray(log_probabilities, np.float64), space_cost, least)
+    chain = _Chain(np.asarray(log_probabilities, np.float64), space_cost, budget, least)
     deadline = time.monotonic() + seconds
-    best, upper = _find_best(chain, budget, least, deadline)
+    best, bound = _find_best(chain, deadline)
     if not best.entries:
-        reason = "there is no" if upper == -math.inf else f"{seconds:g} s were too short to find an"
+        reason = "there is no" if bound == -math.inf else f"{seconds:g} s were too short to find an"
         warnings.warn(
             f"{reason} architecture that costs from {format_cost(least)} to {format_cost(budget)}; "
             f"the most probable one of at most {format_cost(budget)} is used",
             stacklevel=2,
         )
-        left = max(0.0, deadline - time.monotonic())
-        return most_probable(log_probabilities, space_cost, budget, left)
-    gap = upper - best.log_prob
+        remaining = max(0.0, deadline - time.monotonic())
+        return most_probable(log_probabilities, space_cost, budget, remaining)
+    gap = bound - best.log_prob
     return Derivation(
         space_cost.space.architecture(space_cost.space.entries.to_choices(best.entries)),
         best.cost,
@@ -109,8 +111,8 @@ def most_probable(
     )
 
 
-class _Found(NamedTuple):
-    """An architecture: the entry of each search block, the cost and log p. Empty: none."""
+class _Candidate(NamedTuple):
+    """An architecture: the entry of each search block, the cost and log p. No entries: none."""
 
     entries: list[int]
     cost: float
@@ -132,24 +134,37 @@ class _Chain:
     Args:
         log_probabilities: log p of each entry, shape `(blocks, entries)`.
         space_cost: The cost.
+        budget: Largest cost of an architecture.
         least: Smallest cost of an architecture.
     """
 
-    def __init__(self, log_probabilities, space_cost, least):
+    def __init__(self, log_probabilities, space_cost, budget, least):
+        self.budget, self.least = budget, least
         self.start_cost = space_cost.stem_cost
         # For each search block, for each of its filters in.
         self.moves: list[list[_Moves]] = []
-        for index, costs in enumerate(space_cost.block_costs):
-            log_p = log_probabilities[index, : costs.shape[1]]
+        for index, block_costs in enumerate(space_cost.block_costs):
+            log_p = log_probabilities[index, : block_costs.shape[1]]
             # Without a lower limit, a dominated move is never part of the best architecture.
             safe = np.full(len(log_p), least <= 0)
-            self.moves.append([])
-            for own_costs, filters in zip(costs, space_cost.filters_out(index)):
-                kept = _undominated(filters, own_costs, log_p, safe)
-                self.moves[-1].append(_Moves(kept, own_costs[kept], log_p[kept], filters[kept]))
-        zero, nothing = np.zeros(1, int), np.zeros(1)
+            moves_by_filters = []
+            for costs, filters in zip(block_costs, space_cost.filters_out(index)):
+                entries = _undominated(filters, costs, log_p, safe)
+                moves_by_filters.append(
+                    _Moves(entries, costs[entries], log_p[entries], filters[entries])
+                )
+            self.moves.append(moves_by_filters)
+        zero, certain = np.zeros(1, int), np.zeros(1)
         heads = space_cost.head_costs
-        self.moves.append([_Moves(zero, np.array([cost]), nothing, zero) for cost in heads])
+        self.moves.append([_Moves(zero, np.array([cost]), certain, zero) for cost in heads])
+
+    def allows(self, cost):
+        """Whether a cost is from `least` to `budget`."""
+        return self.least <= cost <= self.budget
+
+    def limit(self, multiplier):
+        """The limit of the cost that a multiplier enforces. A negative multiplier rewards cost."""
+        return self.budget if multiplier >= 0 else self.least
 
     def best_completions(self, multiplier, likelihood=1.0):
         """Maximizes likelihood * log p - multiplier * cost over all completions.
@@ -158,25 +173,25 @@ class _Chain:
             For each search block and each of its filters in: the value of the best completion from
             there on, and the number of its first move.
         """
-        values, choices = [np.zeros(1)], []
+        values, first_moves = [np.zeros(1)], []
         for moves_by_filters in reversed(self.moves):
             scores = [
                 likelihood * moves.log_p - multiplier * moves.cost + values[0][moves.filters]
                 for moves in moves_by_filters
             ]
-            choices.insert(0, [int(np.argmax(each)) for each in scores])
-            values.insert(0, np.array([np.max(each) for each in scores]))
-        return values, choices
+            first_moves.insert(0, [int(np.argmax(row)) for row in scores])
+            values.insert(0, np.array([np.max(row) for row in scores]))
+        return values, first_moves
 
-    def follow(self, choices):
+    def follow(self, move_numbers):
         """The architecture that takes the given move from each of the filters in."""
         filters, cost, log_prob, entries = 0, self.start_cost, 0.0, []
-        for moves_by_filters, choice in zip(self.moves, choices):
-            moves, move = moves_by_filters[filters], choice[filters]
-            entries.append(moves.entry[move])
-            cost, log_prob = cost + moves.cost[move], log_prob + moves.log_p[move]
-            filters = moves.filters[move]
-        return _Found(entries[:-1], float(cost), float(log_prob))
+        for moves_by_filters, numbers in zip(self.moves, move_numbers):
+            moves, number = moves_by_filters[filters], numbers[filters]
+            entries.append(moves.entry[number])
+            cost, log_prob = cost + moves.cost[number], log_prob + moves.log_p[number]
+            filters = moves.filters[number]
+        return _Candidate(entries[:-1], float(cost), float(log_prob))  # Without the head's entry.
 
 
 def _undominated(filters, cost, log_p, safe):
@@ -239,69 +254,100 @@ def _is_front(groups, log_p):
     return starts | (rank > np.r_[-1, np.maximum.accumulate(rank)[:-1]])
 
 
-def _find_best(chain, budget, least, deadline):
+def _find_best(chain, deadline):
     """The best architecture that is found in time, and an upper bound of log p."""
-    best, multipliers, upper = _relax(chain, budget, least)
-    limits = _Limits(chain, budget, least, multipliers)
-    width = _FIRST_WIDTH
-    while upper > best.log_prob + _TOLERANCE:
-        found = _search(chain, limits, best, width, deadline)
-        if found is None:
+    best, bound, multipliers = _relax(chain)
+    pruning = _Pruning(chain, multipliers)
+    max_labels = _FIRST_MAX_LABELS
+    while bound > best.log_prob + _TOLERANCE:
+        result = _label_setting_pass(chain, pruning, best, max_labels, deadline)
+        if result is None:
             break
-        best, cut = found
-        upper = min(upper, max(cut, best.log_prob))
-        width *= _WIDTH_FACTOR
-    return best, upper
+        best, dropped_bound = result
+        bound = min(bound, max(dropped_bound, best.log_prob))
+        max_labels *= _MAX_LABELS_FACTOR
+    return best, bound
 
 
-def _relax(chain, budget, least):
-    """Lagrangian relaxation. Every multiplier m gives an upper bound of log p(A):
+class _Relaxation(NamedTuple):
+    """The solution of max(log p - multiplier * cost) over all architectures.
 
-        log p(A) <= max(log p - m * cost) + m * (budget if m >= 0 else least)
+    Attributes:
+        multiplier: The multiplier m.
+        bound: No architecture that the chain allows has a log p above it:
+            log p(A) <= max(log p - m * cost) + m * limit(m).
+        moves: The solution, as `_Chain.follow` takes it.
+        candidate: The solution.
+    """
 
-    Bisection finds the m with the lowest bound.
+    multiplier: float
+    bound: float
+    moves: list[list[int]]
+    candidate: _Candidate
+
+
+def _solve(chain, multiplier):
+    values, moves = chain.best_completions(multiplier)
+    bound = values[0][0] + multiplier * (chain.limit(multiplier) - chain.start_cost)
+    return _Relaxation(multiplier, bound, moves, chain.follow(moves))
+
+
+def _relax(chain):
+    """Lagrangian relaxation: the limits of the cost are replaced by multiplier * cost.
 
     Returns:
-        The best architecture found with a cost from `least` to `budget`, multipliers that give
-        tight bounds, and the lowest upper bound.
+        The best allowed architecture of all relaxations, the lowest upper bound, and multipliers
+        that give low bounds.
     """
-    best = _Found([], math.nan, -math.inf)
-    if least <= 0:
+    relaxations, outside, inside = _bisect(chain)
+    candidates = [relaxation.candidate for relaxation in relaxations]
+    if inside is not None:
+        candidates += _cross(chain, outside.moves, inside.moves)
+    best = _Candidate([], math.nan, -math.inf)
+    if chain.least <= 0:
         best = chain.follow(chain.best_completions(1.0, likelihood=0.0)[1])  # The cheapest.
-    upper, tightest = math.inf, 0.0
-    low, high, multiplier, sign = 0.0, None, 0.0, 1
-    sides = {}  # The last choices on each side of the limit.
-    for _ in range(60):
-        values, choices = chain.best_completions(multiplier)
-        found = chain.follow(choices)
-        limit = budget if multiplier >= 0 else least
-        bound = values[0][0] + multiplier * (limit - chain.start_cost)
-        if bound < upper:
-            upper, tightest = bound, multiplier
-        if least <= found.cost <= budget:
-            best = max(best, found, key=lambda each: each.log_prob)
-            if multiplier == 0:
-                break
-        if multiplier == 0:
-            sign = 1 if found.cost > budget else -1
-        is_beyond = (found.cost <= budget) if sign > 0 else (found.cost >= least)
-        sides[is_beyond] = choices
-        if is_beyond:
-            high = multiplier
+    allowed = [candidate for candidate in candidates if chain.allows(candidate.cost)]
+    best = max([best, *allowed], key=lambda candidate: candidate.log_prob)
+    tightest = min(relaxations, key=lambda relaxation: relaxation.bound)
+    multipliers = {factor * tightest.multiplier for factor in (0, 0.5, 0.8, 1, 1.25, 2)}
+    return best, tightest.bound, sorted(multipliers)
+
+
+def _bisect(chain):
+    """Finds the multiplier with the lowest bound by bisection.
+
+    The cost of the solution falls as the multiplier grows. If the solution for multiplier 0 is over
+    the budget (or under `least`), the multiplier is doubled until the solution meets that limit.
+    Then the interval between the last two is halved.
+
+    Returns:
+        All relaxations; the last one whose solution does not meet the limit; the last one whose
+        solution does. The latter is `None` if there is no such one, or if the solution for
+        multiplier 0 is allowed: it is the most probable architecture of all.
+    """
+    outside, inside = _solve(chain, 0.0), None
+    relaxations = [outside]
+    if chain.allows(outside.candidate.cost):
+        return relaxations, outside, None
+    is_over = outside.candidate.cost > chain.budget
+    multiplier = (1 if is_over else -1) / chain.budget
+    while len(relaxations) < _RELAXATIONS:
+        relaxation = _solve(chain, multiplier)
+        relaxations.append(relaxation)
+        cost = relaxation.candidate.cost
+        if (cost <= chain.budget) if is_over else (cost >= chain.least):
+            inside = relaxation
         else:
-            low = multiplier
-        # The multiplier is doubled until it is on the other side, then the interval is halved.
-        further = 2 * low if low else sign / budget
-        multiplier = further if high is None else (low + high) / 2
-    if len(sides) == 2:
-        crossed = _cross(chain, *sides.values())
-        allowed = [found for found in crossed if least <= found.cost <= budget]
-        best = max([best, *allowed], key=lambda each: each.log_prob)
-    return best, sorted({factor * tightest for factor in (0, 0.5, 0.8, 1, 1.25, 2)}), upper
+            outside = relaxation
+        if inside is None:
+            multiplier *= 2
+        else:
+            multiplier = (outside.multiplier + inside.multiplier) / 2
+    return relaxations, outside, inside
 
 
 def _cross(chain, one, other):
-    """Architectures that begin with the choices of one and end with those of the other.
+    """Architectures that begin with the moves of one and end with those of the other.
 
     No multiplier gives an architecture between the last two of a bisection. These often do.
     """
@@ -319,28 +365,28 @@ class _Labels(NamedTuple):
     cost: np.ndarray
     log_p: np.ndarray
 
-    def take(self, index):
-        return _Labels(*(each[index] for each in self))
+    def take(self, numbers):
+        return _Labels(*(column[numbers] for column in self))
 
 
-class _Limits:
-    """What labels must meet to be kept: limits of the cost, the bound, dominance, the number."""
+class _Pruning:
+    """Drops labels: by the limits of the cost, the bound of log p, dominance, and their number."""
 
-    def __init__(self, chain, budget, least, multipliers):
-        self.budget, self.least = budget, least
+    def __init__(self, chain, multipliers):
+        self.chain = chain
         # Costs of the cheapest and the most expensive completion.
         self.cheapest = [-values for values in chain.best_completions(1.0, likelihood=0.0)[0]]
         self.dearest = chain.best_completions(-1.0, likelihood=0.0)[0]
-        self.completions = [(each, chain.best_completions(each)[0]) for each in multipliers]
+        self.completions = [(m, chain.best_completions(m)[0]) for m in multipliers]
 
-    def prune(self, labels, index, best, width):
+    def prune(self, labels, index, best, max_labels):
         """The labels that can begin a better architecture than `best`.
 
         Args:
             labels: The labels.
             index: Number of search blocks that the labels have behind them.
             best: The best architecture so far.
-            width: Largest number of labels to keep.
+            max_labels: Largest number of labels to keep.
 
         Returns:
             The labels, and the highest bound of those that were dropped for lack of room (-inf if
@@ -348,38 +394,37 @@ class _Limits:
         """
         cheapest = labels.cost + self.cheapest[index][labels.filters]
         dearest = labels.cost + self.dearest[index][labels.filters]
-        completed = [
-            values[index][labels.filters] + m * (self._limit(m) - labels.cost)
+        # As for `_Relaxation.bound`, for the completions of each label.
+        bounds = [
+            values[index][labels.filters] + m * (self.chain.limit(m) - labels.cost)
             for m, values in self.completions
         ]
-        bound = labels.log_p + np.min(completed, axis=0)
-        better = bound > best.log_prob + _TOLERANCE
-        kept = np.flatnonzero((cheapest <= self.budget) & (dearest >= self.least) & better)
-        own = labels.take(kept)
-        kept = kept[_undominated(own.filters, own.cost, own.log_p, cheapest[kept] >= self.least)]
-        cut = -math.inf
-        if len(kept) > width:
-            order = np.argsort(-bound[kept], kind="stable")
-            cut = bound[kept[order[width]]]
-            kept = np.sort(kept[order[:width]])
-        return labels.take(kept), cut
-
-    def _limit(self, multiplier):
-        return self.budget if multiplier >= 0 else self.least
+        bound = labels.log_p + np.min(bounds, axis=0)
+        is_allowed = (cheapest <= self.chain.budget) & (dearest >= self.chain.least)
+        numbers = np.flatnonzero(is_allowed & (bound > best.log_prob + _TOLERANCE))
+        safe = cheapest[numbers] >= self.chain.least
+        remaining = labels.take(numbers)
+        numbers = numbers[_undominated(remaining.filters, remaining.cost, remaining.log_p, safe)]
+        dropped_bound = -math.inf
+        if len(numbers) > max_labels:
+            order = np.argsort(-bound[numbers], kind="stable")
+            dropped_bound = bound[numbers[order[max_labels]]]
+            numbers = np.sort(numbers[order[:max_labels]])
+        return labels.take(numbers), dropped_bound
 
 
-def _search(chain, limits, best, width, deadline):
-    """One pass that keeps at most `width` labels after each search block.
+def _label_setting_pass(chain, pruning, best, max_labels, deadline):
+    """One pass over all search blocks, with at most `max_labels` labels after each.
 
     Returns:
         The best architecture, and the highest bound of a label that was dropped for lack of room
         (-inf if none was). `None` if the time is over.
     """
-    none, zero = np.zeros(0, int), np.zeros(1, int)
+    zero = np.zeros(1, int)
     labels = _Labels(zero, zero, zero, np.array([chain.start_cost]), np.zeros(1))
-    history, cut = [], -math.inf
+    history, dropped_bound = [], -math.inf
     for index, moves_by_filters in enumerate(chain.moves, 1):
-        kept = _Labels(none, none, none, np.zeros(0), np.zeros(0))
+        extended = labels.take(slice(0))  # None yet.
         # As many labels at once as fit into memory.
         step = 1 + _CHUNK // max(len(moves.entry) for moves in moves_by_filters)
         count = len(labels.filters)
@@ -388,34 +433,42 @@ def _search(chain, limits, best, width, deadline):
                 return None
             numbers = np.arange(start, min(start + step, count))
             new = _extend(moves_by_filters, labels, numbers)
-            new = _Labels(*map(np.concatenate, zip(kept, new)))
-            kept, dropped = limits.prune(new, index, best, width)
-            cut = max(cut, dropped)
-        labels = kept
+            extended = _Labels(*map(np.concatenate, zip(extended, new)))
+            extended, dropped = pruning.prune(extended, index, best, max_labels)
+            dropped_bound = max(dropped_bound, dropped)
+        labels = extended
         history.append(labels)
-    if len(labels.log_p):
-        last = position = int(np.argmax(labels.log_p))
-        entries = []
-        for each in reversed(history):
-            entries.insert(0, each.entry[position])
-            position = each.parent[position]
-        best = _Found(entries[:-1], float(labels.cost[last]), float(labels.log_p[last]))
-    return best, cut
+    return (_backtrack(history) if len(labels.log_p) else best), dropped_bound
 
 
 def _extend(moves_by_filters, labels, numbers):
     """Extends the labels with these numbers by all moves from their filters."""
     parts = []
     for filters, moves in enumerate(moves_by_filters):
-        own = numbers[labels.filters[numbers] == filters]
-        shape = (len(own), len(moves.entry))
+        parents = numbers[labels.filters[numbers] == filters]
+        shape = (len(parents), len(moves.entry))
         parts.append(
             (
-                np.repeat(own, len(moves.entry)),
+                np.repeat(parents, len(moves.entry)),
                 np.broadcast_to(moves.entry, shape).ravel(),
                 np.broadcast_to(moves.filters, shape).ravel(),
-                (labels.cost[own, None] + moves.cost).ravel(),
-                (labels.log_p[own, None] + moves.log_p).ravel(),
+                (labels.cost[parents, None] + moves.cost).ravel(),
+                (labels.log_p[parents, None] + moves.log_p).ravel(),
             )
         )
     return _Labels(*map(np.concatenate, zip(*parts)))
+
+
+def _backtrack(history):
+    """The most probable architecture of the last labels.
+
+    Args:
+        history: The labels after each search block and after the head.
+    """
+    number = int(np.argmax(history[-1].log_p))
+    cost, log_prob = float(history[-1].cost[number]), float(history[-1].log_p[number])
+    entries = []
+    for labels in reversed(history):
+        entries.insert(0, labels.entry[number])
+        number = labels.parent[number]
+    return _Candidate(entries[:-1], cost, log_prob)  # Without the head's entry.
