@@ -9,6 +9,8 @@ Reference: Wan et al., "FBNetV2: Differentiable Neural Architecture Search for S
 Dimensions", CVPR 2020, arXiv:2004.05565; temperature as in FBNet, arXiv:1812.03443.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -33,7 +35,7 @@ class DMaskingNAS(fpnas.ArchitectureSearch):
         **kwargs: As in `ArchitectureSearch`.
     """
 
-    def __init__(self, space: Space, total_steps: int, **kwargs):
+    def __init__(self, space: Space, total_steps: int, **kwargs: Any):
         super().__init__(space, distribution="factorized", **kwargs)
         if any(set(block.search_block.splits) - {0, 1} for block in self.supernet.blocks):
             raise ValueError("the masks here are for squeeze-excite, not for split-attention")
@@ -131,32 +133,22 @@ def masked_block(
         weights: The weight of each choice of each variable.
         filters_in: The weight of each number of input channels.
     """
-    choices, widest = block.search_block, int(block.expanded.max())
-    shares = filters_in[:, None] * weights["expansion"]
-    mask = _mask(shares, block.expanded)
+    choices = block.search_block
+    # Of each pair of input channels and expansion, which decide the expanded channels.
+    pair_weights = filters_in[:, None] * weights["expansion"]
 
     def activate(x):
         functions = [keras.activations.get(name) for name in choices.activation]
         return _sum(weights["activation"], [function(x) for function in functions])
 
-    x = 0.0
-    if 1 in choices.expansion:
-        unused = widest - inputs.shape[-1]
-        share = weights["expansion"][choices.expansion.index(1)]
-        x += share * tf.pad(inputs, [[0, 0], [0, 0], [0, 0], [0, unused]])
-    if set(choices.expansion) != {1}:
-        convolved = shares * np.not_equal(choices.expansion, 1).astype(np.float32)
-        expanded = activate(block.expand_bn(block.expand(inputs, filters=widest)))
-        x += _mask(convolved, block.expanded) * expanded
+    x = _expand(block, inputs, weights, pair_weights, activate)
     parts = [block.depthwise[0](x, kernel_size=size) for size in choices.kernel_size]
     parts = [activate(block.depthwise_bn[0](part)) for part in parts]
-    x = mask * _sum(weights["kernel_size"], parts)
-    gated = []
-    for splits in choices.splits:
-        gated.append(x * _gate(block, x, shares) if splits else x)
+    x = _mask(pair_weights, block.expanded) * _sum(weights["kernel_size"], parts)
+    gated = [x * _gate(block, x, pair_weights) if splits else x for splits in choices.splits]
     x = _sum(weights["splits"], gated)
-    filters = block.project.shape[-1]
-    x = block.project_bn(block.project(x, filters=filters))
+    x = block.project_bn(block.project(x, filters=block.project.shape[-1]))
+    # The numbers of output channels, and their weights.
     options = (block.filters_in, filters_in)
     if not choices.keeps_filters:
         options = (choices.filters, weights["filters"])
@@ -171,6 +163,21 @@ def masked_block(
     return x
 
 
+def _expand(block, inputs, weights, pair_weights, activate):
+    """The weighted sum of the expansions. An expansion of 1 has no convolution."""
+    expansions, widest = block.search_block.expansion, int(block.expanded.max())
+    x = 0.0
+    if 1 in expansions:
+        unused = widest - inputs.shape[-1]
+        weight = weights["expansion"][expansions.index(1)]
+        x += weight * tf.pad(inputs, [[0, 0], [0, 0], [0, 0], [0, unused]])
+    if set(expansions) != {1}:
+        convolved = pair_weights * np.not_equal(expansions, 1).astype(np.float32)
+        expanded = activate(block.expand_bn(block.expand(inputs, filters=widest)))
+        x += _mask(convolved, block.expanded) * expanded
+    return x
+
+
 def _added(block, inputs, filters_in, options):
     """The residual connection, weighted by how much input and output have the same channels."""
     if block.must_agree or not block.may_agree:
@@ -182,11 +189,12 @@ def _added(block, inputs, filters_in, options):
     return agree * tf.pad(inputs, [[0, 0], [0, 0], [0, 0], [0, filters - inputs.shape[-1]]])
 
 
-def _gate(block, x, shares):
+def _gate(block, x, pair_weights):
+    """The gate of squeeze-excite."""
     pooled = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
     widest = int(block.bottleneck.max())
     bottleneck = tf.nn.relu(block.attention_reduce(pooled, filters=widest))
-    bottleneck *= _mask(shares, block.bottleneck)
+    bottleneck *= _mask(pair_weights, block.bottleneck)
     return keras.activations.hard_sigmoid(block.attention_expand(bottleneck, filters=x.shape[-1]))
 
 
@@ -197,6 +205,7 @@ def _mask(weights, widths):
 
 
 def _sum(weights, values):
+    """The weighted sum. The weight of a single choice is 1."""
     if len(values) == 1:
         return values[0]
     return tf.add_n([weight * value for weight, value in zip(tf.unstack(weights), values)])

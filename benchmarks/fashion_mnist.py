@@ -38,7 +38,7 @@ RELIABLE = "factorized"
 class FashionMnistSettings(harness.ProjectSettings):
     """Settings of this benchmark."""
 
-    SMOKE: ClassVar[Mapping[str, Any]] = {**harness.ProjectSettings.SMOKE, "reliable_seeds": 2}
+    SMOKE: ClassVar[Mapping[str, Any]] = {**harness.ProjectSettings.SMOKE, "reliable_seeds": 1}
 
     output: str = harness.output_setting("fashion_mnist.jsonl")
     reliable_seeds: int = setting(f"Seeds of the {RELIABLE} search.", 5, least=1)

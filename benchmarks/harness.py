@@ -48,7 +48,7 @@ def output_setting(name: str) -> str:
 class BenchmarkSettings(Settings):
     """Settings that all benchmarks have. Each is a flag.
 
-    Subclasses add `output`, made by `output_setting`.
+    Subclasses give `output` a default, by `output_setting`.
 
     Attributes:
         SMOKE: The values of settings in a smoke run, unless they are given.
@@ -56,6 +56,7 @@ class BenchmarkSettings(Settings):
 
     SMOKE: ClassVar[Mapping[str, Any]] = {}
 
+    output: str = setting("File of the finished rows.", basic=True)
     smoke: bool = setting(
         "Whether to run everything once in the smallest size, on stand-in data, in this process. "
         "It shows within seconds that the benchmark works. The results mean nothing. They go to a "
@@ -302,13 +303,11 @@ class Runs:
     def data(self) -> dict[str, Any]:
         """The settings of a search or training that name the images."""
         own = self.settings
-        data_dir = own.data_dir and str(pathlib.Path(own.data_dir).absolute())
-        train_images = own.train_images
         return {
             "data": own.data,
-            "data_dir": data_dir,
+            "data_dir": own.data_dir and str(pathlib.Path(own.data_dir).absolute()),
             "download": False,
-            "train_images": train_images,
+            "train_images": own.train_images,
         }
 
     def search(self, name: str, **changes: Any) -> dict[str, Job]:
@@ -340,8 +339,12 @@ class Runs:
             architecture: The architecture file. An earlier phase may write it.
             **changes: Settings of `fpnas train` that differ from those of the benchmark.
         """
-        own = {"architecture": architecture, "epochs": self.settings.train_epochs}
-        settings = TrainSettings(**self._common(name) | own | changes)
+        values = {
+            **self._common(name),
+            "architecture": architecture,
+            "epochs": self.settings.train_epochs,
+        }
+        settings = TrainSettings(**values | changes)
         job = Job(
             ["-m", "fpnas_keras.train", *settings.to_flags()],
             functools.partial(run_training, settings),
@@ -396,10 +399,9 @@ class Runs:
             job.run()
         else:
             run_on_core(job.arguments, core, self.work_dir / f"{run.directory.name}.log")
-        architecture = (
-            {"architecture": run.architecture.to_dict()} if job.keeps_architecture else {}
-        )
-        return architecture | run.summary
+        if not job.keeps_architecture:
+            return run.summary
+        return {"architecture": run.architecture.to_dict(), **run.summary}
 
 
 def search_job(settings: SearchSettings) -> Job:

@@ -79,7 +79,6 @@ class NasBenchMacroSettings(harness.BenchmarkSettings):
     SMOKE: ClassVar[Mapping[str, Any]] = {
         "seeds": 1,
         "samples": 20,
-        "budgets": 1,
         "checkpoints": 1,
         "rows_of_a_kind": 1,
         "compared_networks": 10,
@@ -89,7 +88,6 @@ class NasBenchMacroSettings(harness.BenchmarkSettings):
     data_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
     seeds: int = setting("Runs of each row.", 24, least=1)
     samples: int = setting("Samples of a search.", 1000, least=1)
-    budgets: int = setting("Budgets: the first ones of the list.", len(BUDGETS), least=1)
     checkpoints: int = setting(
         "Numbers of samples after which a network is derived: the first ones of the list.",
         len(CHECKPOINTS),
@@ -253,7 +251,7 @@ def with_budgets(
 ) -> harness.Row:
     """Distance to the best network within each budget after all samples, over the seeds."""
     distances, over, modes_over, misses, result = [], 0, 0, [], {}
-    for budget in BUDGETS[: own.budgets]:
+    for budget in BUDGETS:
         search = TableSearch(table, budget, **settings)
         of_budget = []
         for seed in range(own.seeds):
@@ -287,7 +285,7 @@ def samples_to_reach_with_budgets(
 ) -> harness.Row:
     """Samples after which the mean distance over seeds and budgets stays within each level."""
     distances, checkpoints = [], BUDGET_CHECKPOINTS[: own.checkpoints]
-    for budget in BUDGETS[: own.budgets]:
+    for budget in BUDGETS:
         search = TableSearch(table, budget, **settings)
         for seed in range(own.seeds):
             accuracy = table.accuracy[search.run(seed, checkpoints)]
@@ -345,19 +343,14 @@ def first_of_each_kind(names: Sequence[str], count: int) -> list[str]:
     return [name for name in names if name in kept]
 
 
-def report(by_name: Mapping[str, harness.Row], budgets: int) -> None:
-    """Prints all rows as tables.
-
-    Args:
-        by_name: The rows.
-        budgets: Number of budgets.
-    """
+def report(by_name: Mapping[str, harness.Row]) -> None:
+    """Prints all rows as tables."""
     print("\n| without budget | mean | worst | evaluated |\n|---|---|---|---|")
     for name, row in by_name.items():
         if name.startswith("no budget | "):
             name = name.removeprefix("no budget | ")
             print(f"| {name} | {row['mean']:.2f} | {row['worst']:.2f} | {row['evaluated']:.0f} |")
-    columns = [f"{budget / 1e6:.0f}M" for budget in BUDGETS[:budgets]]
+    columns = [f"{budget / 1e6:.0f}M" for budget in BUDGETS]
     print(f"\n| distance with budgets | {' | '.join(columns)} | mean | worst | over | modes over |")
     print("|---" * (len(columns) + 5) + "|")
     for name, row in by_name.items():
@@ -393,7 +386,7 @@ def run(settings: NasBenchMacroSettings) -> None:
             rows[name] = {"name": name, "seeds": settings.seeds} | jobs[name](settings, table)
             harness.append(settings.output, rows[name])
             print(json.dumps(rows[name]), flush=True)
-    report(rows, settings.budgets)
+    report(rows)
 
 
 COMMAND = harness.make_command(__file__, __doc__, NasBenchMacroSettings, run)

@@ -88,9 +88,9 @@ def test_measured_rows_are_complete(name, tmp_path, capsys):
 
 
 def test_given_settings_stay_in_a_smoke_run(tmp_path):
-    settings = load("soak").SoakSettings(smoke=True, steps=7, output="given.json")
+    settings = load("scaling").ScalingSettings(smoke=True, repeats=2, output="given.jsonl")
     smallest = settings.shrink(tmp_path)
-    assert (smallest.steps, smallest.window, smallest.output) == (7, 1, "given.json")
+    assert (smallest.repeats, smallest.values, smallest.output) == (2, 1, "given.jsonl")
 
 
 def test_job_in_a_process():
