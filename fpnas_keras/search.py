@@ -503,7 +503,7 @@ def _metrics_row(search, epoch, logs):
 def _entry_probabilities(search):
     """For each block, the probabilities of its entries."""
     rows = search.distribution.entry_probabilities().numpy()
-    return [row[exists] for row, exists in zip(rows, search.space.entries.exists)]
+    return [row[mask] for row, mask in zip(rows, search.space.entries.mask)]
 
 
 def _epoch_line(search, row):

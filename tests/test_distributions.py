@@ -197,7 +197,7 @@ def test_irrelevant_variables_of_a_skipped_block_get_no_gradient(tiny_space):
     skipped[0, 1, 0] = 1  # block 1: skip is its second choice
     entries = tiny_space.entries.from_choices(skipped)
     gradient = distribution.gradient(entries, tf.ones(1)).numpy()
-    owners = np.argwhere(VariableArrays(tiny_space).searched)  # (block, variable, choice)
+    owners = np.argwhere(VariableArrays(tiny_space).logit_mask)  # (block, variable, choice)
     irrelevant = (owners[:, 0] == 1) & (owners[:, 1] >= 2)
     assert irrelevant.sum() == 2 + 3 + 2
     assert np.all(gradient[irrelevant] == 0)

@@ -318,7 +318,7 @@ def test_entries_to_choices_and_back(search_blocks, seed):
         assert np.array_equal(choices[..., index, :], search_block.entries[drawn[..., index]])
     flat = entries.choices.reshape(-1, choices.shape[-1])[drawn + entries.offsets]
     assert np.array_equal(flat, choices)
-    assert np.array_equal(entries.exists.sum(axis=1), entries.counts)
+    assert np.array_equal(entries.mask.sum(axis=1), entries.counts)
 
 
 def test_choices_that_are_no_entry_are_refused():

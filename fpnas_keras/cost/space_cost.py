@@ -83,20 +83,34 @@ class SpaceCost:
         Returns:
             float64 of shape `(samples,)`.
         """
-        space, entries = self.space, tf.cast(entries, tf.int64)
-        filters = tf.constant(space.entries.choices[..., _FILTERS].ravel())
-        filters = tf.cast(tf.gather(filters, entries + space.entries.offsets), tf.int64)
-        # Column 0 stands for the stem, whose filters are the only choice.
-        filters = tf.pad(filters, [[0, 0], [1, 0]])
+        entries = tf.cast(entries, tf.int64)
+        filters_in = self._filters_in(entries)
+        # The cost of a block is `block_costs[block][filters in, entry]`. The arrays have different
+        # shapes, so they are gathered from one flat array. With shapes (1, 2) and (3, 4), block 0
+        # begins at 0 and block 1 at 2; its cost for filters in 1 and entry 3 is at 2 + 1 * 4 + 3.
+        flat_costs = np.concatenate([costs.ravel() for costs in self.block_costs])
+        starts = np.cumsum([0] + [costs.size for costs in self.block_costs[:-1]])
+        indices = starts + filters_in[:, :-1] * self.space.entries.counts + entries
+        blocks = tf.reduce_sum(tf.gather(tf.constant(flat_costs), indices), axis=-1)
+        return self.stem_cost + blocks + tf.gather(tf.constant(self.head_costs), filters_in[:, -1])
+
+    def _filters_in(self, entries):
+        """Index of the filters that come into each search block and, last, into the head.
+
+        Args:
+            entries: int64 of shape `(samples, blocks)`.
+
+        Returns:
+            int64 of shape `(samples, blocks + 1)`.
+        """
+        space = self.space
+        filters_of_entries = tf.constant(space.entries.choices[..., _FILTERS].ravel())
+        filters = tf.gather(filters_of_entries, entries + space.entries.offsets)
+        # Column 0 is the stem, which has one choice of filters.
+        filters = tf.pad(tf.cast(filters, tf.int64), [[0, 0], [1, 0]])
         sources = [space.filters_source(index) for index in range(len(space.blocks) + 1)]
         columns = [0 if source is None else source + 1 for source in sources]
-        filters_in = tf.gather(filters, columns, axis=1)
-        # All costs in one array: search block after search block, in each by (filters in, entry).
-        costs = np.concatenate([each.ravel() for each in self.block_costs])
-        starts = np.cumsum([0] + [each.size for each in self.block_costs[:-1]])
-        positions = starts + filters_in[:, :-1] * space.entries.counts + entries
-        blocks = tf.reduce_sum(tf.gather(tf.constant(costs), positions), axis=-1)
-        return self.stem_cost + blocks + tf.gather(tf.constant(self.head_costs), filters_in[:, -1])
+        return tf.gather(filters, columns, axis=1)
 
     def expected(self, probabilities: tf.Tensor) -> tf.Tensor:
         """The exact expectation E[cost(A)] for A ~ p.
@@ -109,25 +123,26 @@ class SpaceCost:
             A float64 scalar.
         """
         total = tf.constant(self.stem_cost, tf.float64)
-        filters_in = tf.ones((1,), tf.float64)  # p of each of the filters in
+        filters_p = tf.ones((1,), tf.float64)  # p of each of the filters in
         for index, (costs, p) in enumerate(zip(self.block_costs, tf.unstack(probabilities))):
             p = tf.cast(p[: costs.shape[1]], tf.float64)
-            total += tf.reduce_sum(filters_in[:, None] * tf.constant(costs) * p[None, :])
+            total += tf.reduce_sum(filters_p[:, None] * tf.constant(costs) * p[None, :])
             if not self.space.blocks[index].keeps_filters:
                 filters = self._filters_of_entries(index)
-                filters_in = tf.math.unsorted_segment_sum(p, filters, filters.max() + 1)
-        return total + tf.reduce_sum(filters_in * tf.constant(self.head_costs))
+                filters_p = tf.math.unsorted_segment_sum(p, filters, filters.max() + 1)
+        return total + tf.reduce_sum(filters_p * tf.constant(self.head_costs))
 
     def expected_and_slope(self, probabilities: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The expectation E[cost], and p * dE / dp of each entry of each search block.
+        """The expectation E = E[cost], and p * dE / dp of each entry of each search block.
 
-        `BlockLogits.entry_gradient` turns the slope into the gradient of the logits.
+        The latter are the coefficients for which `BlockLogits.entry_gradient` returns dE / d alpha:
+        dE / d alpha = sum dE / dp * dp / d alpha = sum (p * dE / dp) * d log p / d alpha.
 
         Args:
             probabilities: p, as for `expected`.
 
         Returns:
-            A float64 scalar, and a tensor of the shape and dtype of `probabilities`.
+            E, a float64 scalar, and the coefficients, of the shape and dtype of `probabilities`.
         """
         with tf.GradientTape() as tape:
             tape.watch(probabilities)
@@ -159,7 +174,7 @@ class SpaceCost:
         for index, costs in enumerate(self.block_costs):
             filters_out, totals = self.filters_out(index), extremes[:, None] + costs
             choices = range(filters_out.max() + 1)
-            extremes = np.array([reduce(totals[filters_out == each]) for each in choices])
+            extremes = np.array([reduce(totals[filters_out == choice]) for choice in choices])
         return self.stem_cost + float(reduce(extremes + self.head_costs))
 
     def _filters_of_entries(self, index):

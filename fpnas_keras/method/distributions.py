@@ -45,11 +45,12 @@ class BlockLogits(keras.layers.Layer):
         """p of each entry, float32 of shape `(blocks, entries)`; 0 in the padding."""
         return tf.exp(self.log_probabilities())
 
-    def entry_gradient(self, weights: tf.Tensor) -> tf.Tensor:
-        """sum_{l,j} w_{l,j} * d log p_l(j) / d alpha, in closed form (one-hot minus softmax).
+    def entry_gradient(self, coefficients: tf.Tensor) -> tf.Tensor:
+        """sum_{l,j} c_{l,j} * d log p_l(j) / d alpha, in closed form (one-hot minus softmax).
 
         Args:
-            weights: w, float32 of shape `(blocks, entries)`; 0 in the padding.
+            coefficients: c_{l,j} of entry j of search block l, float32 of shape
+                `(blocks, entries)`; 0 in the padding.
 
         Returns:
             float32 of the shape of `logits`.
@@ -114,8 +115,9 @@ class BlockLogits(keras.layers.Layer):
         Returns:
             float32 of shape `(...)`.
         """
-        log_p = tf.reshape(self.log_probabilities(), [-1])
-        return tf.reduce_sum(tf.gather(log_p, entries + self.space.entries.offsets), axis=-1)
+        flat_log_p = tf.reshape(self.log_probabilities(), [-1])
+        flat_entries = entries + self.space.entries.offsets
+        return tf.reduce_sum(tf.gather(flat_log_p, flat_entries), axis=-1)
 
     def entropy(self) -> tf.Tensor:
         """H(A) = -E[log p(A)] in nats, a float32 scalar."""
@@ -132,11 +134,12 @@ class BlockLogits(keras.layers.Layer):
         Returns:
             float32 of the shape of `logits`.
         """
-        exists = self.space.entries.exists
-        each = tf.broadcast_to(coefficients[:, None], tf.shape(entries))
-        positions = entries + self.space.entries.offsets
-        weights = tf.math.unsorted_segment_sum(each, positions, exists.size)
-        return self.entry_gradient(tf.reshape(weights, exists.shape))
+        mask = self.space.entries.mask
+        # The coefficient of an entry is the sum over the architectures that have it.
+        repeated = tf.broadcast_to(coefficients[:, None], tf.shape(entries))
+        flat_entries = entries + self.space.entries.offsets
+        sums = tf.math.unsorted_segment_sum(repeated, flat_entries, mask.size)
+        return self.entry_gradient(tf.reshape(sums, mask.shape))
 
     def probabilities(self) -> list[dict[str, dict]]:
         """The probability of each choice of each variable of each search block, as plain data.
@@ -151,11 +154,12 @@ class BlockLogits(keras.layers.Layer):
         """
         p = np.exp(self.log_probabilities().numpy().astype(np.float64))
         result = []
-        for search_block, row in zip(self.space.blocks, p):
+        for search_block, entry_p in zip(self.space.blocks, p):
             result.append({})
             for name, (choices, chosen) in search_block.variables.items():
                 if len(choices) > 1:
-                    sums = np.bincount(chosen + 1, row[: len(chosen)], len(choices) + 1)[1:]
+                    # Bin 0 is for the entries where the variable is irrelevant (choice -1).
+                    sums = np.bincount(chosen + 1, entry_p[: len(chosen)], len(choices) + 1)[1:]
                     result[-1][name] = dict(zip(choices, (sums / sums.sum()).tolist()))
         return result
 
@@ -171,17 +175,6 @@ class VariableArrays:
     Args:
         space: The space.
 
-    Attributes:
-        cardinalities: Number of choices, int32 of shape `(blocks, variables)`; 1 for a variable
-            that is fixed and for padding.
-        exists: Whether there is such a choice, or else padding: bool of shape
-            `(blocks, variables, choices)`.
-        searched: Whether the choice has a logit, the same shape. The choice of a fixed variable has
-            none.
-        positions: Position of the choice that each entry makes, in the flattened array of
-            `(blocks, variables, choices)`: int32 of shape `(blocks, variables, entries)`. It is
-            `exists.size`, one past the end, where the variable is irrelevant or padding.
-
     Example:
 
     A block with two kernel sizes that can be skipped has three entries: kernel size 3, kernel
@@ -190,41 +183,67 @@ class VariableArrays:
     >>> block = SearchBlock(filters=(8,), kernel_size=(3, 5), skip=(False, True))
     >>> list(block.variables)
     ['skip', 'filters', 'kernel_size', 'expansion', 'activation', 'splits']
-    >>> space = Space("example", (8, 8, 1), 2, Stem(8), [block], Head(8))
-    >>> arrays = VariableArrays(space)
+    >>> arrays = VariableArrays(Space("example", (8, 8, 1), 2, Stem(8), [block], Head(8)))
     >>> arrays.cardinalities
     array([[2, 1, 2, 1, 1, 1]], dtype=int32)
-    >>> arrays.searched[0, :3]  # The filters are fixed.
+
+    `skip` and `kernel_size` have two choices, and a logit for each. The filters are fixed.
+
+    >>> arrays.choice_mask[0, :3]
+    array([[ True,  True],
+           [ True, False],
+           [ True,  True]])
+    >>> arrays.logit_mask[0, :3]
     array([[ True,  True],
            [False, False],
            [ True,  True]])
-    >>> arrays.positions[0, :3]
+
+    The choices are numbered as in the flattened array: `skip` has numbers 0 and 1, the filters 2,
+    `kernel_size` 4 and 5. A column for each entry; 12 is one past the end of this array:
+
+    >>> arrays.flat_choice_of_entry[0, :3]
     array([[ 0,  0,  1],
            [ 2,  2,  2],
            [ 4,  5, 12]], dtype=int32)
-    >>> arrays.entries_of([[[1, 0, 0, 0, 0, 0]], [[1, 0, 1, 0, 0, 0]]]).numpy()  # Both skipped.
+
+    Skipped with kernel size 3 and skipped with kernel size 5 are the same entry:
+
+    >>> arrays.entries_of([[[1, 0, 0, 0, 0, 0]], [[1, 0, 1, 0, 0, 0]]]).numpy()
     array([[2],
            [2]], dtype=int32)
+
+    Attributes:
+        cardinalities: Number of choices, int32 of shape `(blocks, variables)`; 1 for a variable
+            that is fixed and for padding.
+        choice_mask: True for a choice, False for padding: bool of shape
+            `(blocks, variables, choices)`.
+        logit_mask: True for a choice that has a logit: bool of the same shape. The choice of a
+            fixed variable has none.
+        flat_choice_of_entry: The choice that each entry makes, as the index in the flattened array
+            of `(blocks, variables, choices)`: int32 of shape `(blocks, variables, entries)`. It is
+            `choice_mask.size`, one past the end, where the variable is irrelevant or padding.
     """
 
     def __init__(self, space: Space):
-        blocks, width = space.entries.exists.shape
+        blocks, max_entries = space.entries.mask.shape
         variables = max(len(search_block.variables) for search_block in space.blocks)
         self.cardinalities = np.ones((blocks, variables), np.int32)
         # The choice that each entry makes, -1 where the variable is irrelevant or padding.
-        choice_of_entry = np.full((blocks, variables, width), -1, np.int32)
+        choice_of_entry = np.full((blocks, variables, max_entries), -1, np.int32)
         for index, search_block in enumerate(space.blocks):
             for variable, (choices, chosen) in enumerate(search_block.variables.values()):
                 self.cardinalities[index, variable] = len(choices)
                 choice_of_entry[index, variable, : len(chosen)] = chosen
-        self.exists = np.arange(self.cardinalities.max()) < self.cardinalities[..., None]
-        self.searched = self.exists & (self.cardinalities[..., None] > 1)
-        starts = np.arange(0, self.exists.size, self.exists.shape[2], dtype=np.int32)
-        positions = starts.reshape(blocks, variables, 1) + choice_of_entry
-        self.positions = np.where(choice_of_entry < 0, np.int32(self.exists.size), positions)
+        max_choices = self.cardinalities.max()
+        self.choice_mask = np.arange(max_choices) < self.cardinalities[..., None]
+        self.logit_mask = self.choice_mask & (self.cardinalities[..., None] > 1)
+        past_end = np.int32(self.choice_mask.size)
+        first_choice = np.arange(0, past_end, max_choices, dtype=np.int32)
+        flat_choice = first_choice.reshape(blocks, variables, 1) + choice_of_entry
+        self.flat_choice_of_entry = np.where(choice_of_entry < 0, past_end, flat_choice)
         # All combinations of choices, search block after search block, in each row-major.
         self._entry_of_combination = np.concatenate(
-            [_entries_of_combinations(*each) for each in zip(self.cardinalities, choice_of_entry)]
+            [_entries_of_combinations(*pair) for pair in zip(self.cardinalities, choice_of_entry)]
         )
         self._place_values = np.array(
             [[row[i + 1 :].prod() for i in range(variables)] for row in self.cardinalities],
@@ -243,9 +262,9 @@ class VariableArrays:
         Returns:
             int32 of shape `(..., blocks)`.
         """
-        numbers = tf.reduce_sum(tf.cast(choices, tf.int32) * self._place_values, axis=-1)
-        table = tf.constant(self._entry_of_combination)
-        return tf.gather(table, self._first_combination + numbers)
+        combinations = tf.reduce_sum(tf.cast(choices, tf.int32) * self._place_values, axis=-1)
+        entry_of_combination = tf.constant(self._entry_of_combination)
+        return tf.gather(entry_of_combination, self._first_combination + combinations)
 
 
 def _entries_of_combinations(cardinalities, choice_of_entry):
@@ -258,8 +277,8 @@ def _entries_of_combinations(cardinalities, choice_of_entry):
     """
     result = np.zeros(cardinalities, np.int32)
     for entry in np.flatnonzero((choice_of_entry >= 0).any(axis=0)):
-        own = choice_of_entry[:, entry]
-        result[tuple(slice(None) if choice < 0 else choice for choice in own)] = entry
+        choices = choice_of_entry[:, entry]
+        result[tuple(slice(None) if choice < 0 else choice for choice in choices)] = entry
     return result.ravel()
 
 
@@ -285,27 +304,28 @@ class FactorizedLogits(BlockLogits):
     def build(self, input_shape: object = None) -> None:
         self.logits = self.add_weight(
             name="logits",
-            shape=(int(self.variable_arrays.searched.sum()),),
+            shape=(int(self.variable_arrays.logit_mask.sum()),),
             initializer="zeros",
             autocast=False,  # Not even inside a model that computes in bfloat16.
         )
         self.built = True
 
     def log_probabilities(self) -> tf.Tensor:
-        # With a 0 past the end, for irrelevant variables.
-        flat = tf.concat([tf.reshape(self.log_softmax(), [-1]), [0.0]], axis=0)
-        log_p = tf.reduce_sum(tf.gather(flat, self.variable_arrays.positions), axis=1)
-        return tf.where(self.space.entries.exists, log_p, -np.inf)
+        # The 0 past the end is for irrelevant variables.
+        flat_log_p = tf.concat([tf.reshape(self.log_softmax(), [-1]), [0.0]], axis=0)
+        log_p = tf.gather(flat_log_p, self.variable_arrays.flat_choice_of_entry)
+        return tf.where(self.space.entries.mask, tf.reduce_sum(log_p, axis=1), -np.inf)
 
-    def entry_gradient(self, weights: tf.Tensor) -> tf.Tensor:
+    def entry_gradient(self, coefficients: tf.Tensor) -> tf.Tensor:
         arrays = self.variable_arrays
-        each = tf.broadcast_to(weights[:, None], arrays.positions.shape)
-        size = arrays.exists.size
-        sums = tf.math.unsorted_segment_sum(each, arrays.positions, size + 1)[:size]
-        sums = tf.reshape(sums, arrays.exists.shape)
+        flat_choices, size = arrays.flat_choice_of_entry, arrays.choice_mask.size
+        # The coefficient of a choice is the sum over the entries that make it.
+        repeated = tf.broadcast_to(coefficients[:, None], flat_choices.shape)
+        sums = tf.math.unsorted_segment_sum(repeated, flat_choices, size + 1)[:size]
+        sums = tf.reshape(sums, arrays.choice_mask.shape)
         softmax = tf.exp(self.log_softmax())
         gradient = sums - softmax * tf.reduce_sum(sums, axis=-1, keepdims=True)
-        return tf.boolean_mask(gradient, arrays.searched)
+        return tf.boolean_mask(gradient, arrays.logit_mask)
 
     def log_softmax(self) -> tf.Tensor:
         """log p of each choice of each variable, float32; -inf in the padding.
@@ -314,13 +334,15 @@ class FactorizedLogits(BlockLogits):
         """
         arrays = self.variable_arrays
         logits = tf.tensor_scatter_nd_add(
-            tf.where(arrays.exists, 0.0, -np.inf), np.argwhere(arrays.searched), self.logits.value
+            tf.where(arrays.choice_mask, 0.0, -np.inf),
+            np.argwhere(arrays.logit_mask),
+            self.logits.value,
         )
         return tf.nn.log_softmax(logits)
 
     def _draw(self, count, uniforms):
         arrays = self.variable_arrays
-        rows = tf.reshape(tf.exp(self.log_softmax()), (-1, arrays.exists.shape[2]))
+        rows = tf.reshape(tf.exp(self.log_softmax()), (-1, arrays.choice_mask.shape[2]))
         drawn = _inverse_cumulative(rows, uniforms(rows.shape[0]), arrays.cardinalities.ravel())
         return arrays.entries_of(tf.reshape(drawn, (count, *arrays.cardinalities.shape)))
 
@@ -343,7 +365,7 @@ class JointLogits(BlockLogits):
     def build(self, input_shape: object = None) -> None:
         self.logits = self.add_weight(
             name="logits",
-            shape=(int(self.space.entries.exists.sum()),),
+            shape=(int(self.space.entries.mask.sum()),),
             initializer="zeros",
             autocast=False,
         )
@@ -356,19 +378,19 @@ class JointLogits(BlockLogits):
             distribution: The other distribution.
         """
         log_p = distribution.log_probabilities()
-        self.logits.assign(tf.boolean_mask(log_p, self.space.entries.exists))
+        self.logits.assign(tf.boolean_mask(log_p, self.space.entries.mask))
 
     def log_probabilities(self) -> tf.Tensor:
-        exists = self.space.entries.exists
+        mask = self.space.entries.mask
         logits = tf.tensor_scatter_nd_update(
-            tf.fill(exists.shape, -np.inf), np.argwhere(exists), self.logits.value
+            tf.fill(mask.shape, -np.inf), np.argwhere(mask), self.logits.value
         )
         return tf.nn.log_softmax(logits)
 
-    def entry_gradient(self, weights: tf.Tensor) -> tf.Tensor:
+    def entry_gradient(self, coefficients: tf.Tensor) -> tf.Tensor:
         softmax = tf.exp(self.log_probabilities())
-        gradient = weights - softmax * tf.reduce_sum(weights, axis=-1, keepdims=True)
-        return tf.boolean_mask(gradient, self.space.entries.exists)
+        gradient = coefficients - softmax * tf.reduce_sum(coefficients, axis=-1, keepdims=True)
+        return tf.boolean_mask(gradient, self.space.entries.mask)
 
     def _draw(self, count, uniforms):
         rows = tf.exp(self.log_probabilities())

@@ -30,7 +30,7 @@ class Entries:
         choices: Choices of each entry, int32 of shape `(blocks, entries, variables)`; 0 in the
             padding and for irrelevant variables.
         counts: Number of entries of each search block, int32 of shape `(blocks,)`.
-        exists: Whether there is such an entry, or else padding; bool of shape `(blocks, entries)`.
+        mask: True for an entry, False for padding; bool of shape `(blocks, entries)`.
         offsets: Where each search block begins in a flattened array of shape `(blocks, entries)`,
             int32 of shape `(blocks,)`.
 
@@ -44,14 +44,14 @@ class Entries:
     """
 
     def __init__(self, search_blocks: Sequence[SearchBlock]):
-        self.counts = np.array([len(each.entries) for each in search_blocks], np.int32)
-        widest = int(self.counts.max())
-        self.choices = np.zeros((len(search_blocks), widest, len(VARIABLES)), np.int32)
+        self.counts = np.array([len(block.entries) for block in search_blocks], np.int32)
+        max_entries = int(self.counts.max())
+        self.choices = np.zeros((len(search_blocks), max_entries, len(VARIABLES)), np.int32)
         for padded, search_block in zip(self.choices, search_blocks):
             padded[: len(search_block.entries)] = search_block.entries
-        self.exists = np.arange(widest) < self.counts[:, None]
-        self.offsets = np.arange(len(search_blocks), dtype=np.int32) * widest
-        self._cardinalities = [each.cardinalities for each in search_blocks]
+        self.mask = np.arange(max_entries) < self.counts[:, None]
+        self.offsets = np.arange(len(search_blocks), dtype=np.int32) * max_entries
+        self._cardinalities = [block.cardinalities for block in search_blocks]
 
     def to_choices(self, entries: npt.ArrayLike) -> np.ndarray:
         """The choices of architectures.
@@ -81,8 +81,8 @@ class Entries:
         for index, (cardinalities, count) in enumerate(zip(self._cardinalities, self.counts)):
             # Entries are in row-major order, so the row-major numbers of their choices are sorted.
             known = np.ravel_multi_index(self.choices[index, :count].T, cardinalities)
-            own = np.ravel_multi_index(np.moveaxis(choices[..., index, :], -1, 0), cardinalities)
-            entries[..., index] = np.minimum(np.searchsorted(known, own), count - 1)
+            given = np.ravel_multi_index(np.moveaxis(choices[..., index, :], -1, 0), cardinalities)
+            entries[..., index] = np.minimum(np.searchsorted(known, given), count - 1)
         if not np.array_equal(self.to_choices(entries), choices):
             raise ValueError("`choices` must be choices of entries, 0 for irrelevant variables.")
         return entries
