@@ -91,7 +91,7 @@ def make_command(
         settings: Class of its settings.
         run: Runs the benchmark and prints its tables.
     """
-    name = pathlib.Path(script).stem
+    name = f"python benchmarks/{pathlib.Path(script).name}"
 
     def start(given):
         if not given.smoke:
@@ -100,9 +100,8 @@ def make_command(
         with tempfile.TemporaryDirectory() as folder:
             run(given.shrink(pathlib.Path(folder)))
 
-    example = f"python benchmarks/{name}.py --smoke"
-    summary = documentation.splitlines()[0]
-    return Command(name, summary, [("Everything once, in seconds", example)], settings, start)
+    examples = [("Everything once, in seconds", f"{name} --smoke")]
+    return Command(name, documentation.splitlines()[0], examples, settings, start)
 
 
 # Files of rows

@@ -1,4 +1,4 @@
-"""Keras models -> TFLite flat buffers, and what can be said of a flat buffer."""
+"""Converts Keras models to TFLite flat buffers, and inspects flat buffers."""
 
 import collections
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ def convert(
     builtin operators only, and the signature `serving_default` from `image` to `logits`.
 
     Args:
-        model: A built functional model, of Keras or of tf_keras (one that was trained for
-            quantization too: its ranges are taken).
-        quantize: "none" (float32), "float16" (weights), "dynamic" (int8 weights; activations as
-            they come), "int8" (all of it).
-        representative: Inputs, shape `input_shape` each, whose ranges int8 is to cover; `None`
-            for a model that was trained for quantization.
+        model: A built functional model of Keras or tf_keras. It can be the result of
+            quantization-aware training, whose ranges are then used.
+        quantize: "none" (float32), "float16" (float16 weights), "dynamic" (int8 weights, float
+            activations) or "int8" (int8 weights and activations).
+        representative: Inputs of shape `input_shape` from which the ranges for int8 are computed;
+            `None` after quantization-aware training.
         input_type: "int8" or "uint8", of the image and the logits of an int8 file.
 
     Raises:
@@ -128,7 +128,7 @@ def float_operators(content: bytes) -> dict[str, int]:
 
 
 def delegated_partitions(content: bytes) -> int:
-    """The number of parts that XNNPACK takes of the graph: 1 where it takes all of it."""
+    """The number of partitions of the graph that XNNPACK runs: 1 if it runs all of it."""
     interpreter = Interpreter(model_content=content)
     interpreter.allocate_tensors()
     return sum(each["op_name"] == "DELEGATE" for each in interpreter._get_ops_details())

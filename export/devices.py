@@ -1,7 +1,8 @@
 """Devices that `.tflite` files are timed on: this machine, and Android phones through adb.
 
-A device times many files in rounds. In a round each file is timed once, in random order. Work that
-slows the device down for a while then hits a few rounds of all files, not all rounds of a few.
+A device times many files in rounds. In a round each file is timed once, in random order. If other
+work slows the device down for a while, it affects a few rounds of every file instead of all rounds
+of a few files.
 """
 
 import collections
@@ -58,7 +59,7 @@ class Host:
             answer = self._process.stdout.readline()
             if not answer:
                 raise UserError(
-                    f"the file for {name} cannot be run: LiteRT died of it. (In int8 XNNPACK "
+                    f"the file for {name} cannot be run: LiteRT crashed. (In int8 XNNPACK "
                     "refuses layers that give 0 for all representative images.) Its last words: "
                     f"{self._last_words()}"
                 )

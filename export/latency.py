@@ -119,15 +119,16 @@ class LatencySettings(Settings):
         group=_MEASURING,
     )
     network_seconds: float | None = setting(
-        "Least seconds to measure whole networks for, which may take more rounds. Default: 40 on "
-        "the host, where other work can slow it down for half a minute; 0 on a phone.",
+        "Minimum number of seconds to measure whole networks for, in as many rounds as that takes. "
+        "Default: 40 on the host, where other work can slow it down for half a minute, and 0 on a "
+        "phone.",
         None,
         least=0,
         group=_MEASURING,
     )
     max_entries: int = setting(
-        "Most entries to measure. Where a space has more, this many are drawn, and a model that is "
-        "fitted to them predicts the others.",
+        "Maximum number of entries to measure. If a space has more, this many are drawn, and a "
+        "model that is fitted to them predicts the others.",
         1500,
         least=50,
         group=_MEASURING,
@@ -218,7 +219,7 @@ def measure_latency(**settings: Any) -> dict[str, Any]:
 
 
 def run_measuring(settings: LatencySettings) -> dict[str, Any]:
-    """As `measure_latency`, with settings that are checked already."""
+    """Like `measure_latency`, but takes a `LatencySettings`."""
     if settings.space is None:
         raise UserError("`space` must be given to measure a table. Received: space=None")
     shape = (settings.input_size, settings.input_size, settings.channels)
@@ -254,7 +255,7 @@ def compare_latency(**settings: Any) -> dict[str, Any]:
 
 
 def run_comparison(settings: LatencySettings) -> dict[str, Any]:
-    """As `compare_latency`, with settings that are checked already."""
+    """Like `compare_latency`, but takes a `LatencySettings`."""
     if settings.architecture is None:
         raise UserError(
             "`architecture` must be given to compare it with a table. Received: architecture=None"
@@ -497,7 +498,7 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _time_networks(settings, files):
-    """Milliseconds of networks, measured twice, in turn on devices that are opened anew."""
+    """Milliseconds of networks, measured twice, alternating, on a newly opened device each time."""
     twice = ({name: [] for name in files}, {name: [] for name in files})
     fresh = 2 * _FRESH_DEVICES[settings.device]
     seconds = settings.seconds_for_networks() / fresh
@@ -551,7 +552,7 @@ def _describe(settings, table):
 
 
 COMMAND = Command(
-    name="latency",
+    name="fpnas latency",
     summary="Measures a latency table of a space on a device, or a network against a table.",
     examples=(
         (

@@ -31,7 +31,7 @@ def named_parts(space: Space) -> dict[str, Part]:
 
 
 def random_networks(space: Space, count: int, seed: int) -> list[Architecture]:
-    """Networks whose variables are drawn uniformly, no two alike; fewer where there are no more."""
+    """Different networks, with uniformly drawn variables: `count`, or fewer in a small space."""
     drawn = FactorizedLogits(space).sample(2 * count, seed, step=0, stratified=False).numpy()
     networks = dict.fromkeys(map(space.architecture, space.entries.to_choices(drawn)))
     return list(networks)[:count]

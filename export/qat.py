@@ -1,7 +1,7 @@
-"""Quantization-aware training: fine-tuning with the numbers rounded as int8 will have them.
+"""Quantization-aware training: fine-tuning with weights and activations rounded as in int8.
 
-tensorflow-model-optimization works on models of tf_keras only: the network is built once more of
-its layers, gets the weights of the Keras model, is fine-tuned and converted.
+tensorflow-model-optimization works on models of tf_keras only. So the network is built again from
+tf_keras layers. It gets the weights of the Keras model, is fine-tuned, and is then converted.
 """
 
 import numpy as np
@@ -40,8 +40,8 @@ class TwinBuilder(NetworkBuilder):
             return layers.ReLU(6.0, name=name)(x)
         if function not in ("hard_silu", "hard_sigmoid"):
             return super().activation(x, function, name)
-        # Keras 3's; tf_keras has no hard_silu, and another hard_sigmoid. In pieces, which XNNPACK
-        # runs in int8 too, unlike HARD_SWISH.
+        # As in Keras 3: tf_keras has no hard_silu, and its hard_sigmoid is different. XNNPACK runs
+        # these simple layers in int8, but not HARD_SWISH.
         gate = layers.Rescaling(1.0, 3.0, name=f"{name}_shift")(x)
         gate = layers.ReLU(6.0, name=f"{name}_relu6")(gate)
         gate = layers.Rescaling(1 / 6, name=f"{name}_scale")(gate)
@@ -65,7 +65,7 @@ def fine_tune(
     learning_rate: float = 0.01,
     sparsity: float = 0.0,
 ) -> tf_keras.Model:
-    """Trains a model on, with its numbers rounded to int8 as it will be used.
+    """Fine-tunes a model, with weights and activations rounded as in the int8 file.
 
     Args:
         model: The trained Keras model.
@@ -73,8 +73,8 @@ def fine_tune(
         batches: Pixels and labels; a new iteration is a new epoch.
         epochs: Epochs.
         learning_rate: Peak learning rate, cosine to 0.
-        sparsity: Share of the weights of 1x1 convolutions that are set to 0 over as many
-            epochs before that.
+        sparsity: Share of the weights of 1x1 convolutions to set to 0. This takes another `epochs`
+            epochs, before the fine-tuning.
 
     Returns:
         A model of tf_keras, to be converted as "int8" without representative images.

@@ -47,13 +47,13 @@ class TfliteSettings(DataSettings):
         basic=True,
     )
     input_type: str = setting(
-        "Pixels and logits of an int8 file: pixel - 128, or the pixel itself.",
+        "Type of the pixels and logits of an int8 file. int8: pixel - 128. uint8: the pixel.",
         "int8",
         choices=("int8", "uint8"),
         group=_INT8,
     )
     representative_images: int = setting(
-        "Training images that int8 takes the ranges of the activations from.",
+        "Number of training images from which the ranges of the activations are computed.",
         500,
         least=1,
         group=_INT8,
@@ -156,7 +156,7 @@ def export_tflite(**settings: Any) -> TfliteExport:
 
 
 def run_export(settings: TfliteSettings) -> TfliteExport:
-    """As `export_tflite`, with settings that are checked already."""
+    """Like `export_tflite`, but takes a `TfliteSettings`."""
     import keras
 
     keras.utils.set_random_seed(settings.seed)
@@ -330,7 +330,7 @@ def _export_and_print(settings):
 
 
 COMMAND = Command(
-    name="export",
+    name="fpnas export",
     summary="Writes a trained model as a .tflite file and checks it against Keras.",
     examples=(
         (

@@ -24,7 +24,7 @@ from fpnas_keras.settings import (
 
 _Settings = TypeVar("_Settings", bound=Settings)
 _HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
-# States of the machine, which no change of the code would mend.
+# Errors of the machine, such as a full disk. They are not bugs.
 _MACHINE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ESTALE),
@@ -36,7 +36,7 @@ class Command(Generic[_Settings]):
     """A job as a command.
 
     Args:
-        name: What follows `fpnas`.
+        name: What the user types before the flags, such as `fpnas search`.
         summary: What it does, in one sentence.
         examples: Command lines to begin with, each after a line that says what it is for.
         settings: Class of its settings.
@@ -116,14 +116,14 @@ def _help(command):
         if not field.metadata["basic"]:
             groups.setdefault(field.metadata["group"], []).append(field)
     sections = [
-        f"usage: fpnas {command.name} --flag=value ...",
+        f"usage: {command.name} --flag=value ...",
         command.summary,
         *(f"{title}:\n  {line}" for title, line in command.examples),
         *(f"{title}:\n" + "\n".join(map(_describe, group)) for title, group in groups.items()),
         "Every command:\n"
-        f"  --{FLAG_FILE}=FILE\n      Reads flags from a file, one a line. Those given after it "
-        "replace them.\n"
-        "  --verbosity=0\n      1 shows the traceback of an error too; -1 shows warnings alone.",
+        f"  --{FLAG_FILE}=FILE\n      Reads flags from a file, one per line. Flags after this one "
+        "override them.\n"
+        "  --verbosity=0\n      1 also shows the traceback of an error. -1 shows only warnings.",
     ]
     return "\n\n".join(sections)
 

@@ -41,11 +41,10 @@ def is_of_package(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a temporary path that becomes `path` when the block ends well.
+    """Yields a temporary path, and renames that file to `path` if no exception is raised.
 
-    The temporary file lies beside `path` and keeps its suffix (Keras reads the
-    format from it). When the block raises, the temporary file is removed and
-    what was at `path` stays as it was.
+    The temporary file is in the folder of `path` and has the same suffix, from which Keras reads
+    the format. If an exception is raised, the temporary file is removed and `path` does not change.
 
     Args:
         path: The file to write.
@@ -65,7 +64,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
-        # On the disk before it has its name: the power may fail in between.
+        # Flush to the disk before the rename: the power may fail in between.
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(descriptor)

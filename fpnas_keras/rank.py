@@ -44,14 +44,14 @@ class RankSettings(Settings):
         basic=True,
     )
     evaluation_images: int = setting(
-        "Most images of the architecture part to evaluate on. More images are less noisy: with n "
-        "images, the standard error of an accuracy p is sqrt(p * (1 - p) / n).",
+        "Maximum number of images of the architecture part to evaluate on. More images are less "
+        "noisy: with n images, the standard error of an accuracy p is sqrt(p * (1 - p) / n).",
         5000,
         least=1,
         group=_IMAGES,
     )
     recalibration_images: int = setting(
-        "Most images of the weights part for the statistics of the batch norms.",
+        "Maximum number of images of the weights part for the statistics of the batch norms.",
         2000,
         least=2,
         group=_IMAGES,
@@ -116,7 +116,7 @@ def rank_architectures(**settings: Any) -> "list[Ranked]":
 
 
 def run_ranking(settings: RankSettings) -> "list[Ranked]":
-    """As `rank_architectures`, with settings that are checked already."""
+    """Like `rank_architectures`, but takes a `RankSettings`."""
     run = runs.SearchRun(settings.search_dir)
     search = run.load_search()
     images_settings = settings.find_images(run)
@@ -140,7 +140,7 @@ def run_ranking(settings: RankSettings) -> "list[Ranked]":
     run.write_pareto_front(ranked)
     try:
         report.write_report(run.directory)
-    except (UserError, OSError) as error:  # The ranking is there all the same.
+    except (UserError, OSError) as error:  # The ranking is kept.
         logging.warning("no report: %s", error)
     return ranked
 
@@ -177,7 +177,7 @@ def _describe(run, ranked):
 
 
 COMMAND = Command(
-    name="rank",
+    name="fpnas rank",
     summary="Ranks architectures of a finished search by its shared weights.",
     examples=(
         (

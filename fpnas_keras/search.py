@@ -56,7 +56,7 @@ class SearchSettings(RunSettings):
         basic=True,
     )
     target: float | None = setting(
-        "What the architecture may cost, in the unit of --cost (3e6 is 3 million MACs or "
+        "Maximum cost of the architecture, in the unit of --cost (3e6 is 3 million MACs or "
         "parameters, 1.5 is 1.5 ms).",
         None,
         least=0,
@@ -94,13 +94,13 @@ class SearchSettings(RunSettings):
         "What the cost coefficient weighs: the expected cost (exact), the paper's mean of "
         "max(0, cost / target - 1) over the samples, or the logarithm of that mean.",
         "expected",
-        choices=("expected", "hinge", "log"),
+        choices=method.COST_PENALTIES,
         group=_COST,
     )
     least_share: float = setting(
-        "Least share of the target that the result must cost, 0 to 1. A warning is given where "
-        "there is no such architecture. 0 takes the most probable architecture within the target, "
-        "which may be much cheaper.",
+        "Minimum cost of the result as a share of the target, 0 to 1. If no architecture costs as "
+        "much, the search warns and ignores the minimum. With 0, the result is the most probable "
+        "architecture within the target, which may be much cheaper.",
         0.95,
         least=0,
         most=1,
@@ -115,11 +115,11 @@ class SearchSettings(RunSettings):
         group=_RESULT,
     )
     distribution: str = setting(
-        "Logits of each variable on its own (few, and decided early), of each combination of a "
-        "block's variables (the variables may depend on each other), or first the one and then "
-        "the other.",
+        "What has a logit. factorized: each choice of a variable, so that there are few logits and "
+        "they decide early. joint: each combination of a block's choices, so that the choices "
+        "can depend on each other. coarse_to_fine: first factorized, then joint.",
         "factorized",
-        choices=("factorized", "joint", "coarse_to_fine"),
+        choices=method.DISTRIBUTIONS,
         group=_METHOD,
     )
     coarse_epochs: int | None = setting(
@@ -189,8 +189,8 @@ class SearchSettings(RunSettings):
         "Images in a batch, of each part of the data.", 64, least=2, group=_TRAINING
     )
     architecture_batch_size: int | None = setting(
-        "Images in a batch of the architecture part. Default: as --batch_size. Larger batches "
-        "make the likelihoods that decide less noisy; they cost forward passes only.",
+        "Images in a batch of the architecture part. Default: --batch_size. Larger batches reduce "
+        "the noise of the likelihoods that update the logits. They need forward passes only.",
         None,
         least=2,
         group=_TRAINING,
@@ -224,9 +224,9 @@ class SearchSettings(RunSettings):
         group="Run",
     )
     ranked_samples: int = setting(
-        "Architectures to draw from the result and to evaluate with the shared weights, for the "
-        "Pareto front of the report. Each takes about a second for small networks. 0 turns it "
-        "off.",
+        "Number of architectures to draw from the final distribution and evaluate with the shared "
+        "weights, for the Pareto front of the report. Each takes about a second for small "
+        "networks. 0 turns it off.",
         16,
         least=0,
         group=_RESULT,
@@ -315,8 +315,8 @@ class SearchSettings(RunSettings):
 def search_architecture(**settings: Any) -> "SearchRun":
     """Searches a space for an architecture, and writes a run directory.
 
-    A directory that holds an unfinished search with the same settings goes on from its last
-    checkpoint. A finished one is returned as it is.
+    If the directory holds an unfinished search with the same settings, it is continued from its
+    last checkpoint. A finished search is not run again.
 
     Args:
         **settings: The fields of `SearchSettings`, which are the flags of `fpnas search`.
@@ -340,7 +340,7 @@ def search_architecture(**settings: Any) -> "SearchRun":
 
 
 def run_search(settings: SearchSettings) -> "SearchRun":
-    """As `search_architecture`, with settings that are checked already."""
+    """Like `search_architecture`, but takes a `SearchSettings`."""
     run = runs.SearchRun(settings.output_dir)
     chief = method.is_chief(settings.strategy)
     session = runs.Session(run, settings, "fpnas_keras.search", writes=chief)
@@ -605,7 +605,7 @@ def _describe_result(run, settings):
     if summary["entropy"] > initial / 2:
         sections.append(
             f"The search is undecided: entropy {summary['entropy']:.1f} nats of {initial:.1f} at "
-            "its start. More --epochs or a larger --architecture_learning_rate decide more."
+            "its start. Use more --epochs or a larger --architecture_learning_rate."
         )
     cost = ""
     if summary["cost"] == "latency":
@@ -668,7 +668,7 @@ def _device_arguments(table, copy):
 
 
 COMMAND = Command(
-    name="search",
+    name="fpnas search",
     summary="Searches a space for an architecture that meets a target.",
     examples=(
         (

@@ -51,7 +51,7 @@ def setting(
         basic: Whether `--help` shows it first, among the few that a newcomer needs.
         path: Whether it may name a file that comes with the package, such as
             `configs/architectures/mobilenet_v2.json`.
-        may_change: Whether a run goes on when nothing but this is different.
+        may_change: Whether a run can be continued with another value.
     """
     metadata = {
         "help": help,
@@ -68,7 +68,7 @@ def setting(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a job is told. Subclasses add fields made by `setting`, and rules between them.
+    """The settings of a job. Subclasses add fields made by `setting`, and checks across fields.
 
     Raises:
         UserError: When a value has the wrong type or is out of its range.
@@ -109,7 +109,7 @@ class Settings:
 
     @classmethod
     def may_change(cls) -> set[str]:
-        """Names of the settings that may be different when a run goes on."""
+        """Names of the settings that may be different when a run is continued."""
         return {each.name for each in dataclasses.fields(cls) if each.metadata["may_change"]}
 
     def defaults(self) -> set[str]:

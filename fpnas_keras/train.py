@@ -30,8 +30,8 @@ _DEFAULTS = {
     "sgd": {"learning_rate": 0.1, "weight_decay": 0.001},
     "adamw": {"learning_rate": 0.002, "weight_decay": 0.05},
 }
-# Batches that the statistics of batch norms are estimated on where moving averages will not do:
-# those belong to other weights, or lag behind in trainings of fewer steps than this.
+# Number of batches on which the statistics of batch norms are estimated again. It is necessary if
+# the moving averages belong to other weights, or if the training has fewer than `_FEW_STEPS` steps.
 _RECALIBRATION_BATCHES = 100
 _FEW_STEPS = 500
 _FEW_STEPS_PER_EPOCH = 10
@@ -158,9 +158,9 @@ class TrainSettings(RunSettings):
         group=_DISTILLATION,
     )
     init: str = setting(
-        "Weights to start from: random ones; or the shared weights of the search that found the "
-        "architecture, for short trainings. The shared weights have seen all training images, "
-        "those too that --validation_split holds out.",
+        "Weights to start from: random ones, or the shared weights of the search that found the "
+        "architecture, for short trainings. The search has used all training images, including "
+        "those that --validation_split holds out.",
         "random",
         choices=("random", "supernet"),
         group=_START,
@@ -172,9 +172,9 @@ class TrainSettings(RunSettings):
         group=_START,
     )
     validation_split: float = setting(
-        "Part of the training set that is held out to report val_accuracy, 0 to 0.9: after each "
-        "epoch (before --ema_momentum averages the weights), and of model.keras. Choose settings "
-        "by it. The test set is read once, at the end.",
+        "Share of the training set to hold out, 0 to 0.9. val_accuracy is the accuracy on these "
+        "images, after each epoch (before --ema_momentum averages the weights) and of model.keras. "
+        "Use it to choose settings: the test set is read once, at the end.",
         0.0,
         least=0,
         most=0.9,
@@ -243,8 +243,8 @@ class TrainSettings(RunSettings):
 def train_architecture(**settings: Any) -> "TrainingRun":
     """Trains one architecture, and writes a run directory.
 
-    A directory that holds an unfinished training with the same settings goes on from its last
-    checkpoint. A finished one is returned as it is.
+    If the directory holds an unfinished training with the same settings, it is continued from its
+    last checkpoint. A finished training is not run again.
 
     Args:
         **settings: The fields of `TrainSettings`, which are the flags of `fpnas train`.
@@ -271,15 +271,15 @@ def train_architecture(**settings: Any) -> "TrainingRun":
 
 
 def run_training(settings: TrainSettings) -> "TrainingRun":
-    """As `train_architecture`, with settings that are checked already."""
+    """Like `train_architecture`, but takes a `TrainSettings`."""
     run = runs.TrainingRun(settings.output_dir)
     session = runs.Session(run, settings, "fpnas_keras.train")
     with session.working():
         architecture = Architecture.load(settings.architecture)
         if run.architecture not in (None, architecture):
             raise UserError(
-                f"`output_dir` {run.directory} holds a run of another architecture than "
-                f"{settings.architecture} is now. Choose another directory."
+                f"`output_dir` {run.directory} holds a run of another architecture. The file may "
+                f"have changed: {settings.architecture}. Choose another directory."
             )
         if not run.finished:
             _Training(session, architecture).run()
@@ -460,7 +460,7 @@ class _Training:
         if settings.ema_momentum or steps < _FEW_STEPS:
             some = batches.repeat().take(_RECALIBRATION_BATCHES)
             networks.recalibrate(model, (x for x, _ in some))
-        # Before anything that may fail: the training is worth more than its figures.
+        # Save first: the evaluation may fail, and the trained network must not be lost.
         with replacing(run.model_file) as temporary:
             model.save(temporary)
         model.compile(loss=self._loss(), metrics=["accuracy"], jit_compile=False)
@@ -511,7 +511,7 @@ def _train_and_print(settings):
 
 
 COMMAND = Command(
-    name="train",
+    name="fpnas train",
     summary="Trains one architecture and saves it as a Keras model.",
     examples=(
         (

@@ -123,7 +123,7 @@ def state(model, session):
     [(search_part, "2", (6, 2, 6)), (train_part, "1", (3, 5, 2, 1))],
 )
 def test_broken_off_again_and_again_it_ends_bit_for_bit(begin, part, every, breaks):
-    """In the midst of epochs, at their ends, at the switch to joint logits, after the last."""
+    """Inside epochs, at their ends, at the switch to joint logits, and after the last step."""
     whole = begin("whole")
     expected = state(part(whole), whole)
     for index, steps in enumerate(breaks):
@@ -150,7 +150,7 @@ def test_a_signal_saves_and_ends(begin):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert caught.value.signal == signal.SIGTERM
     assert Checkpoints(session).step == 5
-    with pytest.raises(Interrupted, match=r"saved; to go on:\n  python -m module --flagfile="):  # noqa: SIM117
+    with pytest.raises(Interrupted, match=r"saved; to continue:\n  python -m module --flagfile="):  # noqa: SIM117
         with session.working():
             raise caught.value
 
@@ -277,7 +277,7 @@ def test_a_file_of_the_user_must_stay_what_it_was(begin, tmp_path):
     session.begin(space=str(file), latency_table=None)
     assert session.run.path("space.json").read_text() == "{}"
     file.write_text('{"more": 1}')
-    with pytest.raises(ValueError, match=r"`space` .*mine.json is not what the run in .* began"):
+    with pytest.raises(ValueError, match=r"`space` .*mine.json has changed since the run .* began"):
         session.begin(space=str(file))
 
 

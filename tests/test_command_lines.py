@@ -272,7 +272,7 @@ def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path
     assert float(row["distillation_loss"]) > 0 and float(row["student_loss"]) > 0
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
-    # Where nothing is learned the shared weights are left.
+    # With a learning rate of 0 the network keeps the shared weights.
     expected = Architecture.load(searched[0] / "architecture.json").build()
     SearchRun(searched[0]).load_search().supernet.give_weights(expected)
     for ours, theirs in zip(model.trainable_weights, expected.trainable_weights, strict=True):

@@ -31,7 +31,7 @@ def test_split_is_disjoint_stratified_and_reproducible():
 def test_a_class_with_one_image_cannot_be_split():
     with pytest.raises(ValueError, match="5 images of 3 classes, 1 of class 1"):
         data.split(np.array([0, 0, 1, 2, 2]), 0.5, seed=0)
-    with pytest.raises(ValueError, match="too few images to set 20% of them apart"):
+    with pytest.raises(ValueError, match="too few images to hold out 20% of them"):
         data.split(np.repeat(np.arange(5), 2), 0.2, seed=0)
     with pytest.raises(ValueError, match=r"y of shape \(10, 1\)"):
         data.split(np.zeros((10, 1), int), 0.5, seed=0)

@@ -69,12 +69,12 @@ def test_a_report_made_during_the_search_is_made_again_at_its_end(settings, tmp_
 
     def report_and_finish(session, **summary):
         fpnas.report.write_report(session.run.directory)
-        assert "has not finished" in session.run.report.read_text()
+        assert "is not finished" in session.run.report.read_text()
         finish(session, **summary)
 
     monkeypatch.setattr(fpnas.runs.Session, "finish", report_and_finish)
     run = fpnas.search_architecture(**settings, output_dir=tmp_path / "run")
-    assert "has not finished" not in run.report.read_text()
+    assert "is not finished" not in run.report.read_text()
     assert run.ranking is not None
 
 

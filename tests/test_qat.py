@@ -49,7 +49,7 @@ def test_fine_tuned_networks_are_int8_in_every_part_and_do_what_they_did(
 ):
     model = calibrated(architecture.build())
     images = random_images(200)
-    # The classes of the model itself: nothing is to be learned but to be rounded.
+    # The labels are the model's own classes: fine-tuning has to adapt to the rounding only.
     logits = model.predict(images.x.astype(np.float32), verbose=0)
     images = images._replace(y=logits.argmax(-1).astype(np.int32))
     batches = data.train_batches(images, 20)

@@ -1,8 +1,8 @@
 """Batches of images, for searching, training and testing.
 
-A batch is a pure function of (seed, step); a dataset goes on counting its steps
-from one iteration to the next. Every image is decoded once (once a batch where the
-images do not fit into memory).
+A batch is a pure function of (seed, step). A dataset continues to count its steps from one
+iteration to the next. Every image is decoded once, or once per batch if the images do not fit into
+memory.
 """
 
 from collections.abc import Callable
@@ -41,12 +41,11 @@ def search_batches(
         image_shape: `(height, width, channels)`, needed for images on the disk.
         architecture_batch_size: Images of the architecture part in a batch, where that
             is another number.
-        first_step: Steps that are already made. In the midst of an epoch the first
-            iteration gives the rest of it, and the dataset does not tell its cardinality.
+        first_step: Number of steps that are already done. If it is inside an epoch, the first
+            iteration yields the rest of that epoch, and the cardinality of the dataset is unknown.
 
     Returns:
-        A dataset of one epoch; each time that it is iterated it goes on with the
-        next epoch.
+        A dataset of one epoch. Each iteration over it yields the next epoch.
     """
     weights, architecture = split(y, 0.5, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
@@ -76,9 +75,9 @@ def train_batches(
         first_step: Steps that are already made, as for `search_batches`.
 
     Returns:
-        A dataset of one epoch; each time that it is iterated it goes on with the
-        next epoch. Labels are the index of the class, or, where the augmentation mixes
-        images, the share of each class, float32 of shape `(batch, classes)`.
+        A dataset of one epoch. Each iteration over it yields the next epoch. Labels are the index
+        of the class. If the augmentation mixes images, they are the share of each class, float32 of
+        shape `(batch, classes)`.
     """
     x, y = tf.constant(images.x), tf.constant(images.y)
     read = _reader(x, y, np.arange(len(images.y)), batch_size, seed, images.image_shape)

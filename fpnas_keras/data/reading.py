@@ -23,9 +23,9 @@ class Images(NamedTuple):
     """One set of labelled images.
 
     Attributes:
-        x: uint8 pixels of shape `(n, height, width, channels)`; or, where the images do
-            not fit into memory, where each is on the disk, as strings: the names of n
-            files, or of shape `(n, 2)` file and "offset:length:key" of n TFRecords.
+        x: The pixels, uint8 of shape `(n, height, width, channels)`. If the images do not fit into
+            memory, their places on the disk, as strings: the file names, of shape `(n,)`, or the
+            file and "offset:length:key" of each TFRecord, of shape `(n, 2)`.
         y: Index of the class, int32 of shape `(n,)`.
         class_names: Names of the classes.
         image_shape: `(height, width, channels)`.
@@ -94,7 +94,7 @@ def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.nda
     smaller = round(len(y) * min(fraction, 1 - fraction))
     if counts.min() < 2 or smaller < len(classes):
         raise UserError(
-            f"too few images to set {fraction:.0%} of them apart with every class in both parts. "
+            f"too few images to hold out {fraction:.0%} of them with every class in both parts. "
             f"Received: {len(y)} images of {len(classes)} classes, {counts.min()} of class "
             f"{classes[counts.argmin()]}"
         )
@@ -112,15 +112,15 @@ def decode(encoded: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
 
 @contextlib.contextmanager
 def naming_unreadable(images: Images | None) -> Iterator[None]:
-    """Names the image that cannot be read, where TensorFlow fails inside the block for that.
+    """If TensorFlow cannot read an image file, raises an error that names the file.
 
-    TensorFlow's own error does not say which file it was.
+    TensorFlow's own error does not name it.
 
     Args:
-        images: The images that are read inside the block; `None` for no images.
+        images: The images that are read inside the `with` statement; `None` for no images.
 
     Raises:
-        UserError: When one of them, on the disk, cannot be decoded.
+        UserError: When one of their files cannot be decoded.
     """
     try:
         yield
@@ -176,7 +176,7 @@ def _tfds(name, split_name, image_size, data_dir, download):
         test = next((each for each in ("test", "validation") if _is_labelled(builder, each)), None)
         source = test if split_name == "test" and test else "train"
         dataset = builder.as_dataset(split=source, as_supervised=True, shuffle_files=False)
-    except Exception as error:  # It raises what its many readers and downloaders raise.
+    except Exception as error:  # Readers and downloads raise errors of many classes.
         raise UserError(
             f"cannot read the data set `{name}` of tensorflow_datasets (data_dir={data_dir}, "
             f"download={download}): {summarize_error(error)}"
@@ -325,7 +325,7 @@ def _decode_file(file):
     try:
         return tf.io.decode_image(tf.io.read_file(file), expand_animations=False)
     except tf.errors.OpError as error:
-        # Before it stands the node of a graph.
+        # TensorFlow puts the name of a graph node before the message.
         message = error.message.rpartition("}} ")[2]
         raise UserError(f"the image {file} cannot be read: {message}") from None
 

@@ -22,7 +22,7 @@ class ReportSettings(Settings):
 
 
 COMMAND = Command(
-    name="report",
+    name="fpnas report",
     summary="Writes the report of a search, which may still be running.",
     examples=(("A search", "fpnas report --search_dir=runs/mine"),),
     settings=ReportSettings,

@@ -1,4 +1,4 @@
-"""Run directories: what a search or a training leaves behind, and how it goes on."""
+"""Run directories: the files of a search or a training, and how it is continued."""
 
 import lazy_loader
 

@@ -106,7 +106,7 @@ class MetricsFile(keras.callbacks.Callback):
         return {"text": self.path.read_text(), "seconds": time.monotonic() - self.start}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `get_state` gave."""
+        """Restores the state that `get_state` returned."""
         with replacing(self.path) as temporary:
             temporary.write_text(state["text"])
         self.start = time.monotonic() - state["seconds"]

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that is killed at any moment goes on exactly where it was.
+"""Checkpoints: a run that is killed at any moment can be continued exactly.
 
 A checkpoint holds every variable (weights, logits, optimizer slots, metrics of the epoch), the
 rows of the metrics files, and the time that the run has used. Nothing else is needed: batches and
@@ -32,7 +32,7 @@ _STEP = re.compile(r"step_(\d+)\.ckpt")
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves the state of a run, and goes on from the last checkpoint that is whole.
+    """Saves the state of a run, and continues from the last checkpoint that is whole.
 
     A checkpoint file is a SHA-256 digest followed by an `.npz` archive. It gets its name only when
     it is whole. The last two are kept.
@@ -77,10 +77,10 @@ class Checkpoints(keras.callbacks.Callback):
                 continue
             self.step, self.steps_per_epoch = step, self._restored_state["steps_per_epoch"]
             self._whole_steps = [step]
-            logging.info("going on after step %d, from %s", step, found[step])
+            logging.info("continuing after step %d, from %s", step, found[step])
             return
         if found:
-            logging.warning("no checkpoint is whole: the run begins anew")
+            logging.warning("no checkpoint is whole: the run starts from the beginning")
 
     def fit(
         self,
@@ -95,9 +95,9 @@ class Checkpoints(keras.callbacks.Callback):
 
         Args:
             model: The model, compiled. Its optimizer and metrics have their variables.
-            batches: An epoch of batches that begin with `first_step=step`.
+            batches: A dataset of one epoch, made with `first_step=step`.
             epochs: Epochs of the whole run.
-            files: What writes the rows of the epochs.
+            files: The files that get a row for each epoch.
             callbacks: Further callbacks. They may end the run at the end of an epoch.
             **kwargs: As for `fit`.
 
@@ -145,9 +145,9 @@ class Checkpoints(keras.callbacks.Callback):
         self._interruptions += 1
         if self.session.writes:
             self._signal = number
-            logging.info("interrupted: saving after this step (once more to end at once)")
-        else:  # It needs the others to finish its step, and so do they.
-            logging.info("interrupted: the chief saves and ends (once more to end at once)")
+            logging.info("interrupted: saving after this step (interrupt again to end now)")
+        else:  # The workers can finish a step only together: this one waits for the chief.
+            logging.info("interrupted: waiting for the chief to save (interrupt again to end now)")
 
     # Keras calls, in this order: `set_model`; `on_train_begin` of the files, then of this callback;
     # at the first epoch it resets the metrics and calls `on_epoch_begin`. So the variables are

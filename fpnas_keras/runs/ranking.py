@@ -13,7 +13,7 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.method import ArchitectureSearch
 from fpnas_keras.networks import recalibrate
 
-# Most pixels and images in a batch: 250 images of 28 pixels, or 39 of 224.
+# Maximum number of pixels and of images in a batch: 250 images of 28 pixels, or 39 of 224.
 _PIXELS, _IMAGES = 2_000_000, 250
 
 
@@ -70,8 +70,8 @@ def rank_by_shared_weights(
         architectures: Architectures of its space, by name. Equal ones are evaluated once.
         images: The training images of the search.
         seed: Seed of the search, which split them.
-        evaluation_images: Most images to evaluate on.
-        recalibration_images: Most images for the statistics.
+        evaluation_images: Maximum number of images to evaluate on.
+        recalibration_images: Maximum number of images for the statistics.
 
     Returns:
         The most accurate first; of equally accurate ones the cheapest first.

@@ -1,4 +1,6 @@
-"""The files of a run directory: their names and formats, written and read here alone.
+"""The files of a run directory: their names and formats.
+
+`Session` names the copies of the user's files, and `Checkpoints` the checkpoints.
 
 | file | search | training |
 |---|---|---|
@@ -302,7 +304,7 @@ class SearchRun(RunDirectory):
 
     @property
     def phases(self) -> list[tuple[str, int, int]]:
-        """Name, first and last step of each phase, as far as whole epochs tell."""
+        """Name, first and last step of each phase. The steps are rounded to whole epochs."""
         phases, start = [], 0
         for name, rows in itertools.groupby(self.epochs, key=lambda row: row["phase"]):
             end = list(rows)[-1]["step"]
@@ -367,7 +369,7 @@ class SearchRun(RunDirectory):
 
     @classmethod
     def of_architecture(cls, file: str | os.PathLike) -> "SearchRun":
-        """The run directory that an architecture file lies in, itself or on the Pareto front."""
+        """The run directory of an architecture file: its folder, or the parent of `pareto/`."""
         folder = pathlib.Path(file).parent
         return cls(folder.parent if folder.name == "pareto" else folder)
 
@@ -411,7 +413,7 @@ class SearchRun(RunDirectory):
         )
         try:
             search.load_weights(self.weights_file)
-        except Exception as error:  # Keras raises what its many readers raise.
+        except Exception as error:  # The readers inside Keras raise errors of many classes.
             raise UserError(
                 f"{self.weights_file} must hold the weights of the search: {summarize_error(error)}"
             ) from None

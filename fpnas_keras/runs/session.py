@@ -27,16 +27,16 @@ _TEMPORARY = re.compile(r"\.\d+\..+")
 
 
 class Session:
-    """One process that makes a run, or goes on with it, in its directory.
+    """A process that starts or continues a run in its directory.
 
-    The flags are written first and `summary.json` last. One process at a time works in a
-    directory. When the directory holds an unfinished run with the same flags, this process goes on
-    with it.
+    The flags are written first and `summary.json` last. Only one process at a time works in a
+    directory. If the directory holds an unfinished run with the same flags, this process
+    continues it.
 
     Args:
         run: The run directory.
         settings: The settings of the job.
-        module: The module that runs the job as a command, for the command that goes on.
+        module: The module that runs the job as a command. The command to continue names it.
         writes: Whether this process writes. Of several workers only one does.
 
     Raises:
@@ -70,7 +70,7 @@ class Session:
                 self.close()
                 raise
             if self.run.finished:
-                self._remove_checkpoints()  # in case that a kill came in between
+                self._remove_checkpoints()  # A kill may have prevented it.
 
     def _acquire(self):
         # Held until `close`, or until the process ends, however it ends. Nothing is left behind.
@@ -91,7 +91,7 @@ class Session:
             )
 
     def close(self) -> None:
-        """Gives the directory free for other processes and jobs."""
+        """Releases the directory for other processes and jobs."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -118,8 +118,8 @@ class Session:
         """Makes the directory and writes the flag file.
 
         Args:
-            **files: By the name of a flag, the user's file that it names. The run keeps a copy,
-                and does not go on when the file has changed since.
+            **files: The user's files, by the name of their flag. The run keeps a copy of each. It
+                cannot be continued if a file has changed.
 
         Raises:
             UserError: When another process has taken the directory meanwhile, or when a file has
@@ -149,25 +149,25 @@ class Session:
                     shutil.copyfile(file, temporary)
         elif copy.read_bytes() != file.read_bytes():
             raise UserError(
-                f"`{name}` {file} is not what the run in {self.run.directory} began with, which is "
-                f"{copy}. Give it that one or choose another directory."
+                f"`{name}` {file} has changed since the run in {self.run.directory} began. Use its "
+                f"copy {copy}, or choose another directory."
             )
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Releases the directory at the end; adds to an interruption the command that goes on."""
+        """Releases the directory at the end. An `Interrupted` names the command that continues."""
         try:
             yield
         except KeyboardInterrupt as error:
             message = str(error) or "interrupted"
             if self.run.flag_file.exists():
-                message += f"; to go on:\n  {self._command()}"
+                message += f"; to continue:\n  {self._command()}"
             raise Interrupted(message, getattr(error, "signal", signal.SIGINT)) from None
         finally:
             self.close()
 
     def _command(self):
-        """Goes on with the run: its flag file, and the flags that differ from it."""
+        """The command that continues the run: its flag file, and the flags that differ from it."""
         theirs = self.run.flag_lines()
         differing = [flag for flag in self.settings.to_flags() if flag not in theirs]
         file = f"--flagfile={self.run.flag_file}"

@@ -15,8 +15,8 @@ class RunSettings(DataSettings):
     """Settings of a job that has a run directory."""
 
     output_dir: str = setting(
-        "Directory of the run: new, empty, or that of the same run, which then goes on where it "
-        "stopped.",
+        "Directory of the run: new, empty, or that of the same run, which is then continued where "
+        "it stopped.",
         basic=True,
         may_change=True,
     )
