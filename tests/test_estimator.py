@@ -25,8 +25,8 @@ def test_streaming_sum_is_the_softmax_weighted_sum(scores, seed):
     ]
     total = StreamingSum.zero(values[0])
     for score, value in zip(scores, values):
-        total, factor = total.admit(tf.constant(score, tf.float32))
-        total = total.add([factor * each for each in value])
+        total, factor = total.add_score(tf.constant(score, tf.float32))
+        total = total.add_scaled([factor * each for each in value])
     weights = np.exp(np.array(scores, np.float64) - max(scores))
     weights /= weights.sum()
     for index, result in enumerate(total.result()):

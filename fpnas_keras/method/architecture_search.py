@@ -14,17 +14,17 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import Cost, MacsCost, SpaceCost, format_cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.method import estimator, replicas
+from fpnas_keras.method.choices import COST_PENALTIES, DISTRIBUTIONS
 from fpnas_keras.method.derivation import Derivation, most_probable
 from fpnas_keras.method.distributions import BlockLogits, FactorizedLogits, JointLogits
 from fpnas_keras.method.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
 from fpnas_keras.networks import Supernet, check_floatx
 from fpnas_keras.spaces import VARIABLES, Space
 
-_DISTRIBUTIONS = {
-    "factorized": (FactorizedLogits,),
-    "joint": (JointLogits,),
-    "coarse_to_fine": (FactorizedLogits, JointLogits),
-}
+# The distributions of a search, in their order, for each of `DISTRIBUTIONS`.
+_LOGITS = dict(
+    zip(DISTRIBUTIONS, [(FactorizedLogits,), (JointLogits,), (FactorizedLogits, JointLogits)])
+)
 _METRICS = (
     *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
     *("entropy", "samples", "evaluated", "expected_cost", "cost_coefficient"),
@@ -116,8 +116,8 @@ class ArchitectureSearch(keras.Model):
         # Keras would number the searches of a process, and weight files hold the name.
         super().__init__(**{"name": "architecture_search"} | kwargs)
         _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient)
-        _check_choice("cost_penalty", cost_penalty, ("expected", "hinge", "log"))
-        _check_choice("distribution", distribution, tuple(_DISTRIBUTIONS))
+        _check_choice("cost_penalty", cost_penalty, COST_PENALTIES)
+        _check_choice("distribution", distribution, DISTRIBUTIONS)
         self.space = space
         self.samples = samples
         self.cost = cost or MacsCost()
@@ -134,7 +134,7 @@ class ArchitectureSearch(keras.Model):
         # Keras does not know the strategy: it would distribute the images, not the samples.
         self.strategy = strategy
         with self._scope():
-            self.distributions = [kind(space) for kind in _DISTRIBUTIONS[distribution]]
+            self.distributions = [kind(space) for kind in _LOGITS[distribution]]
             self.supernet = Supernet(space, recompute)
         if distribution == "joint":
             # Uniform in each variable, as the factorized distribution at its start.
@@ -187,7 +187,7 @@ class ArchitectureSearch(keras.Model):
         self.architecture_optimizer = self._place_optimizer(architecture_optimizer)
         with self._scope():
             self.optimizer.build(self._weights())
-            self.architecture_optimizer.build([each.logits for each in self.distributions])
+            self.architecture_optimizer.build([layer.logits for layer in self.distributions])
 
     def _place_optimizer(self, optimizer):
         """The optimizer, or with a strategy a copy that is created in its scope."""
@@ -254,30 +254,39 @@ class ArchitectureSearch(keras.Model):
             replicas have the same ones.
         """
         costs = self.space_cost(samples.entries)
-
-        def run(samples, train_batch, validation_batch):
-            replica = tf.distribute.get_replica_context()
-            own = replicas.own_share(
-                costs, replica.replica_id_in_sync_group, replica.num_replicas_in_sync
-            )
-            share = Samples(*(tf.gather(each, own) for each in samples))
-            gradients, train = self.weight_gradients(share, train_batch)
-            validation = self.evaluate_samples(share, validation_batch)
-            results = tf.concat([train, validation], axis=1)
-            results = tf.scatter_nd(own[:, None], results, (tf.size(samples.counts), 4))
-            (results,) = replicas.sum_over_replicas([results])
-            train, validation = tf.split(results, 2, axis=1)
-            # The importance weights in a replica's gradients sum to 1 over its own samples. The
-            # factor is the sum of the weights that these have among all samples.
-            scores = estimator.scores(-train[:, 0], samples.counts, self.likelihood_scale)
-            weight = tf.reduce_sum(tf.gather(tf.nn.softmax(scores), own))
-            gradients = [weight * tf.cast(each, tf.float32) for each in gradients]
-            return replicas.sum_over_replicas(gradients), train, validation
-
-        results = self.strategy.run(run, args=(samples, train_batch, validation_batch))
-        return tf.nest.map_structure(
-            lambda each: replicas.first_replica_value(each, self.strategy), results
+        results = self.strategy.run(
+            self._evaluate_on_replica, args=(samples, costs, train_batch, validation_batch)
         )
+        return tf.nest.map_structure(
+            lambda value: replicas.first_replica_value(value, self.strategy), results
+        )
+
+    def _evaluate_on_replica(self, samples, costs, train_batch, validation_batch):
+        """Evaluates this replica's share of the samples, and exchanges the results.
+
+        A replica's gradient is weighted by importance within its share S of the samples:
+        G_S = sum_S r_k g_k / sum_S r_k. The gradient of all samples is the sum over the replicas of
+        (sum_S r_k) * G_S.
+        """
+        replica = tf.distribute.get_replica_context()
+        share = replicas.own_share(
+            costs, replica.replica_id_in_sync_group, replica.num_replicas_in_sync
+        )
+        own_samples = Samples(*(tf.gather(values, share) for values in samples))
+        gradients, train = self.weight_gradients(own_samples, train_batch)
+        validation = self.evaluate_samples(own_samples, validation_batch)
+        # The four columns: loss and accuracy on the training batch and on the validation batch.
+        own_results = tf.concat([train, validation], axis=1)
+        results = tf.scatter_nd(share[:, None], own_results, (tf.size(samples.counts), 4))
+        (results,) = replicas.sum_over_replicas([results])
+        train, validation = tf.split(results, 2, axis=1)
+        train_loss = train[:, 0]
+        log_weights = estimator.log_importance_weights(
+            -train_loss, samples.counts, self.likelihood_scale
+        )
+        share_weight = tf.reduce_sum(tf.gather(tf.nn.softmax(log_weights), share))
+        gradients = [share_weight * tf.cast(gradient, tf.float32) for gradient in gradients]
+        return replicas.sum_over_replicas(gradients), train, validation
 
     def ask(self) -> Samples:
         """Draws the architectures of a step.
@@ -543,13 +552,17 @@ class ArchitectureSearch(keras.Model):
         def body(index, sums, results):
             with tf.GradientTape() as tape:
                 tape.watch(features)
-                result = self._evaluate(features, labels, choices[index])
-                loss = result[0]
-            score = estimator.scores(-loss, samples.counts[index], self.likelihood_scale)
-            sums, factor = sums.admit(score)
+                logits = self.supernet.logits(features, choices[index])
+                loss_and_accuracy = _loss_and_accuracy(labels, logits)
+                loss = loss_and_accuracy[0]
+            score = estimator.log_importance_weights(
+                -loss, samples.counts[index], self.likelihood_scale
+            )
+            sums, factor = sums.add_score(score)
             # The factor scales the loss, which is cheaper than to scale the gradients.
             gradients = tape.gradient(loss, inputs, factor, unconnected_gradients="zero")
-            return index + 1, sums.add(gradients), results.write(index, result)
+            results = results.write(index, loss_and_accuracy)
+            return index + 1, sums.add_scaled(gradients), results
 
         # One iteration at a time, which bounds the memory. Also, with TensorFlow 2.21's default of
         # 10 parallel iterations, the oneDNN kernels corrupt the heap within a minute.
@@ -578,14 +591,11 @@ class ArchitectureSearch(keras.Model):
         images, labels = batch
         features = self.supernet.features(images)
         return tf.map_fn(
-            lambda choices: self._evaluate(features, labels, choices),
+            lambda choices: _loss_and_accuracy(labels, self.supernet.logits(features, choices)),
             self._choices(samples.entries),
             fn_output_signature=tf.TensorSpec((2,)),
             parallel_iterations=1,  # See `_sum_gradients`.
         )
-
-    def _evaluate(self, features, labels, choices):
-        return _loss_and_accuracy(labels, self.supernet.logits(features, choices))
 
     def _track(self, sample_weight=None, **values):
         for name, value in values.items():
@@ -593,12 +603,17 @@ class ArchitectureSearch(keras.Model):
 
 
 def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient):
-    fewest = samples.minimum if isinstance(samples, AdaptiveSamples) else samples
-    if fewest < 1 + control_variate:
+    least = 1 + control_variate
+    if isinstance(samples, AdaptiveSamples):
+        argument, received = "`minimum` of `samples`", f"minimum={samples.minimum}"
+        is_enough = samples.minimum >= least
+    else:
+        argument, received, is_enough = "`samples`", f"samples={samples}", samples >= least
+    if not is_enough:
+        reason = ": for 1 sample the control variate makes every gradient of the logits zero"
         raise UserError(
-            f"`samples` must be at least {1 + control_variate} per step"
-            f"{' with the control variate' if control_variate else ''}. "
-            f"Received: samples={samples}"
+            f"{argument} must be at least {least}{reason if control_variate else ''}. "
+            f"Received: {received}, control_variate={control_variate}"
         )
     if warmup_samples < 1 or warmup_steps < 0:
         raise UserError(

@@ -10,6 +10,7 @@ Architecture Search", arXiv:1902.05116.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class AdaptiveSamples:
     maximum: int = 64
 
     def __post_init__(self):
-        if not 0 < self.scale < float("inf"):
+        if not 0 < self.scale < math.inf:
             raise UserError(f"`scale` must be above 0 and finite. Received: scale={self.scale}")
         if not 1 <= self.minimum <= self.maximum:
             raise UserError(
@@ -105,7 +106,7 @@ class CostController:
     def __post_init__(self):
         for name in ("proportional_gain", "integral_gain", "anneal_steps"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if not 0 <= value < math.inf:
                 raise UserError(f"`{name}` must be at least 0 and finite. Received: {name}={value}")
 
     def goal(self, start: float, target: float, step: tf.Tensor) -> tf.Tensor:
@@ -135,7 +136,7 @@ class CostController:
         Returns:
             beta and the new integral.
         """
-        least = -float("inf") if self.two_sided else 0.0
+        least = -math.inf if self.two_sided else 0.0
         integral = tf.maximum(integral + self.integral_gain * excess, least)
         return tf.maximum(self.proportional_gain * excess + integral, least), integral
 
@@ -172,10 +173,12 @@ class Samples(NamedTuple):
         return cls(entries, tf.ones(tf.shape(entries)[:1], tf.int32))
 
 
-def scores(log_likelihoods: tf.Tensor, counts: tf.Tensor, likelihood_scale: float) -> tf.Tensor:
-    """The logarithms of the unnormalized importance weights, tau * l_k + log c_k.
+def log_importance_weights(
+    log_likelihoods: tf.Tensor, counts: tf.Tensor, likelihood_scale: float
+) -> tf.Tensor:
+    """The logarithms of the importance weights, not normalized: tau * l_k + log c_k.
 
-    The importance weights are r = softmax_k(tau * l_k + log c_k).
+    Their softmax over the samples is r, the importance weights, which sum to 1.
 
     Args:
         log_likelihoods: l_k, any shape.
@@ -216,7 +219,8 @@ def likelihood_coefficients(
 
     Reference: PARSEC (arXiv:1902.05116), the gradient estimator of the architecture parameters.
     """
-    importance = tf.nn.softmax(scores(log_likelihoods, counts, likelihood_scale))
+    log_weights = log_importance_weights(log_likelihoods, counts, likelihood_scale)
+    importance = tf.nn.softmax(log_weights)
     return _shares(counts) - importance if control_variate else -importance
 
 
@@ -252,12 +256,15 @@ def _shares(counts):
 
 
 class StreamingSum(NamedTuple):
-    """The state of sum_k softmax_k(s)_k * x_k while the scores s_k arrive one by one.
+    """The state of sum_k softmax(s)_k * x_k while the scores s_k arrive one by one.
 
     As in online softmax, the sums are kept relative to a reference score, and are rescaled when the
     reference changes. The result is exact, and there is one accumulator for any K. The
     reference does not have to be the largest score. While it is at most `SLACK` below the largest,
     nothing overflows and nothing is rescaled.
+
+    Every sample takes two calls: `add_score` with s_k gives a factor, and `add_scaled` takes
+    factor * x_k. If x_k is a gradient, it can be computed with the factor in it.
 
     Attributes:
         reference: One of the scores, at most `SLACK` below the largest.
@@ -266,12 +273,14 @@ class StreamingSum(NamedTuple):
 
     Example:
 
-    ```python
-    sums = StreamingSum.zero([x_1])
-    sums, factor = sums.admit(s_1)
-    sums = sums.add([factor * x_1])  # A gradient can be computed with the factor in it.
-    sums.result()
-    ```
+    The scores 0 and log(3) have the softmax 1/4 and 3/4.
+
+    >>> state = StreamingSum.zero([tf.constant(0.0)])
+    >>> for score, x in [(0.0, 10.0), (math.log(3), 20.0)]:
+    ...     state, factor = state.add_score(tf.constant(score))
+    ...     state = state.add_scaled([factor * x])
+    >>> round(float(state.result()[0]), 3)  # 1/4 * 10 + 3/4 * 20
+    17.5
     """
 
     reference: tf.Tensor
@@ -282,19 +291,19 @@ class StreamingSum(NamedTuple):
     def zero(cls, like: Sequence[tf.Tensor]) -> "StreamingSum":
         """The empty sum, for values with the shapes of `like`."""
         return cls(
-            tf.constant(-float("inf")),
+            tf.constant(-math.inf),
             tf.constant(0.0),
             tuple(tf.zeros_like(x, tf.float32) for x in like),
         )
 
-    def admit(self, score: tf.Tensor) -> tuple["StreamingSum", tf.Tensor]:
+    def add_score(self, score: tf.Tensor) -> tuple["StreamingSum", tf.Tensor]:
         """Adds the score of one more sample.
 
         Args:
             score: s_k, a float32 scalar.
 
         Returns:
-            The new state, and the factor by which to multiply the values of the sample for `add`.
+            The new state, and the factor by which to multiply the values x_k of the sample.
         """
         moves = score > self.reference + SLACK
         reference = tf.where(moves, score, self.reference)
@@ -302,12 +311,16 @@ class StreamingSum(NamedTuple):
         sums = tf.cond(moves, lambda: [keep * total for total in self.sums], lambda: [*self.sums])
         return StreamingSum(reference, keep * self.denominator + factor, tuple(sums)), factor
 
-    def add(self, values: Sequence[tf.Tensor]) -> "StreamingSum":
-        """Adds the values of the sample that was admitted last, times its factor."""
+    def add_scaled(self, values: Sequence[tf.Tensor]) -> "StreamingSum":
+        """Adds the values of the sample whose score was added last.
+
+        Args:
+            values: Each x_k times the factor that `add_score` returned.
+        """
         return self._replace(
             sums=tuple(total + tf.cast(x, tf.float32) for total, x in zip(self.sums, values))
         )
 
     def result(self) -> list[tf.Tensor]:
-        """sum_k softmax_k(s)_k * x_k for each x; 0 for the empty sum."""
+        """sum_k softmax(s)_k * x_k for each x; 0 for the empty sum."""
         return [tf.math.divide_no_nan(total, self.denominator) for total in self.sums]

@@ -1,0 +1,4 @@
+"""The arguments of a search that take a name. Flags list them before TensorFlow loads."""
+
+DISTRIBUTIONS = ("factorized", "joint", "coarse_to_fine")
+COST_PENALTIES = ("expected", "hinge", "log")
