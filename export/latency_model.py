@@ -83,7 +83,7 @@ def _features_of(part):
         np.log2(block.kernel_size),
         block.strides,
         block.expansion != 1,
-        block.strides == 1 and block.filters == part.channels,
+        part.keeps_shape,
         *(block.activation == each for each in ACTIVATIONS),
         *(block.splits == each for each in SPLITS),
     ]

@@ -151,6 +151,14 @@ class Part(NamedTuple):
     channels: int
     num_classes: int = 0
 
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the output of a block has the shape of its input.
+
+        Then the block adds its input to its output. If it is skipped, it is the identity.
+        """
+        return self.layers.strides == 1 and self.layers.filters == self.channels
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -288,10 +296,8 @@ class Count(NamedTuple):
 def count_part(part: Part) -> Count:
     """Counts the MACs and the trainable parameters of a stem, a block or a head."""
     if isinstance(part.layers, Stem):
-        return _count_stem(part.layers, part.size, part.channels)
-    if isinstance(part.layers, Block):
-        return _count_block(part.layers, part.size, part.channels)
-    return _count_head(part.layers, part.size, part.channels, part.num_classes)
+        return _count_stem(part)
+    return _count_block(part) if isinstance(part.layers, Block) else _count_head(part)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -338,35 +344,37 @@ def check_image_shape(input_shape: Sequence[int], num_classes: int) -> None:
         )
 
 
-def _count_stem(stem, size, channels):
-    return _count_conv_bn(output_size(size, stem.strides), stem.kernel_size, channels, stem.filters)
+def _count_stem(part):
+    stem, size_out = part.layers, output_size(part.size, part.layers.strides)
+    return _count_conv_bn(size_out, stem.kernel_size, part.channels, stem.filters)
 
 
-def _count_block(block, size, filters_in):
-    size_out = output_size(size, block.strides)
+def _count_block(part):
+    block, size_out = part.layers, output_size(part.size, part.layers.strides)
     if block.skip:
-        is_identity = block.strides == 1 and filters_in == block.filters
-        return Count() if is_identity else _count_conv_bn(size_out, 1, filters_in, block.filters)
-    expanded = expanded_filters(filters_in, block.expansion)
-    total = Count() if block.expansion == 1 else _count_conv_bn(size, 1, filters_in, expanded)
+        projection = _count_conv_bn(size_out, 1, part.channels, block.filters)
+        return Count() if part.keeps_shape else projection
+    expanded, total = expanded_filters(part.channels, block.expansion), Count()
+    if block.expansion != 1:
+        total += _count_conv_bn(part.size, 1, part.channels, expanded)
     for _ in range(max(1, block.splits)):
         # A depthwise kernel has one input channel.
         total += _count_conv_bn(size_out, block.kernel_size, 1, expanded)
+    bottleneck = attention_filters(expanded)
     if block.splits:
-        bottleneck = attention_filters(expanded)
         total += _count_dense(expanded, bottleneck)
     for _ in range(block.splits):
         total += _count_dense(bottleneck, expanded)
     return total + _count_conv_bn(size_out, 1, expanded, block.filters)
 
 
-def _count_head(head, size, filters_in, num_classes):
-    total = _count_conv_bn(size, 1, filters_in, head.filters)
-    features = head.filters
+def _count_head(part):
+    head = part.layers
+    total, features = _count_conv_bn(part.size, 1, part.channels, head.filters), head.filters
     if head.dense_units:
         total += _count_dense(features, head.dense_units, use_bias=False)
         features = head.dense_units
-    return total + _count_dense(features, num_classes)
+    return total + _count_dense(features, part.num_classes)
 
 
 def _count_conv_bn(size_out, kernel_size, filters_in, filters_out):

@@ -5,7 +5,7 @@ from helpers import all_choices, all_entries, random_choices, write_latency_tabl
 
 from fpnas_keras import Architecture, LatencyCost, MacsCost, ParamsCost, spaces
 from fpnas_keras.architecture import Block, Head, Part, Stem, count_part
-from fpnas_keras.cost import SpaceCost, latency_table
+from fpnas_keras.cost import SpaceCost, latency_table, make_cost
 from fpnas_keras.method.distributions import FactorizedLogits
 
 COSTS = [(MacsCost, "macs"), (ParamsCost, "params")]
@@ -42,6 +42,11 @@ def test_expectation_and_extremes_are_those_of_an_enumeration(tiny_space, cost, 
 def test_targets_must_be_positive(target):
     with pytest.raises(ValueError, match="`target` must be above 0 MACs"):
         MacsCost(target=target)
+
+
+def test_a_latency_needs_a_table():
+    with pytest.raises(ValueError, match="needs `table`, a latency table"):
+        make_cost("latency", target=1.0)
 
 
 def some_milliseconds(part):
@@ -106,6 +111,8 @@ def test_a_table_that_lacks_parts_of_the_space_is_refused_with_their_names(tmp_p
         ({"entries": {"stem": True}}, "Received: 'stem': True"),
         ({"entries": [1]}, r"`entries` must be an object with keys. Received: \[1\]"),
         ({"format": 2}, "`format` must be 1"),
+        ({"device": "Pixel 8"}, "`device` must be an object with .*Received: device='Pixel 8'"),
+        ({"device": {"name": "Pixel 8", "threads": 1}}, "with the keys kind, name, threads"),
         ({"more": 1}, "unknown key `more`"),
     ],
 )
@@ -176,6 +183,7 @@ def test_published_tables(tmp_path, name):
         ("t.yaml", "Conv-input:1: {mean: 1}", "no entry is named"),
         ("t.csv", "a,b\n1,2", "columns name and mean"),
         ("t.csv", "name,mean\na,b", "could not convert"),
+        ("t.csv", "name,mean\na,1\nb\n", "line 3 must have the columns name, mean. Received: b"),
         ("none.csv", None, "cannot read the latency table"),
     ],
 )

@@ -6,10 +6,11 @@ parts. `SpaceCost` evaluates a cost over a whole space inside the graph.
 
 import math
 import os
+import pathlib
 from abc import ABC, abstractmethod
 
 from fpnas_keras.architecture import Part, count_part
-from fpnas_keras.cost import latency_table
+from fpnas_keras.cost import latency_table, published_tables
 from fpnas_keras.errors import UserError
 
 
@@ -72,8 +73,8 @@ class LatencyCost(Cost):
     """Milliseconds on a device, from a latency table that was measured there.
 
     Args:
-        table: A latency table that `export.latency` wrote, or a published one that
-            `fpnas_keras.cost.latency_table.load` reads.
+        table: A `.json` file that `export.latency` wrote, or a published table of ProxylessNAS or
+            once-for-all (`.yaml` or `.csv`); see `fpnas_keras.cost.published_tables`.
         target: Latency that the architecture should have, in milliseconds. `None` sets no target.
 
     Raises:
@@ -84,7 +85,9 @@ class LatencyCost(Cost):
 
     def __init__(self, table: str | os.PathLike, target: float | None = None):
         super().__init__(target)
-        self._entries, self._names = latency_table.load(table)
+        is_published = pathlib.Path(table).suffix in published_tables.SUFFIXES
+        module = published_tables if is_published else latency_table
+        self._entries, self._names = module.load(table)
 
     def __call__(self, part: Part) -> float:
         return math.fsum(self._entries[name] for name in self._names(part))
@@ -105,8 +108,10 @@ def make_cost(
         table: The file of a latency table, for "latency".
 
     Raises:
-        UserError: As the costs raise it.
+        UserError: If "latency" has no table, and as the costs raise it.
     """
+    if kind == "latency" and table is None:
+        raise UserError('the cost "latency" needs `table`, a latency table. Received: table=None')
     if kind == "latency":
         return LatencyCost(table, target)
     return COSTS[kind](target)

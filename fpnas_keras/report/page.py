@@ -213,16 +213,15 @@ def _describe(part):
     kernel = f"{layers.kernel_size}\u00d7{layers.kernel_size}"
     if isinstance(layers, Stem):
         return f"{kernel} convolution{stride}, {layers.activation}"
-    keeps_shape = layers.strides == 1 and layers.filters == part.channels
     if layers.skip:
-        return "skipped" if keeps_shape else f"skipped, with a 1\u00d71 projection{stride}"
+        return "skipped" if part.keeps_shape else f"skipped, with a 1\u00d71 projection{stride}"
     if layers.expansion != 1:
         expanded = expanded_filters(part.channels, layers.expansion)
         kernel += f", expansion {layers.expansion:g} ({expanded} channels)"
     attention = ", squeeze-excite" if layers.splits == 1 else ""
     if layers.splits > 1:
         attention = f", split-attention over {layers.splits} splits"
-    residual = ", residual connection" if keeps_shape else ""
+    residual = ", residual connection" if part.keeps_shape else ""
     return f"{kernel}, {layers.activation}{attention}{stride}{residual}"
 
 
