@@ -368,7 +368,14 @@ def _search(session: "Session"):
     checkpoints = runs.Checkpoints(session)
     method.check_same_step(strategy, checkpoints.step)
     images, space = _load_images_and_space(settings)
-    batches = _make_batches(settings, images, checkpoints.step)
+    batches = data.search_batches(
+        images,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        steps_per_epoch=settings.steps_per_epoch,
+        architecture_batch_size=settings.architecture_batch_size,
+        first_step=checkpoints.step,
+    )
     steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
     search = _make_search(settings, space, steps_per_epoch, strategy)
     _log_space(search, steps_per_epoch * settings.epochs)
@@ -386,19 +393,6 @@ def _load_images_and_space(settings):
         spaces.get(settings.space)  # A bad space should not wait for the data.
     images = settings.load_images("train", settings.input_size)
     return images, spaces.get(settings.space, images.image_shape, len(images.class_names))
-
-
-def _make_batches(settings, images, first_step):
-    return data.search_batches(
-        images.x,
-        images.y,
-        settings.batch_size,
-        settings.seed,
-        settings.steps_per_epoch,
-        images.image_shape,
-        settings.architecture_batch_size,
-        first_step,
-    )
 
 
 def _make_search(

@@ -184,7 +184,7 @@ def test_images_that_do_not_fit_into_memory_stay_on_the_disk(tmp_path, monkeypat
     on_disk = data.load(f"folder:{tmp_path}", "train", 8)
     assert on_disk.x.shape == (16,)
     for one, other in zip(
-        data.search_batches(*on_disk[:2], batch_size=4, image_shape=on_disk.image_shape),
+        data.search_batches(on_disk, batch_size=4),
         data.search_batches(*in_memory[:2], batch_size=4),
     ):
         for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other)):
@@ -243,7 +243,7 @@ def test_tfds_sets_that_do_not_fit_into_memory_are_read_from_their_files(
     ):
         assert np.array_equal(x, expected_x)
         assert np.array_equal(y, expected_y)
-    one = data.search_batches(*on_disk[:2], batch_size=2, image_shape=on_disk.image_shape)
+    one = data.search_batches(on_disk, batch_size=2)
     other = data.search_batches(*in_memory[:2], batch_size=2)
     for a, b in zip(tf.nest.flatten(next(iter(one))), tf.nest.flatten(next(iter(other)))):
         assert np.array_equal(a, b)

@@ -17,36 +17,44 @@ _AUTOTUNE = tf.data.AUTOTUNE
 
 
 def search_batches(
-    x: np.ndarray,
-    y: np.ndarray,
+    x: np.ndarray | Images,
+    y: np.ndarray | None = None,
     batch_size: int = 64,
     seed: int = 0,
     steps_per_epoch: int | None = None,
-    image_shape: tuple[int, int, int] | None = None,
     architecture_batch_size: int | None = None,
     first_step: int = 0,
 ) -> tf.data.Dataset:
     """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
 
-    The images are split 50/50, stratified, into a part that trains the weights
-    (t) and one that the architecture is chosen on (v).
+    The images are split 50/50, stratified, into the weights part (t), which trains the shared
+    weights, and the architecture part (v), which the architecture is chosen on.
 
     Args:
-        x: Pixels 0..255 of shape `(n, height, width, channels)`, or where they are on the
-            disk, as `Images.x`.
-        y: Index of the class, integers of shape `(n,)`.
+        x: Pixels 0..255 of shape `(n, height, width, channels)`; or `Images`, which hold the
+            labels too and may be on the disk.
+        y: Index of the class, integers of shape `(n,)`. `None` if `x` holds the labels.
         batch_size: Images of each part in a batch.
         seed: Seed of the split and of the order.
-        steps_per_epoch: Batches an epoch; by default one pass over the weights part.
-        image_shape: `(height, width, channels)`, needed for images on the disk.
-        architecture_batch_size: Images of the architecture part in a batch, where that
-            is another number.
+        steps_per_epoch: Batches in an epoch. Default: one pass over the weights part.
+        architecture_batch_size: Images of the architecture part in a batch. Default: `batch_size`.
         first_step: Number of steps that are already done. If it is inside an epoch, the first
             iteration yields the rest of that epoch, and the cardinality of the dataset is unknown.
 
     Returns:
         A dataset of one epoch. Each iteration over it yields the next epoch.
+
+    Example:
+
+    ```python
+    search.fit(fpnas.data.search_batches(x, y, batch_size=64), epochs=30)
+    images = fpnas.data.load("folder:photos", image_size=64)
+    search.fit(fpnas.data.search_batches(images), epochs=30)
+    ```
     """
+    image_shape = None
+    if isinstance(x, Images):
+        x, y, _, image_shape = x
     weights, architecture = split(y, 0.5, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
     # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
@@ -65,7 +73,7 @@ def train_batches(
     augmentation: Augmentation | None = None,
     first_step: int = 0,
 ) -> tf.data.Dataset:
-    """Batches to train one network with: `(pixels, labels)`, one pass an epoch.
+    """Batches to train one network with: `(pixels, labels)`. An epoch is one pass over the images.
 
     Args:
         images: The images.
