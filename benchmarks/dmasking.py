@@ -114,10 +114,10 @@ def masked_network(
         weights: For each block of the space, the weight of each choice of each variable.
     """
     x, filters_in = supernet.features(images), tf.ones(1)
-    for block, row in zip(supernet.blocks, supernet.rows):
-        x = masked_block(block, x, weights[row], filters_in)
+    for block, index in zip(supernet.blocks, supernet.search_block_indices):
+        x = masked_block(block, x, weights[index], filters_in)
         if not block.search_block.keeps_filters:
-            filters_in = weights[row]["filters"]
+            filters_in = weights[index]["filters"]
     x = supernet.head_activation(supernet.head_bn(supernet.head(x)))
     return supernet.classes(tf.reduce_mean(x, axis=[1, 2]))
 
@@ -158,7 +158,7 @@ def masked_block(
     if added is not None:
         x += added
     if True in choices.skip:
-        skipped = inputs if block.must_agree else mask * block.skip_bn(block.skip(inputs))
+        skipped = inputs if block.shapes_always_match else mask * block.skip_bn(block.skip(inputs))
         x = _sum(weights["skip"], [skipped if skip else x for skip in choices.skip])
     return x
 
@@ -180,8 +180,8 @@ def _expand(block, inputs, weights, pair_weights, activate):
 
 def _added(block, inputs, filters_in, options):
     """The residual connection, weighted by how much input and output have the same channels."""
-    if block.must_agree or not block.may_agree:
-        return inputs if block.must_agree else None
+    if block.shapes_always_match or not block.shapes_can_match:
+        return inputs if block.shapes_always_match else None
     equal = np.equal.outer(block.filters_in, options[0]).astype(np.float32)
     agree = tf.reduce_sum(filters_in[:, None] * options[1] * equal)
     filters = block.project.shape[-1]

@@ -113,7 +113,7 @@ def largest_alone(settings: MemorySettings, name: str) -> dict[str, int]:
 
 def _count_macs(block, own):
     """MACs of a block at a fixed size, to compare choices."""
-    return sum(count_part(Part(each, (16, 16), 64)).macs for each in block.blocks(own, 64))
+    return sum(count_part(Part(each, (16, 16), 64)).macs for each in block.make_blocks(own, 64))
 
 
 def side_by_side(settings: MemorySettings, name: str) -> dict[str, int]:

@@ -242,7 +242,7 @@ def test_an_operation_beside_other_variables():
     assert list(found["expansion"].values()) == pytest.approx([0.6, 0.3, 0.1])
     p = {}
     for choices, value in zip(block.entries, factorized.entry_probabilities()[0].numpy()):
-        p[block.blocks(choices, 8)[0]] = value
+        p[block.make_blocks(choices, 8)[0]] = value
     assert sum(p.values()) == pytest.approx(1)
     skipped = [value for each, value in p.items() if each.skip]
     assert skipped == pytest.approx([0.5 * 0.1, 0.5 * 0.9])

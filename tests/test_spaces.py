@@ -51,7 +51,7 @@ def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
 @given(BLOCKS)
 def test_number_of_choices_of_any_block(block):
     """Each different block is one entry, and every combination of choices is an entry."""
-    rows = [block.blocks(choices, 16) for choices in block.entries]
+    rows = [block.make_blocks(choices, 16) for choices in block.entries]
     assert all(len(row) == block.repeats and set(row[1:]) <= {row[-1]} for row in rows)
     assert all(
         (each.filters, each.strides) == (row[0].filters, 1) for row in rows for each in row[1:]
@@ -60,7 +60,7 @@ def test_number_of_choices_of_any_block(block):
     assert len(set(blocks)) == len(blocks) == len(block.entries)
     found = {dataclasses.replace(each, **_IRRELEVANT) if each.skip else each for each in blocks}
     for choices in np.ndindex(*block.cardinalities):
-        each = block.blocks(choices, 16)[0]
+        each = block.make_blocks(choices, 16)[0]
         if each.skip:
             assert dataclasses.replace(each, **_IRRELEVANT) in found
         elif block.operation:

@@ -13,6 +13,12 @@ import tensorflow as tf
 from fpnas_keras.errors import UserError
 from fpnas_keras.networks.conventions import BN_EPSILON, make_conv_initializer
 
+# Some functions below have a gradient of their own (`tf.custom_gradient`). They run in branches of
+# conditionals. Each branch is a graph, nested in others, and an argument can be a tensor of a graph
+# further out. If the gradient uses such a tensor, TensorFlow (2.21) fails with an AssertionError:
+# it expects a tensor of the branch. So all tensors that a gradient uses go through
+# `_with_gradient`, which copies them into the current graph.
+
 
 class SlicedConv(keras.layers.Layer):
     """A convolution with "same" padding that uses some of its input and output channels.
@@ -106,7 +112,7 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         first = (self.shape[0] - kernel_size) // 2
         size = (kernel_size, kernel_size, tf.shape(x)[-1], 1)
         kernel = _slice(self.kernel, (first, first, 0, 0), size)
-        return _depthwise_conv(x, kernel, self.strides, self.shape[0])
+        return _depthwise_conv2d(x, kernel, self.strides, self.shape[0])
 
 
 class SlicedBatchNorm(keras.layers.Layer):
@@ -193,7 +199,6 @@ def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
         names: Names of Keras' activations.
     """
 
-    @tf.custom_gradient
     def activated(x, index):
         def gradient(dy):
             branches = [lambda name=name: _activation_gradient(name, x, dy) for name in names]
@@ -202,8 +207,7 @@ def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
         branches = [lambda name=name: keras.activations.get(name)(x) for name in names]
         return switch(index, branches), gradient
 
-    # `tf.identity` makes tensors of the current graph. The gradient must not capture others.
-    return activated(tf.identity(x), tf.identity(index))
+    return _with_gradient(activated, x, index)
 
 
 def _activation_gradient(name, x, dy):
@@ -222,49 +226,52 @@ def _activation_gradient(name, x, dy):
     return tape.gradient(y, x, dy)
 
 
+def _with_gradient(function, *tensors):
+    """Calls `tf.custom_gradient(function)` on copies of the tensors in the current graph."""
+    return tf.custom_gradient(function)(*map(tf.identity, tensors))
+
+
 def _slice(weight, begin, size):
     """`tf.slice` of a weight, with a faster gradient.
 
     The gradient pads with zeros, which is 3 to 10 times faster than TensorFlow's own gradient of
     strided slices.
     """
-    begin = tf.stack(begin)  # a tensor of the current graph, as in `activate`
 
-    @tf.custom_gradient
-    def sliced(weight):
+    def sliced(weight, begin):
         def gradient(dy):
             after = weight.shape - begin - tf.shape(dy)
             dw = tf.pad(dy, tf.stack([begin, after], axis=1))
             dw.set_shape(weight.shape)
-            return dw
+            return dw, None
 
         return tf.slice(weight, begin, size), gradient
 
-    return sliced(tf.convert_to_tensor(weight))
+    return _with_gradient(sliced, tf.convert_to_tensor(weight), tf.stack(begin))
 
 
-def _depthwise_conv(x, kernel, stride, largest_kernel_size):
+def _depthwise_conv2d(x, kernel, stride, largest_kernel_size):
     """`tf.nn.depthwise_conv2d`, with a faster gradient for kernels larger than 3x3."""
     strides = [1, stride, stride, 1]
     if largest_kernel_size <= 3:
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME")
 
-    @tf.custom_gradient
     def conv(x, kernel):
         def gradient(dy):
             dx = tf.nn.depthwise_conv2d_backprop_input(
                 tf.shape(x), kernel, dy, strides, padding="SAME"
             )
-            return dx, _kernel_gradient(x, tf.shape(kernel), dy, stride, largest_kernel_size)
+            return dx, _depthwise_backprop_filter(
+                x, tf.shape(kernel), dy, stride, largest_kernel_size
+            )
 
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME"), gradient
 
-    # Tensors of the current graph, as in `activate`.
-    return conv(tf.identity(x), tf.identity(kernel))
+    return _with_gradient(conv, x, kernel)
 
 
-def _kernel_gradient(x, kernel_shape, dy, stride, largest_kernel_size):
-    """Gradient of a depthwise convolution with respect to its kernel.
+def _depthwise_backprop_filter(x, kernel_shape, dy, stride, largest_kernel_size):
+    """`tf.nn.depthwise_conv2d_backprop_filter` with "SAME" padding, but faster.
 
     With "SAME" padding and kernels larger than 3x3, TensorFlow computes it by a grouped
     convolution of oneDNN. With explicit padding it uses its own code, which is twice as fast.

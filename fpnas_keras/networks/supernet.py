@@ -68,16 +68,17 @@ class Supernet(keras.layers.Layer):
 
     def _make_blocks(self, space):
         """Makes the blocks. Returns the choices of the number of channels after the last one."""
+        # The blocks of the networks: `repeats` blocks for each search block of the space.
         self.blocks = []
-        # For each block, the row of the choices that it follows: repeated blocks share a row.
-        self.rows = []
+        # For each of them, the index of its search block, whose choices it has.
+        self.search_block_indices = []
         filters = (space.stem.filters,)
-        for row, search_block in enumerate(space.blocks):
-            for position in search_block.positions:
+        for index, repeated_block in enumerate(space.blocks):
+            for search_block in repeated_block.unrolled:
                 name = f"block_{len(self.blocks)}"
-                self.blocks.append(SupernetBlock(position, filters, name=name))
-                self.rows.append(row)
-                filters = filters if position.keeps_filters else position.filters
+                self.blocks.append(SupernetBlock(search_block, filters, name=name))
+                self.search_block_indices.append(index)
+                filters = filters if search_block.keeps_filters else search_block.filters
         return filters
 
     def call(self, images: tf.Tensor, choices: tf.Tensor) -> tf.Tensor:
@@ -85,8 +86,8 @@ class Supernet(keras.layers.Layer):
 
         Args:
             images: Pixels 0..255, float32 of shape `(batch,) + input_shape`.
-            choices: Index of the choice of each variable of each block, integers of shape
-                `(blocks, variables)`.
+            choices: Index of the choice of each variable of each search block, integers of shape
+                `(search blocks, variables)`.
 
         Returns:
             Logits, float32 of shape `(batch, num_classes)`.
@@ -128,14 +129,13 @@ class Supernet(keras.layers.Layer):
         x = features
         # Index of the number of channels of `x` among the block's `filters_in`.
         filters_in_index = tf.constant(0)
-        row_choices = tf.unstack(choices, num=self.rows[-1] + 1)
-        for block, row in zip(self.blocks, self.rows):
-            run = functools.partial(
-                block, choices=row_choices[row], filters_in_index=filters_in_index
-            )
+        choices_by_search_block = tf.unstack(choices, num=self.search_block_indices[-1] + 1)
+        for block, index in zip(self.blocks, self.search_block_indices):
+            block_choices = choices_by_search_block[index]
+            run = functools.partial(block, choices=block_choices, filters_in_index=filters_in_index)
             x = tf.recompute_grad(run)(x) if self.recompute else run(x)
             if not block.search_block.keeps_filters:
-                filters_in_index = row_choices[row][VARIABLES.index("filters")]
+                filters_in_index = block_choices[VARIABLES.index("filters")]
         x = self.head_activation(self.head_bn(self.head(x)))
         x = tf.reduce_mean(x, axis=[1, 2])
         if self.head_dense is not None:
@@ -228,10 +228,10 @@ class SupernetBlock(keras.layers.Layer):
         self.built = True
 
     def _compare_shapes(self, filters_out):
-        """Finds out whether input and output may have one shape, and whether they always have."""
+        """Finds whether input and output can have the same shape, and whether they always do."""
         has_stride_1 = self.search_block.strides == 1
-        self.may_agree = has_stride_1 and not set(self.filters_in).isdisjoint(filters_out)
-        self.must_agree = has_stride_1 and (
+        self.shapes_can_match = has_stride_1 and not set(self.filters_in).isdisjoint(filters_out)
+        self.shapes_always_match = has_stride_1 and (
             self.search_block.keeps_filters or len({*self.filters_in, *filters_out}) == 1
         )
 
@@ -257,7 +257,7 @@ class SupernetBlock(keras.layers.Layer):
         self.project = SlicedConv(expanded, filters, name=f"{name}_project")
         self.project_bn = SlicedBatchNorm(filters, name=f"{name}_project_bn")
         self.skip = self.skip_bn = None
-        if True in block.skip and not self.must_agree:
+        if True in block.skip and not self.shapes_always_match:
             self.skip = SlicedConv(filters_in, filters, strides=block.strides, name=f"{name}_skip")
             self.skip_bn = SlicedBatchNorm(filters, name=f"{name}_skip_bn")
 
@@ -332,7 +332,7 @@ class SupernetBlock(keras.layers.Layer):
 
     def _skipped(self, x, choice, sizes):
         """The identity, or a projection where the shapes of input and output differ."""
-        return self._where_shapes_agree(
+        return self._where_shapes_match(
             x, sizes, lambda: x, lambda: self.skip_bn(self.skip(x, sizes.filters))
         )
 
@@ -346,7 +346,7 @@ class SupernetBlock(keras.layers.Layer):
         ]
         x = switch(choice["splits"], branches)
         x = self.project_bn(self.project(x, sizes.filters))
-        return self._where_shapes_agree(inputs, sizes, lambda: x + inputs, lambda: x)
+        return self._where_shapes_match(inputs, sizes, lambda: x + inputs, lambda: x)
 
     def _expand(self, x, choice, sizes):
         """The 1x1 convolution, for an expansion other than 1; the identity for 1."""
@@ -395,10 +395,10 @@ class SupernetBlock(keras.layers.Layer):
         pooled = tf.add_n([tf.reduce_mean(part, axis=[1, 2], keepdims=True) for part in parts])
         return tf.nn.relu(self.attention_reduce(pooled, sizes.bottleneck))
 
-    def _where_shapes_agree(self, x, sizes, agree, differ):
-        """Runs `agree` where the block's output has the shape of its input `x`, else `differ`."""
-        if not self.may_agree:
+    def _where_shapes_match(self, x, sizes, match, differ):
+        """Runs `match` if the block's output has the shape of its input `x`, else `differ`."""
+        if not self.shapes_can_match:
             return differ()
-        if self.must_agree:
-            return agree()
-        return tf.cond(tf.equal(tf.shape(x)[-1], sizes.filters), agree, differ)
+        if self.shapes_always_match:
+            return match()
+        return tf.cond(tf.equal(tf.shape(x)[-1], sizes.filters), match, differ)

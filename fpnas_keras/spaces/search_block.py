@@ -74,6 +74,7 @@ class SearchBlock:
 
     def __post_init__(self):
         if self.operation != ():
+            self._check_operations()
             self._set_choices_of_operations()
         for name in VARIABLES:
             self._check_choices(name)
@@ -101,13 +102,14 @@ class SearchBlock:
 
     def _set_choices_of_operations(self):
         """Derives the choices of the variables that the operations set."""
-        self._check_operations()
-        settings = [operation for operation in self.operation if operation != {"skip": True}]
+        operations = self._block_operations
         derived = {
-            name: tuple(dict.fromkeys(setting[name] for setting in settings))
-            for name in settings[0]
+            # Each value once, in the order of the operations.
+            name: tuple(dict.fromkeys(operation[name] for operation in operations))
+            for name in operations[0]
         }
-        derived["skip"] = (False,) + (True,) * (len(settings) < len(self.operation))
+        can_be_skipped = len(operations) < len(self.operation)
+        derived["skip"] = (False, True) if can_be_skipped else (False,)
         for name, choices in derived.items():
             if getattr(self, name) not in (choices, type(self).__dataclass_fields__[name].default):
                 raise UserError(
@@ -118,30 +120,32 @@ class SearchBlock:
 
     def _check_operations(self):
         is_list = isinstance(self.operation, (list, tuple))
-        if not is_list or not all(isinstance(each, Mapping) for each in self.operation):
+        if not is_list or not all(isinstance(choice, Mapping) for choice in self.operation):
             raise UserError(
                 f"`operation` must be a list of objects with keys. Received: {self.operation}"
             )
         object.__setattr__(self, "operation", tuple(map(dict, self.operation)))
-        settings = [
-            operation
-            for operation in self.operation
-            if operation.get("skip") is not True or len(operation) > 1
-        ]
-        names = settings[0].keys() if settings else set()
+        operations = self._block_operations
+        names = operations[0].keys() if operations else set()
         if not names or names - set(VARIABLES[2:]):
             raise UserError(
                 "`operation` must set some of the variables "
                 f"{', '.join(VARIABLES[2:])}, or be {{'skip': True}}. Received: {self.operation}"
             )
-        if any(setting.keys() != names for setting in settings):
+        if any(operation.keys() != names for operation in operations):
             raise UserError(
                 f"every `operation` must set the same variables. Received: {self.operation}"
             )
-        for setting in settings:
-            Block(filters=1, **setting)
-        if len({tuple(sorted(each.items())) for each in self.operation}) < len(self.operation):
+        for operation in operations:
+            Block(filters=1, **operation)
+        different = {tuple(sorted(operation.items())) for operation in self.operation}
+        if len(different) < len(self.operation):
             raise UserError(f"`operation` must have no choice twice. Received: {self.operation}")
+
+    @property
+    def _block_operations(self):
+        """The choices of `operation` that do not skip the block."""
+        return [choice for choice in self.operation if not _skips(choice)]
 
     @property
     def keeps_filters(self) -> bool:
@@ -172,19 +176,17 @@ class SearchBlock:
         The variables that `operation` sets are replaced by the variable "operation". The choice of
         each entry is int32 of shape `(entries,)`. It is -1 where the variable is irrelevant.
         """
-        found, replaced = {}, set()
+        variables, replaced = {}, set()
         if self.operation:
-            labels = [", ".join(f"{k}={v}" for k, v in each.items()) for each in self.operation]
-            found["operation"] = (tuple(labels), self._operation_of(self.entries))
+            labels = [", ".join(f"{k}={v}" for k, v in choice.items()) for choice in self.operation]
+            variables["operation"] = (tuple(labels), self._operation_of(self.entries))
             replaced = {"skip"}.union(*self.operation)
         for column, name in enumerate(VARIABLES):
             if name not in replaced:
                 irrelevant = self._is_skipped(self.entries) & _IRRELEVANT_WHEN_SKIPPED[column]
-                found[name] = (
-                    getattr(self, name),
-                    np.where(irrelevant, -1, self.entries[:, column]),
-                )
-        return found
+                chosen = np.where(irrelevant, -1, self.entries[:, column])
+                variables[name] = (getattr(self, name), chosen)
+        return variables
 
     def _is_skipped(self, choices):
         return np.array(self.skip)[choices[:, VARIABLES.index("skip")]]
@@ -194,38 +196,39 @@ class SearchBlock:
         skipped = self._is_skipped(choices)
         result = np.full(len(choices), -1, np.int32)
         for index, operation in enumerate(self.operation):
-            if operation == {"skip": True}:
-                result[skipped] = index
-                continue
-            matches = ~skipped
-            for name, value in operation.items():
-                column = choices[:, VARIABLES.index(name)]
-                matches &= column == getattr(self, name).index(value)
+            matches = skipped if _skips(operation) else ~skipped
+            if not _skips(operation):
+                for name, value in operation.items():
+                    column = choices[:, VARIABLES.index(name)]
+                    matches &= column == getattr(self, name).index(value)
             result[matches] = index
         return result
 
     @functools.cached_property
-    def positions(self) -> tuple["SearchBlock", ...]:
-        """Each of the `repeats` blocks on its own. All but the first have `filters=(SAME,)`."""
+    def unrolled(self) -> tuple["SearchBlock", ...]:
+        """A search block for each of the `repeats` blocks, all but the first with (SAME,) filters.
+
+        Their choices are the same: they are not chosen independently.
+        """
         if self.repeats == 1:
             return (self,)
         first = dataclasses.replace(self, repeats=1)
         later = dataclasses.replace(first, filters=(SAME,), strides=1)
         return (first,) + (later,) * (self.repeats - 1)
 
-    def blocks(self, choices: Sequence[int], filters_in: int) -> tuple[Block, ...]:
-        """The `repeats` blocks with the given choices.
+    def make_blocks(self, choices: Sequence[int], filters_in: int) -> tuple[Block, ...]:
+        """Makes the `repeats` blocks of an architecture with the given choices.
 
         Args:
             choices: Index of the choice of each variable, in the order of `VARIABLES`.
             filters_in: Channels that come into the first block.
         """
         blocks = []
-        for position in self.positions:
+        for search_block in self.unrolled:
             values = {name: getattr(self, name)[i] for name, i in zip(VARIABLES, choices)}
-            if position.keeps_filters:
+            if search_block.keeps_filters:
                 values["filters"] = filters_in
-            blocks.append(Block(strides=position.strides, **values))
+            blocks.append(Block(strides=search_block.strides, **values))
             filters_in = blocks[-1].filters
         return tuple(blocks)
 
@@ -260,3 +263,7 @@ def stage(
         )
         for position in range(blocks)
     ]
+
+
+def _skips(operation):
+    return len(operation) == 1 and operation.get("skip") is True

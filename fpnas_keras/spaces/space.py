@@ -136,7 +136,7 @@ class Space:
         size, search_block = self.input_sizes()[index], self.blocks[index]
         for filters_in in self.filters_in(index):
             yield [
-                _parts_in_a_row(search_block.blocks(choices, filters_in), size, filters_in)
+                _parts_in_a_row(search_block.make_blocks(choices, filters_in), size, filters_in)
                 for choices in search_block.entries
             ]
 
@@ -175,7 +175,7 @@ class Space:
         """
         blocks, filters = [], self.stem.filters
         for search_block, row in zip(self.blocks, choices, strict=True):
-            blocks.extend(search_block.blocks(row, filters))
+            blocks.extend(search_block.make_blocks(row, filters))
             filters = blocks[-1].filters
         return Architecture(
             input_shape=self.input_shape,
@@ -248,12 +248,12 @@ class Space:
                 f"block {position} must be one of the operations {search_block.operation} of the "
                 f"space `{self.name}`. Received: {first}"
             )
-        expected = search_block.blocks(row, filters_in)
-        for other, (own, shared) in enumerate(zip(blocks, expected), position):
-            if own != shared:
+        expected = search_block.make_blocks(row, filters_in)
+        for index, (block, shared) in enumerate(zip(blocks, expected), position):
+            if block != shared:
                 raise UserError(
-                    f"block {other} must be {shared} in the space `{self.name}`, where it shares "
-                    f"the choices of block {position}. Received: {own}"
+                    f"block {index} must be {shared} in the space `{self.name}`, where it shares "
+                    f"the choices of block {position}. Received: {block}"
                 )
         return row
 
