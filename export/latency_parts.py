@@ -32,9 +32,7 @@ def named_parts(space: Space) -> dict[str, Part]:
 
 def random_networks(space: Space, count: int, seed: int) -> list[Architecture]:
     """Different networks, with uniformly drawn variables: `count`, or fewer in a small space."""
-    drawn = FactorizedLogits(space).sample(2 * count, seed, step=0, stratified=False).numpy()
-    networks = dict.fromkeys(map(space.architecture, space.entries.to_choices(drawn)))
-    return list(networks)[:count]
+    return FactorizedLogits(space).draw_architectures(2 * count, seed)[:count]
 
 
 def sum_of_entries(entries: Mapping[str, float], architecture: Architecture) -> float:

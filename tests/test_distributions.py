@@ -180,6 +180,16 @@ def test_samples_are_a_function_of_seed_and_step(distribution):
         assert not np.array_equal(first, other)
 
 
+def test_drawn_architectures_are_different(tiny_space):
+    distribution = FactorizedLogits(tiny_space)
+    distribution.logits.assign(3 * tf.random.stateless_normal(distribution.logits.shape, (1, 1)))
+    drawn = distribution.draw_architectures(300, seed=1)
+    entries = distribution.sample(300, seed=1, step=0).numpy()
+    assert len(drawn) == len(set(drawn)) == len(np.unique(entries, axis=0)) < 300
+    first = tiny_space.architecture(tiny_space.entries.to_choices(entries[0]))
+    assert drawn[0] == first
+
+
 def test_gradient_is_that_of_automatic_differentiation(distribution):
     entries = distribution.sample(32, 0, 0)
     coefficients = tf.random.stateless_normal((32,), (2, 2))

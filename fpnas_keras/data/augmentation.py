@@ -9,8 +9,7 @@ import math
 import keras
 import tensorflow as tf
 
-# Keras' layers are given the format: a user's `keras.json` may have another default.
-_DATA_FORMAT = "channels_last"
+from fpnas_keras.networks.conventions import DATA_FORMAT
 
 
 class Augmentation:
@@ -52,9 +51,9 @@ class Augmentation:
         self._rand_augment = _make_rand_augment(rand_augment) if rand_augment else None
         self._mixing = []
         if mix_up:
-            self._mixing.append(keras.layers.MixUp(mix_up, data_format=_DATA_FORMAT))
+            self._mixing.append(keras.layers.MixUp(mix_up, data_format=DATA_FORMAT))
         if cut_mix:
-            self._mixing.append(keras.layers.CutMix((cut_mix, cut_mix), data_format=_DATA_FORMAT))
+            self._mixing.append(keras.layers.CutMix((cut_mix, cut_mix), data_format=DATA_FORMAT))
         for layer in [self._rand_augment, *self._mixing]:
             if layer is not None:
                 layer.generator = self._seeds
@@ -95,23 +94,23 @@ class Augmentation:
 
     def _mix(self, x, y):
         mixed = [layer({"images": x, "labels": y}, training=True) for layer in self._mixing]
-        results = [(each["images"], each["labels"]) for each in mixed]
+        results = [(result["images"], result["labels"]) for result in mixed]
         if len(results) == 1:
             return results[0]
         first = tf.random.stateless_uniform((), self._seeds.next()) < 0.5
-        return tuple(tf.where(first, *each) for each in zip(*results))
+        return tuple(tf.where(first, *pair) for pair in zip(*results))
 
 
 def _make_rand_augment(strength):
-    layer = keras.layers.RandAugment(factor=strength, data_format=_DATA_FORMAT)
+    layer = keras.layers.RandAugment(factor=strength, data_format=DATA_FORMAT)
     # In Keras 3.15, a smaller factor makes these two operations stronger. They are replaced.
     layer.solarization = _Solarization(
-        addition_factor=strength, threshold_factor=strength, data_format=_DATA_FORMAT
+        addition_factor=strength, threshold_factor=strength, data_format=DATA_FORMAT
     )
     # Number of bits that are kept, the upper bound excluded: 7, and 4 to 7 at full strength, as in
     # the paper.
     layer.random_posterization = keras.layers.RandomPosterization(
-        (8 - math.ceil(4 * strength), 8), data_format=_DATA_FORMAT
+        (8 - math.ceil(4 * strength), 8), data_format=DATA_FORMAT
     )
     return layer
 

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from fpnas_keras.architecture import Architecture
 from fpnas_keras.spaces import Space
 
 
@@ -101,6 +102,19 @@ class BlockLogits(keras.layers.Layer):
             return (order + offset) / tf.cast(count, tf.float32)
 
         return self._draw(count, uniforms)
+
+    def draw_architectures(self, count: int, seed: int) -> list[Architecture]:
+        """Draws architectures, for use outside the graph.
+
+        Args:
+            count: Number of independent draws.
+            seed: Seed of the draws.
+
+        Returns:
+            The different architectures among the draws, in the order of the first draws.
+        """
+        choices = self.space.entries.to_choices(self.sample(count, seed, step=0).numpy())
+        return list(dict.fromkeys(map(self.space.architecture, choices)))
 
     def mode(self) -> tf.Tensor:
         """The most probable architecture, as entries: int32 of shape `(blocks,)`."""

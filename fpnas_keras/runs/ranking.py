@@ -45,10 +45,8 @@ def draw_architectures(
     search: ArchitectureSearch, count: int, seed: int
 ) -> dict[str, Architecture]:
     """Architectures drawn from the distribution of a search, each once: at most `count`."""
-    space = search.space
-    drawn = search.distribution.sample(count, seed, step=0).numpy()
-    unique = dict.fromkeys(map(space.architecture, space.entries.to_choices(drawn)))
-    return {f"sample {index}": each for index, each in enumerate(unique)}
+    architectures = search.distribution.draw_architectures(count, seed)
+    return {f"sample {index}": each for index, each in enumerate(architectures)}
 
 
 def rank_by_shared_weights(
