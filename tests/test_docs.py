@@ -166,6 +166,13 @@ def test_flag_files_are_valid(file, monkeypatch):
     module.COMMAND.settings.from_flag_file(file)
 
 
+def test_architectures_and_spaces_of_the_package_are_valid():
+    for file in (ROOT / "configs" / "architectures").iterdir():
+        assert fpnas.Architecture.load(file).macs() > 0
+    for file in (ROOT / "configs" / "spaces").iterdir():
+        assert fpnas.spaces.get(file, (64, 64, 3), 3).num_architectures > 1
+
+
 def test_links_lead_to_files():
     for page in [*PAGES, ROOT / "BUILD.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
