@@ -468,15 +468,15 @@ class ArchitectureSearch(keras.Model):
         """
         if np.ndim(budget) > 0:
             return [self.derive(each, seconds, least_share) for each in budget]
-        found = self.derivation(budget, seconds, least_share)
-        if found.gap > 0:
+        derivation = self.derivation(budget, seconds, least_share)
+        if derivation.gap > 0:
             warnings.warn(
                 f"not proven in {seconds:g} s: another architecture that costs from "
-                f"{format_cost(found.least)} to the budget may be up to "
-                f"{math.exp(found.gap):.3g} times as probable",
+                f"{format_cost(derivation.least)} to the budget may be up to "
+                f"{math.exp(derivation.gap):.3g} times as probable",
                 stacklevel=2,
             )
-        return found.architecture
+        return derivation.architecture
 
     def derivation(
         self,

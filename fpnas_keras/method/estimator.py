@@ -160,8 +160,8 @@ class Samples(NamedTuple):
         Args:
             entries: The draws, int32 of shape `(K, blocks)`.
         """
-        found = tf.raw_ops.UniqueWithCountsV2(x=entries, axis=[0])
-        return cls(tf.ensure_shape(found.y, (None, entries.shape[1])), found.count)
+        unique = tf.raw_ops.UniqueWithCountsV2(x=entries, axis=[0])
+        return cls(tf.ensure_shape(unique.y, (None, entries.shape[1])), unique.count)
 
     @classmethod
     def each(cls, entries: tf.Tensor) -> "Samples":

@@ -196,11 +196,9 @@ class SearchBlock:
         skipped = self._is_skipped(choices)
         result = np.full(len(choices), -1, np.int32)
         for index, operation in enumerate(self.operation):
-            matches = skipped if _skips(operation) else ~skipped
-            if not _skips(operation):
-                for name, value in operation.items():
-                    column = choices[:, VARIABLES.index(name)]
-                    matches &= column == getattr(self, name).index(value)
+            matches = skipped == _skips(operation)
+            for name, value in operation.items():
+                matches &= choices[:, VARIABLES.index(name)] == getattr(self, name).index(value)
             result[matches] = index
         return result
 
