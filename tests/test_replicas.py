@@ -167,7 +167,7 @@ def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(search, two, tmp
 
     codes = [process.wait(timeout=500) for process in start(search, directory)]
     assert codes == [0, 0], logs(directory)
-    assert "going on after step" in logs(directory)[1]
+    assert "continuing after step" in logs(directory)[1]
     for name in ("architecture.json", "search.weights.h5"):
         assert (directory / name).read_bytes() == (two / name).read_bytes()
 

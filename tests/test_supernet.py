@@ -151,7 +151,8 @@ def test_every_weight_gets_a_gradient_under_some_architecture():
         for seen, gradient in zip(reached, gradients(tf.constant(random_choices(space, rng)))):
             seen |= gradient.numpy() != 0
     unreached = {v.path: np.argwhere(~seen) for v, seen in zip(weights, reached) if not seen.all()}
-    # A skipped block projects only where the widths differ, so never from its widest to its widest.
+    # A skipped block projects only if the widths differ. So the largest input width never meets the
+    # largest output width, and these weights get no gradient.
     corner = unreached.pop("block_1_skip/kernel")
     assert np.all(corner[:, 2:] >= 4)
     assert len(corner) == 4 * 4

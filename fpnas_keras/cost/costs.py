@@ -18,7 +18,7 @@ class Cost(ABC):
     """The cost of the parts of a network, and the target of a search.
 
     Args:
-        target: Cost that the architecture should have, in `unit`. `None` sets no target.
+        target: Maximum cost of the architecture, in `unit`. `None` sets no target.
 
     Attributes:
         unit: Unit of the cost.
@@ -75,7 +75,7 @@ class LatencyCost(Cost):
     Args:
         table: A `.json` file that `export.latency` wrote, or a published table of ProxylessNAS or
             once-for-all (`.yaml` or `.csv`); see `fpnas_keras.cost.published_tables`.
-        target: Latency that the architecture should have, in milliseconds. `None` sets no target.
+        target: Maximum latency of the architecture, in milliseconds. `None` sets no target.
 
     Raises:
         UserError: If the target is not positive, or the file is not a latency table.
@@ -104,7 +104,7 @@ def make_cost(
 
     Args:
         kind: One of `COSTS`.
-        target: Cost that the architecture should have. `None` sets no target.
+        target: Maximum cost of the architecture. `None` sets no target.
         table: The file of a latency table, for "latency".
 
     Raises:

@@ -198,7 +198,7 @@ def _undominated(filters, cost, log_p, safe):
     """Numbers of the labels that no other label dominates.
 
     A label dominates another one if it has the same filters, costs no more and is at least as
-    probable: whatever completes the other one, also completes it, for a better architecture.
+    probable. Every completion of the other one also completes it, with a result at least as good.
 
     For example, of five labels, after a search block with two choices of filters:
 
@@ -349,7 +349,8 @@ def _bisect(chain):
 def _cross(chain, one, other):
     """Architectures that begin with the moves of one and end with those of the other.
 
-    No multiplier gives an architecture between the last two of a bisection. These often do.
+    No multiplier gives an architecture with a cost between those of the last two of a bisection.
+    The combinations of the two often have such a cost.
     """
     for first, rest in ((one, other), (other, one)):
         for count in range(1, len(first)):
@@ -384,7 +385,7 @@ class _Pruning:
 
         Args:
             labels: The labels.
-            index: Number of search blocks that the labels have behind them.
+            index: Number of search blocks that the labels contain.
             best: The best architecture so far.
             max_labels: Largest number of labels to keep.
 

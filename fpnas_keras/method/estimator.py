@@ -83,7 +83,7 @@ class CostController:
         integral <- integral + integral_gain * e
         beta = proportional_gain * e + integral
 
-    The goal is the expected cost of the start at first. It approaches the target geometrically over
+    At first, the goal is the initial expected cost. It approaches the target geometrically over
     `anneal_steps`. Without that, the integral would grow far too large (wind up) while the expected
     cost is still far from the target. The paper has a fixed beta and no controller.
 
@@ -113,7 +113,7 @@ class CostController:
         """The cost to reach after `step` steps.
 
         Args:
-            start: Expected cost of the start.
+            start: The initial expected cost.
             target: The target.
             step: Number of steps.
 

@@ -59,7 +59,7 @@ def load_teacher(
             * the name of a network of `keras.applications`. Its preprocessing and the resizing of
               the images to its own size become part of the teacher. Without `teacher_weights` it
               has the weights of ImageNet, which Keras downloads.
-        teacher_weights: A `.weights.h5` file for the two last of them.
+        teacher_weights: A `.weights.h5` file, for an architecture or `keras.applications`.
         input_shape: `(height, width, channels)` of the student's images.
         num_classes: Number of the student's classes.
 

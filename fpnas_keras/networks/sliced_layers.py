@@ -153,7 +153,7 @@ class SlicedBatchNorm(keras.layers.Layer):
 
 
 def copy_slices(shared: keras.layers.Layer, layer: keras.layers.Layer) -> None:
-    """Gives a layer of a plain network the slices of a supernet layer's weights.
+    """Copies slices of a supernet layer's weights into a layer of a plain network.
 
     Args:
         shared: The layer of the supernet: a sliced layer, or a dense one, which is never sliced.

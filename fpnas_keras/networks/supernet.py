@@ -160,7 +160,7 @@ class Supernet(keras.layers.Layer):
         return layers
 
     def give_weights(self, model: keras.Model) -> None:
-        """Gives the plain network of an architecture of the space its slices of the shared weights.
+        """Copies slices of the shared weights into the plain network of an architecture.
 
         The moving statistics of its batch normalizations do not change: see `recalibrate`.
 

@@ -9,7 +9,7 @@ from fpnas_keras.spaces.search_block import VARIABLES, SearchBlock
 
 
 class Entries:
-    """Numbers all that can be chosen in each search block of a space.
+    """Assigns an index to everything that can be chosen in each search block of a space.
 
     An entry is one of the different blocks that a search block can become; see `SearchBlock`. An
     architecture is one entry for each search block: integers of shape `(blocks,)`. Distributions,

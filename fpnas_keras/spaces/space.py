@@ -84,7 +84,7 @@ class Space:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of each architecture; repeated ones count each."""
+        """Number of blocks of each architecture. A search block counts `repeats` times."""
         return sum(search_block.repeats for search_block in self.blocks)
 
     @property
@@ -103,7 +103,7 @@ class Space:
         return Entries(self.blocks)
 
     def filters_source(self, index: int) -> int | None:
-        """The search block whose filters come into search block `index`; `None`: the stem's.
+        """The search block that sets the input channels of block `index`; `None` for the stem.
 
         For `index = len(blocks)`, the one whose filters come into the head.
         """
