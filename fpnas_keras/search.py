@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from fpnas_keras.method import ArchitectureSearch, Derivation
-    from fpnas_keras.runs import SearchRun, Session
+    from fpnas_keras.runs import Checkpoints, SearchRun, Session
 
 _SPACE, _COST, _METHOD = "Space", "Cost and target", "Method"
 _TRAINING, _RESULT = "Shared weights and logits", "Result"
@@ -358,7 +358,7 @@ def run_search(settings: SearchSettings) -> "SearchRun":
 
 
 def _search(session: "Session"):
-    """Searches from the last checkpoint to the end; the search and its images."""
+    """Searches from the last checkpoint to the end. Returns the search and its images."""
     import keras
 
     settings = session.settings
@@ -366,8 +366,22 @@ def _search(session: "Session"):
     strategy = method.make_strategy(settings.strategy)
     keras.utils.set_random_seed(settings.seed)
     checkpoints = runs.Checkpoints(session)
-    method.check_same_step(strategy, checkpoints.step)
-    images, space = _load_images_and_space(settings)
+    with method.worker_failures(strategy):
+        method.check_same_step(strategy, checkpoints.step)
+        images, space = _load_images_and_space(settings)
+        with data.naming_unreadable(images):
+            search = _search_on(session, checkpoints, strategy, images, space)
+    return search, images
+
+
+def _search_on(
+    session: "Session",
+    checkpoints: "Checkpoints",
+    strategy: "tf.distribute.Strategy | None",
+    images: "data.Images",
+    space: spaces.Space,
+) -> "ArchitectureSearch":
+    settings = session.settings
     batches = data.search_batches(
         images,
         batch_size=settings.batch_size,
@@ -381,11 +395,10 @@ def _search(session: "Session"):
     _log_space(search, steps_per_epoch * settings.epochs)
     files = {"space": settings.space, "latency_table": settings.latency_table}
     session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    rows, callbacks = _make_callbacks(session, search)
-    with method.worker_failures(strategy), data.naming_unreadable(images):
-        checkpoints.fit(search, batches, settings.epochs, rows, callbacks)
+    metrics_files, callbacks = _make_callbacks(session, search)
+    checkpoints.fit(search, batches, settings.epochs, metrics_files, callbacks)
     _finish(session, search, batches, checkpoints)
-    return search, images
+    return search
 
 
 def _load_images_and_space(settings):

@@ -93,11 +93,6 @@ class Settings:
         check_required(cls, given)
         return cls(**given)
 
-    @classmethod
-    def from_flag_file(cls, path: str | os.PathLike) -> Self:
-        """Reads the flag file of a run. Flags that this version does not know are an error."""
-        return cls.from_flags([f"--{FLAG_FILE}={os.fspath(path)}"])
-
     def to_flags(self) -> list[str]:
         """The flags that give these settings, sorted by name, without those that are `None`."""
         return [format_flag(name, value) for name, value in sorted(self.given().items())]

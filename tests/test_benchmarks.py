@@ -50,6 +50,7 @@ def read(file):
     return {row.get("name", row.get("job", row.get("choices"))): row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_run(name, tmp_path, monkeypatch, capsys):
     """It has the columns of the rows that were measured, and leaves them as they are."""

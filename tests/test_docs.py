@@ -28,7 +28,8 @@ from fpnas_keras import __main__ as fpnas_command
 
 pytestmark = pytest.mark.xdist_group("docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"latency.md"}  # which measures a latency table
+# These measure a latency table, and make five trainings.
+SLOW = {"latency.md", "training.md"}
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -163,7 +164,7 @@ def test_blocks_that_are_not_run_are_valid(page, monkeypatch):
 def test_flag_files_are_valid(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     module = fpnas_keras.train if file.stem.endswith("_train") else fpnas_keras.search
-    module.COMMAND.settings.from_flag_file(file)
+    module.COMMAND.settings.from_flags([f"--flagfile={file}"])
 
 
 def test_architectures_and_spaces_of_the_package_are_valid():

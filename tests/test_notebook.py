@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-pytestmark = pytest.mark.xdist_group("notebook")
+pytestmark = pytest.mark.slow
 
 
 def test_quickstart_runs_from_search_to_tflite(tmp_path, monkeypatch):

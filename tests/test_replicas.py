@@ -17,6 +17,7 @@ from helpers import ROOT, SMALL_SPACE, environment, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fpnas_keras.errors import UserError
 from fpnas_keras.method.replicas import make_strategy, own_share, worker_failures
 from fpnas_keras.method.strategies import WorkerLostError, is_chief
 
@@ -24,6 +25,17 @@ pytestmark = pytest.mark.xdist_group("replicas")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=4"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=60e3", "--samples=5", "--warmup_steps=3"]
 SEARCH += ["--distribution=coarse_to_fine", "--coarse_epochs=2", "--learning_rate=0.001"]
+
+
+def test_a_strategy_of_several_workers_needs_a_new_process(monkeypatch):
+    def refuse():
+        raise RuntimeError("Collective ops must be configured at program startup")
+
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", refuse)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError, match=r"start a new process\. \(Collective ops must be"):
+        make_strategy("multiworker")
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @settings(deadline=None)

@@ -37,6 +37,9 @@ def make_strategy(name: str) -> tf.distribute.Strategy | None:
 
     Returns:
         The strategy. `None` for "none", and for "mirrored" on a machine with one device.
+
+    Raises:
+        UserError: If TensorFlow was used before a "multiworker" strategy was made.
     """
     if name == "mirrored":
         strategy = tf.distribute.MirroredStrategy()
@@ -49,6 +52,11 @@ def make_strategy(name: str) -> tf.distribute.Strategy | None:
         }
         try:
             return tf.distribute.MultiWorkerMirroredStrategy()
+        except RuntimeError as error:
+            raise UserError(
+                "`strategy` multiworker must be the first that a process does with TensorFlow: "
+                f"start a new process. ({summarize_error(error)})"
+            ) from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

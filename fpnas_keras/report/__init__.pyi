@@ -1,1 +1,1 @@
-from .writer import write_report
+from .writer import write_report as write_report
