@@ -127,7 +127,7 @@ def first_samples(space: str, input_shape: tuple[int, int, int], num_classes: in
 
 def run_job(settings: ImagenetSettings, name: str) -> harness.Row:
     """Runs three steps of a job, and estimates the MACs of all of its steps."""
-    job = SearchSettings.from_flags([f"--flagfile={f'configs/{name}.flags'}"])
+    job = SearchSettings.from_flags([f"--flagfile=configs/{name}.flags"])
     directory = pathlib.Path(settings.work_dir).absolute() / name
     changes = {
         "output_dir": str(directory),
