@@ -132,20 +132,19 @@ def test_search_leaves_a_run_directory(searched):
     } <= set(rows[0])
 
 
-def test_parsec_by_flags(tmp_path):
+def test_parsec_by_flags(small, search, tmp_path):
     """What the run says of itself follows from the flags of the method."""
     flags = ["--distribution=joint", "--nocontrol_variate", "--nostratified", "--nodeduplicate"]
     flags += ["--samples=40", "--likelihood_scale=9", "--cost_penalty=hinge", "--least_share=0"]
     flags += ["--cost_coefficient=0.7", "--architecture_batch_size=32", "--epochs=2"]
-    search = [each for each in SEARCH if "coarse" not in each]
+    search = [each for each in search if "coarse" not in each]
     result = run(*search, *flags, f"--output_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    space = spaces.get("mobile_mini", (16, 16, 1), 10)
+    space = spaces.get(small, (16, 16, 1), 10)
     assert summary["num_logits"] == sum(len(block.entries) for block in space.blocks)
     assert summary["total_samples"] == summary["total_evaluated"] == 2 * 2 + 2 * 40
-    assert (summary["derivation_least"], summary["macs"] <= 500e3) == (0, True)
-    assert not (tmp_path / "run" / "space.json").exists()  # it has a name
+    assert (summary["derivation_least"], summary["macs"] <= 60e3) == (0, True)
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["phase"] for row in rows] == ["warm_up", "joint"]

@@ -74,7 +74,7 @@ def _draw_cost(run, theme):
     above.plot(run.column("step"), expected / scale, color=theme.first, label="expected")
     for label, value, color, style in levels:
         above.axhline(value / scale, color=color, linestyle=style, label=label)
-    _finish_panel(run, theme, above, f"cost ({unit})")
+    _finish_panel(run, theme, above, unit)  # More would run into the legend.
     for axes in below:
         _plot_columns(run, theme, axes, {"cost_coefficient": None})
         _finish_panel(run, theme, axes, "beta, the weight of the cost")
