@@ -29,7 +29,7 @@ from fpnas_keras.architecture import Architecture, Part, Stem
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import LatencyCost, latency_table
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import is_of_package, write_json
+from fpnas_keras.files import check_output, is_of_package, write_json
 from fpnas_keras.settings import MAX_SEED, Settings, setting
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def run_measuring(settings: LatencySettings) -> dict[str, Any]:
     shape = (settings.input_size, settings.input_size, settings.channels)
     space = spaces.get(settings.space, shape, settings.num_classes)
     output = pathlib.Path(settings.output)
-    _check_folder(output)
+    check_output(output)
     with settings.open_device() as device:
         table = _open_table(settings, space, device)
         if not table["complete"]:
@@ -263,7 +263,7 @@ def run_comparison(settings: LatencySettings) -> dict[str, Any]:
     architecture = Architecture.load(settings.architecture)
     predicted = _predict(settings, architecture)
     output = _comparison_file(settings)
-    _check_folder(output)
+    check_output(output)
     with settings.open_device() as device:
         own = device.describe()
     quantize = _check_table(settings, own)
@@ -284,11 +284,6 @@ def run_comparison(settings: LatencySettings) -> dict[str, Any]:
     }
     write_json(output, comparison)
     return comparison
-
-
-def _check_folder(output):
-    if not output.parent.is_dir():
-        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
 
 
 def _check_table(settings, device):

@@ -20,7 +20,7 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import replacing, write_json
+from fpnas_keras.files import check_output, replacing, write_json
 from fpnas_keras.settings import MAX_SEED, setting
 
 if TYPE_CHECKING:
@@ -288,8 +288,7 @@ def _output_paths(settings):
     output = pathlib.Path(settings.output or model.with_name(f"{model.stem}{suffix}.tflite"))
     if output.suffix != ".tflite":
         raise UserError(f"`output` must end in .tflite. Received: output={output}")
-    if not output.parent.is_dir():
-        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
+    check_output(output)
     report = output.with_name(f"{output.stem}_report.json")
     _refuse_existing(settings, [path for path in (output, report) if path.exists()])
     return output, output.with_name("labels.txt"), report

@@ -19,6 +19,7 @@ from fpnas_keras.settings import (
     check_required,
     define_flags,
     format_flag,
+    kind_of,
     parse_flags,
 )
 
@@ -77,16 +78,12 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
         logging.set_verbosity(wanted)
         command.run(settings)
         return 0
-    except UserError as error:
-        logging.debug("where it happened", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _MACHINE_ERRORS:
             raise
         logging.debug("where it happened", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
@@ -132,7 +129,7 @@ def _describe(field):
     """A flag, its help and its default."""
     choices, default = field.metadata["choices"], field.default
     name = f"--{field.name}="
-    if field.type in (bool, bool | None):
+    if kind_of(field) is bool:
         name = f"--[no]{field.name}"
     elif choices:
         name += "|".join(choices)

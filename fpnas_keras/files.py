@@ -39,6 +39,12 @@ def is_of_package(path: str | os.PathLike) -> bool:
     return any(folder in pathlib.Path(path).resolve().parents for folder in _CONFIGS)
 
 
+def check_output(output: pathlib.Path) -> None:
+    """Raises `UserError` unless a file of the argument `output` lies in an existing folder."""
+    if not output.parent.is_dir():
+        raise UserError(f"`output` must lie in an existing folder. Received: output={output}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary path, and renames that file to `path` if no exception is raised.

@@ -6,7 +6,6 @@ whether they come from Python or from flags.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import numbers
 import os
@@ -117,7 +116,8 @@ class Settings:
 
     def to_arguments(self, names: Iterable[str]) -> str:
         """Some of the flags, to be typed in another command; without those at their default."""
-        given = [name for name in names if name not in self.defaults()]
+        defaults = self.defaults()
+        given = [name for name in names if name not in defaults]
         return shlex.join(format_flag(name, getattr(self, name)) for name in given)
 
 
@@ -126,7 +126,7 @@ def define_flags(cls: type[Settings]) -> flags.FlagValues:
     values = flags.FlagValues()
     for field in dataclasses.fields(cls):
         default = None if field.default is dataclasses.MISSING else field.default
-        if _kind(field) is bool:
+        if kind_of(field) is bool:
             flags.DEFINE_boolean(field.name, default, "", flag_values=values)
         else:
             flags.DEFINE(_Parser(field), field.name, default, "", values)
@@ -185,6 +185,14 @@ def flag_values(lines: Iterable[str]) -> dict[str, str]:
     return values
 
 
+def kind_of(field: dataclasses.Field) -> type:
+    """int, float, bool, str or tuple: the type of a setting that may also be `None`."""
+    kind = field.type
+    if isinstance(kind, types.UnionType):
+        kind = next(each for each in kind.__args__ if each is not types.NoneType)
+    return typing.get_origin(kind) or kind
+
+
 class _Parser(flags.ArgumentParser):
     """Parses and checks the flag of one field."""
 
@@ -193,7 +201,7 @@ class _Parser(flags.ArgumentParser):
         self._field = field
 
     def parse(self, argument):
-        kind = _kind(self._field)
+        kind = kind_of(self._field)
         if isinstance(argument, str) and kind in (int, float):
             with contextlib.suppress(ValueError):  # `_checked` says what was expected.
                 argument = kind(argument)
@@ -202,26 +210,14 @@ class _Parser(flags.ArgumentParser):
         return _checked(self._field, argument)
 
     def flag_type(self):
-        return _kind(self._field).__name__
-
-
-@functools.cache
-def _kind_of(annotation):
-    """int, float, bool, str or tuple, of an annotation such as `int | None`."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(each for each in annotation.__args__ if each is not types.NoneType)
-    return typing.get_origin(annotation) or annotation
-
-
-def _kind(field):
-    return _kind_of(field.type)
+        return kind_of(self._field).__name__
 
 
 def _checked(field, value):
     """The value in the type of the field, or a `UserError`."""
     if value is None and field.default is None:
         return None
-    kind = _kind(field)
+    kind = kind_of(field)
     if kind in (int, float):
         return _checked_number(field, kind, value)
     if kind is str and isinstance(value, os.PathLike):

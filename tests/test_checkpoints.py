@@ -36,7 +36,7 @@ class BreakAfter(keras.callbacks.Callback):
 
 @pytest.fixture
 def begin(tmp_path):
-    """Begins a session in a directory, or goes on with the run there."""
+    """Starts a session in a directory, or continues the run that is there."""
 
     def begin(name="run", every="1", **kwargs):
         settings = RunSettings(output_dir=tmp_path / name, checkpoint_every=every)

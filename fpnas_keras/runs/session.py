@@ -66,7 +66,7 @@ class Session:
         if any(not _TEMPORARY.fullmatch(path.name) for path in self.run.directory.iterdir()):
             try:
                 self._check_same_run()
-            except UserError:
+            except Exception:
                 self.close()
                 raise
             if self.run.finished:
