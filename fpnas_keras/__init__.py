@@ -8,4 +8,4 @@ The public names are listed in `__init__.pyi`. Each one is loaded when it is fir
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -47,12 +47,6 @@ class RankSettings(Settings):
         "Maximum number of images of the architecture part to evaluate on. More images are less "
         "noisy: with n images, the standard error of an accuracy p is sqrt(p * (1 - p) / n).",
         5000,
-        least=1,
-        group=_IMAGES,
-    )
-    recalibration_images: int = setting(
-        "Maximum number of images of the weights part for the statistics of the batch norms.",
-        2000,
         least=2,
         group=_IMAGES,
     )
@@ -125,15 +119,10 @@ def run_ranking(settings: RankSettings) -> "list[Ranked]":
     images = images_settings.load_images_for(
         f"the search {run.directory}", search.space.input_shape, search.space.num_classes, "train"
     )
+    seed, count = int(search.seed.numpy()), settings.evaluation_images
     with data.naming_unreadable(images):
-        ranked = runs.rank_by_shared_weights(
-            search,
-            architectures,
-            images,
-            int(search.seed.numpy()),
-            settings.evaluation_images,
-            settings.recalibration_images,
-        )
+        evaluation = runs.Evaluation(search, images, run.weights_share, seed, count)
+    ranked = runs.rank_by_shared_weights(evaluation, architectures)
     run.write_ranking(ranked, search.cost.unit)
     run.write_pareto_front(ranked)
     try:

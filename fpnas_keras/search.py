@@ -10,6 +10,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import logging
 
 from fpnas_keras import data, method, report, runs, spaces
@@ -17,14 +18,15 @@ from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, summarize_error
-from fpnas_keras.runs.settings import RunSettings
+from fpnas_keras.runs.settings import RunSettings, make_schedule
 from fpnas_keras.settings import setting
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
+    from fpnas_keras.architecture import Architecture
     from fpnas_keras.method import ArchitectureSearch, Derivation
-    from fpnas_keras.runs import Checkpoints, SearchRun, Session
+    from fpnas_keras.runs import Checkpoints, Evaluation, SearchRun, Session
 
 _SPACE, _COST, _METHOD = "Space", "Cost and target", "Method"
 _TRAINING, _RESULT = "Shared weights and logits", "Result"
@@ -90,6 +92,14 @@ class SearchSettings(RunSettings):
         least=0,
         group=_COST,
     )
+    cost_window: float = setting(
+        "Only architectures that cost the target, more or less by this share of it, are drawn. "
+        "Their likelihoods then differ by what they are, and not by what they cost. 0 draws all "
+        "architectures, as the paper does.",
+        0.2,
+        least=0,
+        group=_COST,
+    )
     cost_penalty: str = setting(
         "What the cost coefficient weighs: the expected cost (exact), the paper's mean of "
         "max(0, cost / target - 1) over the samples, or the logarithm of that mean.",
@@ -106,10 +116,18 @@ class SearchSettings(RunSettings):
         most=1,
         group=_RESULT,
     )
+    finalists: int = setting(
+        "Number of likely architectures within the target that the result is chosen from, by what "
+        "they reach with the shared weights on the architecture part. With 0 the result is the "
+        "most probable architecture, as in the paper.",
+        100,
+        least=0,
+        group=_RESULT,
+    )
     derive_seconds: float = setting(
         "Seconds to prove that no architecture between --least_share and the target is more "
-        "probable than the result. After that the best one so far is taken, and summary.json says "
-        "how far it may be off (derivation_gap, in nats of log p).",
+        "probable than the one that is found. After that the best one so far is taken, and "
+        "summary.json says how far it may be off (derivation_gap, in nats of log p).",
         60.0,
         least=0,
         group=_RESULT,
@@ -120,6 +138,14 @@ class SearchSettings(RunSettings):
         "can depend on each other. coarse_to_fine: first factorized, then joint.",
         "factorized",
         choices=method.DISTRIBUTIONS,
+        group=_METHOD,
+    )
+    start: str = setting(
+        "The distribution at the start. target: the expected cost is the target already, so that "
+        "no step is spent on networks of another cost. uniform: uniform in each variable, as in "
+        "the paper.",
+        "target",
+        choices=method.STARTS,
         group=_METHOD,
     )
     coarse_epochs: int | None = setting(
@@ -195,6 +221,15 @@ class SearchSettings(RunSettings):
         least=2,
         group=_TRAINING,
     )
+    weights_share: float | None = setting(
+        "Share of the training images that trains the shared weights. The others decide which "
+        "architectures are good. Default: 0.8, but down to 0.5 as long as fewer than 1,000 images "
+        "would decide. The paper has 0.5.",
+        None,
+        least=0.05,
+        most=0.95,
+        group=_TRAINING,
+    )
     epochs: int = setting("Epochs to search.", 30, least=1, basic=True)
     steps_per_epoch: int | None = setting(
         "Steps in an epoch. Default: one pass over the weights part of the data.",
@@ -205,6 +240,20 @@ class SearchSettings(RunSettings):
     learning_rate: float = setting(
         "Peak learning rate of the shared weights (SGD, cosine to 0).",
         0.1,
+        least=0,
+        group=_TRAINING,
+    )
+    learning_rate_warmup: float = setting(
+        "Share of all steps in which the learning rate of the shared weights rises from 0.",
+        0.1,
+        least=0,
+        most=0.9,
+        group=_TRAINING,
+    )
+    clip_norm: float = setting(
+        "Largest norm of the gradient of all shared weights together. A longer one is scaled down "
+        "to it. Large networks diverge in their first steps without it. 0 turns it off.",
+        1.0,
         least=0,
         group=_TRAINING,
     )
@@ -345,20 +394,21 @@ def run_search(settings: SearchSettings) -> "SearchRun":
     chief = method.is_chief(settings.strategy)
     session = runs.Session(run, settings, "fpnas_keras.search", writes=chief)
     with session.working():
-        search = images = None
-        if not run.finished:
-            search, images = _search(session)
+        evaluation = None
+        searches = not run.finished
+        if searches:
+            evaluation = _search(session)
         # A report of the unfinished search may be there already.
-        if chief and (search is not None or not run.report.exists()):
+        if chief and (searches or not run.report.exists()):
             try:
-                _rank_and_report(run, settings, search, images)
+                _rank_and_report(run, settings, evaluation)
             except (UserError, OSError) as error:  # The result is there all the same.
                 logging.warning("no report: %s", summarize_error(error))
     return run
 
 
-def _search(session: "Session"):
-    """Searches from the last checkpoint to the end. Returns the search and its images."""
+def _search(session: "Session") -> "Evaluation":
+    """Searches from the last checkpoint to the end."""
     import keras
 
     settings = session.settings
@@ -370,8 +420,7 @@ def _search(session: "Session"):
         method.check_same_step(strategy, checkpoints.step)
         images, space = _load_images_and_space(settings)
         with data.naming_unreadable(images):
-            search = _search_on(session, checkpoints, strategy, images, space)
-    return search, images
+            return _search_on(session, checkpoints, strategy, images, space)
 
 
 def _search_on(
@@ -380,7 +429,7 @@ def _search_on(
     strategy: "tf.distribute.Strategy | None",
     images: "data.Images",
     space: spaces.Space,
-) -> "ArchitectureSearch":
+) -> "Evaluation":
     settings = session.settings
     batches = data.search_batches(
         images,
@@ -389,6 +438,8 @@ def _search_on(
         steps_per_epoch=settings.steps_per_epoch,
         architecture_batch_size=settings.architecture_batch_size,
         first_step=checkpoints.step,
+        weights_share=settings.weights_share,
+        augmentation=settings.make_augmentation(images.image_shape[0]),
     )
     steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
     search = _make_search(settings, space, steps_per_epoch, strategy)
@@ -397,8 +448,9 @@ def _search_on(
     session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
     metrics_files, callbacks = _make_callbacks(session, search)
     checkpoints.fit(search, batches, settings.epochs, metrics_files, callbacks)
-    _finish(session, search, batches, checkpoints)
-    return search
+    evaluation = runs.Evaluation(search, images, settings.weights_share, settings.seed)
+    _finish(session, evaluation, batches, checkpoints)
+    return evaluation
 
 
 def _load_images_and_space(settings):
@@ -433,6 +485,8 @@ def _make_search(
         ),
         cost=make_cost(settings.cost, settings.target, settings.latency_table),
         distribution=settings.distribution,
+        start=settings.start,
+        cost_window=settings.cost_window,
         cost_coefficient=cost_coefficient,
         cost_penalty=settings.cost_penalty,
         warmup_steps=warmup_steps,
@@ -444,10 +498,19 @@ def _make_search(
         seed=settings.seed,
         strategy=strategy,
     )
-    schedule = keras.optimizers.schedules.CosineDecay(settings.learning_rate, steps)
+    schedule = make_schedule(
+        settings.learning_rate, steps, int(settings.learning_rate_warmup * steps)
+    )
     # Named, since Keras would number the optimizers of a process, and weight files hold the names.
+    optimizer = keras.optimizers.SGD(
+        schedule,
+        momentum=0.9,
+        nesterov=True,
+        global_clipnorm=settings.clip_norm or None,
+        name="sgd",
+    )
     search.compile(
-        optimizer=keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, name="sgd"),
+        optimizer=optimizer,
         architecture_optimizer=keras.optimizers.Adam(
             settings.architecture_learning_rate, name="adam"
         ),
@@ -525,9 +588,9 @@ def _epoch_line(search, row):
     )
 
 
-def _finish(session, search, batches, checkpoints):
+def _finish(session, evaluation, batches, checkpoints):
     """Derives the result and writes what the search leaves."""
-    settings, run = session.settings, session.run
+    settings, run, search = session.settings, session.run, evaluation.search
     if session.writes:
         with replacing(run.weights_file) as temporary:
             try:
@@ -539,6 +602,7 @@ def _finish(session, search, batches, checkpoints):
     derivation = search.derivation(
         seconds=settings.derive_seconds, least_share=settings.least_share
     )
+    architecture, finalists = _choose(settings, evaluation, derivation.architecture)
     # What the most probable architecture reaches with the shared weights.
     mode = search.evaluate(
         batches.map(lambda _, validation: validation),
@@ -549,14 +613,33 @@ def _finish(session, search, batches, checkpoints):
     mode = {f"mode_{name}": value for name, value in mode.items()}
     mode["mode_macs"] = search.derive(budget=None).macs()
     if session.writes:
-        derivation.architecture.save(run.architecture_file)
-        session.finish(**_summarize(settings, search, derivation), **mode)
+        architecture.save(run.architecture_file)
+        summary = _summarize(settings, evaluation, derivation, architecture)
+        session.finish(**summary, finalists=finalists, **mode)
+
+
+def _choose(settings, evaluation, most_probable):
+    """The result and the number of architectures it was chosen from."""
+    search = evaluation.search
+    space = search.space
+    if not settings.finalists:
+        return most_probable, 1
+    first = space.entries.from_choices(space.choices(most_probable))
+    others = search.finalists(settings.finalists, least_share=settings.least_share)
+    finalists = np.concatenate([first[None], others[(others != first).any(axis=1)]])
+    finalists = finalists[: settings.finalists]
+    chosen = finalists[runs.choose_finalist(evaluation, finalists)]
+    return space.architecture(space.entries.to_choices(chosen)), len(finalists)
 
 
 def _summarize(
-    settings: SearchSettings, search: "ArchitectureSearch", derivation: "Derivation"
+    settings: SearchSettings,
+    evaluation: "Evaluation",
+    derivation: "Derivation",
+    architecture: "Architecture",
 ) -> dict[str, Any]:
-    architecture = derivation.architecture
+    search = evaluation.search
+    entries = search.space.entries.from_choices(search.space.choices(architecture))
     expected_cost = search.space_cost.expected(search.distribution.entry_probabilities())
     return {
         "space": search.space.name,
@@ -567,6 +650,7 @@ def _summarize(
         "distribution": settings.distribution,
         "data": settings.data,
         "seed": settings.seed,
+        "weights_share": evaluation.weights_share,
         "steps": int(search.step.numpy()),
         "total_samples": int(search.total_samples.numpy()),
         "total_evaluated": int(search.total_evaluated.numpy()),
@@ -575,7 +659,8 @@ def _summarize(
         "cost": settings.cost,
         "target": settings.target,
         "expected_cost": float(expected_cost),
-        "found_cost": derivation.cost,
+        "found_cost": float(search.space_cost(entries[None])[0]),
+        "found_log_prob": float(search.distribution.log_prob(entries)),
         "derivation_log_prob": derivation.log_prob,
         "derivation_least": derivation.least,
         "derivation_gap": derivation.gap,
@@ -584,16 +669,19 @@ def _summarize(
     }
 
 
-def _rank_and_report(run, settings, search=None, images=None):
+def _rank_and_report(run, settings, evaluation=None):
     """Ranks some architectures and writes the report."""
     if settings.ranked_samples:
-        if search is None:  # The search was finished before; its report was not.
-            search = run.load_search()
+        if evaluation is None:  # The search was finished before; its report was not.
             images = settings.load_images("train", settings.input_size)
+            with data.naming_unreadable(images):
+                evaluation = runs.Evaluation(
+                    run.load_search(), images, settings.weights_share, settings.seed
+                )
+        search = evaluation.search
         architectures = {"derived": run.architecture}
         architectures |= runs.draw_architectures(search, settings.ranked_samples, settings.seed)
-        with data.naming_unreadable(images):
-            ranked = runs.rank_by_shared_weights(search, architectures, images, settings.seed)
+        ranked = runs.rank_by_shared_weights(evaluation, architectures)
         run.write_ranking(ranked, search.cost.unit)
     report.write_report(run.directory)
 

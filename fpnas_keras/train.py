@@ -16,7 +16,7 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.runs.settings import RunSettings
+from fpnas_keras.runs.settings import RunSettings, make_schedule
 from fpnas_keras.settings import setting
 
 if TYPE_CHECKING:
@@ -88,18 +88,6 @@ class TrainSettings(RunSettings):
         "none",
         choices=("none", "bfloat16", "float16"),
         group=_OPTIMIZER,
-    )
-    random_crop: int = setting(
-        "Pixels that an image may move in each direction. About an eighth of the size of small "
-        "images.",
-        2,
-        least=0,
-        group=_AUGMENTATION,
-    )
-    random_flip: bool = setting(
-        "Mirror half of the images left to right. For photos; not for digits or text.",
-        False,
-        basic=True,
     )
     rand_augment: float = setting(
         "Strength of RandAugment's two random distortions of each batch, 0 (off) to 1. 0.1 is "
@@ -189,17 +177,6 @@ class TrainSettings(RunSettings):
         if self.init != "supernet" and self.search_dir is not None:
             raise UserError("--search_dir needs --init=supernet")
 
-    def make_augmentation(self, size: int) -> "data.Augmentation":
-        """What changes the images, which are `size` pixels high and wide."""
-        if self.random_crop >= size:
-            raise UserError(
-                f"`random_crop` must be below the image size, {size}. "
-                f"Received: random_crop={self.random_crop}"
-            )
-        return data.Augmentation(
-            self.random_crop, self.random_flip, self.rand_augment, self.mix_up, self.cut_mix
-        )
-
     def make_optimizer(self, steps: int, steps_per_epoch: int) -> "keras.optimizers.Optimizer":
         """The optimizer for a training of some steps."""
         import keras
@@ -210,12 +187,7 @@ class TrainSettings(RunSettings):
         self._check_averaging(steps)
         warmup_epochs = min(self.warmup_epochs, self.epochs)
         warmup_steps = min(int(warmup_epochs * steps_per_epoch), steps - 1)
-        schedule = keras.optimizers.schedules.CosineDecay(
-            initial_learning_rate=0.0 if warmup_steps else peak,
-            decay_steps=steps - warmup_steps,
-            warmup_target=peak if warmup_steps else None,
-            warmup_steps=warmup_steps,
-        )
+        schedule = make_schedule(peak, steps, warmup_steps)
         common = {
             "weight_decay": decay,
             "use_ema": self.ema_momentum > 0,
@@ -347,7 +319,12 @@ class _Training:
 
     def _make_batches(self, images, first_step):
         settings = self.settings
-        augmentation = settings.make_augmentation(images.image_shape[0])
+        augmentation = settings.make_augmentation(
+            images.image_shape[0],
+            rand_augment=settings.rand_augment,
+            mix_up=settings.mix_up,
+            cut_mix=settings.cut_mix,
+        )
         batches = data.train_batches(
             images, settings.batch_size, settings.seed, augmentation, first_step
         )

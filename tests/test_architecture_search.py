@@ -28,7 +28,8 @@ def batches(steps=4, **kwargs):
 def make_search(optimizer=None, architecture_optimizer=None, blocks=1, **kwargs):
     """A compiled search. One block is the fastest to trace, for tests of any space."""
     space = make_tiny_space(blocks=blocks)
-    search = fpnas.ArchitectureSearch(space, **{"warmup_steps": 0} | kwargs)
+    paper = {"warmup_steps": 0, "start": "uniform", "cost_window": 0.0}
+    search = fpnas.ArchitectureSearch(space, **paper | kwargs)
     search.compile(optimizer or "sgd", architecture_optimizer or "adam")
     return search
 
@@ -186,6 +187,86 @@ def test_one_sided_control_does_not_reward_cost():
     assert history["cost_coefficient"][0] < 0
 
 
+@pytest.mark.parametrize("distribution", ["factorized", "joint"])
+@pytest.mark.parametrize("target", [20_000, 26_000])
+def test_the_search_starts_at_the_target(distribution, target):
+    kwargs = {"cost": fpnas.MacsCost(target), "distribution": distribution, "blocks": 4}
+    search = make_search(start="target", **kwargs)
+    probabilities = search.distribution.entry_probabilities()
+    assert float(search.space_cost.expected(probabilities)) == pytest.approx(target, rel=0.003)
+    uniform = make_search(**kwargs).distribution
+    assert search.distribution.entropy() < uniform.entropy()
+    for block, before in zip(search.distribution.probabilities(), uniform.probabilities()):
+        for name, choices in block.items():
+            assert max(choices.values()) <= 20.1 * min(choices.values())
+            assert len(set(np.round(list(before[name].values()), 6))) == 1
+    # Without a target there is nothing to move to.
+    free = make_search(start="target", distribution=distribution, blocks=4).distribution
+    np.testing.assert_array_equal(free.logits, uniform.logits)
+
+
+@pytest.mark.parametrize("target", [14_000, 45_000])
+def test_a_start_at_the_limits_of_the_space_decides_nothing(target):
+    search = make_search(start="target", cost=fpnas.MacsCost(target), blocks=4)
+    for block in search.distribution.probabilities():
+        for choices in block.values():
+            assert max(choices.values()) <= 20.1 * min(choices.values())
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+def test_samples_cost_the_target_within_the_window(stratified):
+    target, window = 22_000, 0.1
+    search = make_search(
+        samples=16,
+        cost=fpnas.MacsCost(target),
+        cost_window=window,
+        stratified=stratified,
+        blocks=4,
+    )
+    seen = set()
+    for step in range(5):
+        search.step.assign(step)
+        samples = search.ask()
+        assert int(tf.reduce_sum(samples.counts)) == 16
+        costs = [each.macs() for each in search.architectures(samples)]
+        assert max(costs) <= (1 + window) * target
+        assert min(costs) >= (1 - window) * target
+        seen.update(map(tuple, samples.entries.numpy()))
+    assert len(seen) > 60
+
+
+def test_where_the_window_has_too_few_architectures_the_nearest_are_drawn():
+    search = make_search(samples=8, cost=fpnas.MacsCost(22_000), cost_window=1e-9, blocks=4)
+    costs = np.array([each.macs() for each in search.architectures(search.ask())])
+    others = search.distribution.sample(1000, 1, 1)
+    assert np.abs(costs - 22_000).max() < np.median(np.abs(search.space_cost(others) - 22_000))
+
+
+def test_the_gradient_of_draws_within_the_window_is_that_of_the_conditional_distribution():
+    """By automatic differentiation of log p(A | window), over an enumeration."""
+    space, target, window = make_tiny_space(blocks=2), 13_000, 0.2
+    search = fpnas.ArchitectureSearch(
+        space, samples=6, cost=fpnas.MacsCost(target), cost_window=window, warmup_steps=0
+    )
+    logits = search.distribution.logits
+    logits.assign(tf.random.stateless_normal(logits.shape, (0, 1)))
+    every = all_entries(space)
+    inside = np.abs(search.space_cost(tf.constant(every)).numpy() / target - 1) <= window
+    assert 0 < inside.sum() < len(every)
+    samples = search.ask()
+    log_likelihoods = tf.random.stateless_normal(tf.shape(samples.counts), (1, 2))
+    coefficients = fpnas.method.estimator.likelihood_coefficients(log_likelihoods, samples.counts)
+    with tf.GradientTape() as tape:
+        total = tf.reduce_logsumexp(search.distribution.log_prob(every[inside]))
+        log_p = search.distribution.log_prob(samples.entries) - total
+        loss = tf.reduce_sum(coefficients * log_p)
+    np.testing.assert_allclose(
+        search.distribution.gradient(samples.entries, coefficients),
+        tape.gradient(loss, logits.value),
+        atol=1e-5,
+    )
+
+
 def test_derive_meets_budgets():
     search = make_search(cost=fpnas.MacsCost(target=30_000), blocks=4)
     logits = search.distribution.logits
@@ -317,6 +398,41 @@ def test_warm_up_trains_the_weights_and_leaves_the_logits():
     assert np.all(first.distribution.logits.numpy() == 0)
     with pytest.raises(ValueError, match="5 steps, all of them in its warm-up"):
         first.derive()
+
+
+def test_in_the_warm_up_one_sample_is_evaluated_for_the_metrics():
+    search = make_search(warmup_steps=1, warmup_samples=4, samples=4)
+    samples = search.ask()
+    ((x_t, y_t), (x_v, y_v)) = next(iter(batches()))
+    first = search.evaluate_samples(samples, (x_v, y_v))[0]
+    evaluated, evaluate = [], search.evaluate_samples
+
+    def counting(samples, batch):
+        evaluated.append(int(tf.size(samples.counts)))
+        return evaluate(samples, batch)
+
+    search.evaluate_samples = counting
+    search.compile("sgd", "adam", run_eagerly=True)
+    data = tf.data.Dataset.from_tensors(((x_t, y_t), (x_v, y_v)))
+    history = search.fit(data, epochs=2, verbose=0, shuffle=False).history
+    assert evaluated[0] == 1 < evaluated[1]
+    assert history["validation_loss"][0] == pytest.approx(float(first[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("distribution", ["factorized", "joint"])
+def test_finalists_are_different_and_within_the_budget(distribution):
+    search = make_search(cost=fpnas.MacsCost(22_000), blocks=4, distribution=distribution)
+    finalists = search.finalists(50, least_share=0.9)
+    assert len(np.unique(finalists, axis=0)) == len(finalists) == 50
+    costs = search.space_cost(tf.constant(finalists)).numpy()
+    assert 0.9 * 22_000 <= costs.min() <= costs.max() <= 22_000
+    np.testing.assert_array_equal(finalists, search.finalists(50, least_share=0.9))
+    # The likely ones come first, and a decided distribution still gives others.
+    logits = search.distribution.logits
+    logits.assign(20 * tf.random.stateless_normal(logits.shape, (3, 1)))
+    decided = search.finalists(20, budget=None)
+    assert len(decided) == 20
+    np.testing.assert_array_equal(decided[0], search.distribution.mode())
 
 
 def test_same_seed_same_search_and_another_seed_another():

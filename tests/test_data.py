@@ -44,7 +44,7 @@ def numbered_images(count):
 
 
 def test_the_architecture_part_may_have_batches_of_its_own():
-    x, y = numbered_images(80)
+    x, y = numbered_images(200)
     batches = data.search_batches(x, y, batch_size=10, architecture_batch_size=40)
     ((x_t, y_t), (x_v, y_v)) = next(iter(batches))
     assert (len(x_t), len(y_t), len(x_v), len(y_v)) == (10, 10, 40, 40)
@@ -53,7 +53,7 @@ def test_the_architecture_part_may_have_batches_of_its_own():
 
 def test_search_batches_are_passes_over_two_disjoint_parts():
     x, y = numbered_images(80)
-    batches = data.search_batches(x, y, batch_size=10)
+    batches = data.search_batches(x, y, batch_size=10, weights_share=0.5)
     assert int(batches.cardinality()) == 4
     epochs = [
         [
@@ -68,12 +68,53 @@ def test_search_batches_are_passes_over_two_disjoint_parts():
     assert not np.array_equal(passes[0, 0], passes[1, 0])
     again = [
         x_t[:, 0, 0, 0]
-        for (x_t, _), _ in data.search_batches(x, y, batch_size=10).as_numpy_iterator()
+        for (x_t, _), _ in data.search_batches(
+            x, y, batch_size=10, weights_share=0.5
+        ).as_numpy_iterator()
     ]
     assert np.array_equal(np.concatenate(again), passes[0, 0])
     for (x_t, y_t), (x_v, y_v) in batches.as_numpy_iterator():
         assert np.array_equal(x_t[:, 0, 0, 0] % 2, y_t)
         assert np.array_equal(x_v[:, 0, 0, 0] % 2, y_v)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.9])
+def test_the_weights_part_has_its_share(share):
+    x, y = numbered_images(200)
+    batches = data.search_batches(x, y, batch_size=10, weights_share=share)
+    seen = [set(), set()]
+    for (x_t, _), (x_v, _) in batches.repeat(20).as_numpy_iterator():
+        seen[0].update(x_t[:, 0, 0, 0])
+        seen[1].update(x_v[:, 0, 0, 0])
+    assert [len(part) for part in seen] == [round(200 * share), round(200 * (1 - share))]
+    assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "share"), [(10, 0.5), (2000, 0.5), (4000, 0.75), (5000, 0.8), (50_000, 0.8)]
+)
+def test_few_images_decide_on_half_of_them(count, share):
+    assert data.choose_weights_share(count) == share
+
+
+def test_only_the_weights_part_is_augmented_and_by_seed_and_step():
+    x = np.random.default_rng(0).uniform(0, 255, (60, 8, 8, 1)).astype(np.float32)
+    y = np.arange(60) % 2
+    augmentation = data.Augmentation(random_crop=2, random_flip=True)
+
+    def read(**changes):
+        batches = data.search_batches(x, y, batch_size=8, **changes)
+        return list(batches.repeat(2).as_numpy_iterator())
+
+    plain, changed = read(), read(augmentation=augmentation)
+    for ((x_t, y_t), (x_v, y_v)), ((a_t, b_t), (a_v, b_v)) in zip(plain, changed):
+        assert (x_t != a_t).any()
+        np.testing.assert_array_equal(y_t, b_t)
+        np.testing.assert_array_equal(x_v, a_v)
+        np.testing.assert_array_equal(y_v, b_v)
+    resumed = read(augmentation=augmentation, first_step=3)
+    for one, other in zip(changed[3:], resumed):
+        np.testing.assert_array_equal(one[0][0], other[0][0])
 
 
 @pytest.mark.parametrize("count", [80, 6000])

@@ -12,6 +12,7 @@ from helpers import make_tiny_space, random_choices
 from fpnas_keras import Architecture, MacsCost, ParamsCost, UserError, spaces
 from fpnas_keras.cost import SpaceCost
 from fpnas_keras.networks import Supernet, check_floatx
+from fpnas_keras.spaces import VARIABLES
 
 BASE = np.array(
     [[0, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]], np.int32
@@ -39,8 +40,17 @@ def check_same_logits(space, supernet, run, choices):
     np.testing.assert_allclose(run(x, tf.constant(choices)), expected, rtol=0, atol=atol)
 
 
+def make_supernet(space, **kwargs):
+    """A supernet in which blocks that add their input do not start as the identity."""
+    supernet = Supernet(space, **kwargs)
+    for variable in supernet.trainable_variables:
+        if variable.path.endswith("project_bn/gamma"):
+            variable.assign(tf.ones(variable.shape))
+    return supernet
+
+
 def compiled(space):
-    supernet = Supernet(space)
+    supernet = make_supernet(space)
     for variable in supernet.trainable_variables:  # values such as beta = 0 would hide mistakes
         noise = tf.random.stateless_normal(variable.shape, (len(variable.path), 3))
         variable.assign_add(0.1 * noise)
@@ -103,7 +113,7 @@ def test_many_random_architectures_of_every_space(any_space):
 
 def test_recomputed_activations_give_the_same_gradients():
     space = make_tiny_space()
-    kept, recomputed = Supernet(space), Supernet(space, recompute=True)
+    kept, recomputed = make_supernet(space), Supernet(space, recompute=True)
     recomputed.set_weights(kept.get_weights())
     x = 255 * tf.random.stateless_uniform((8, *space.input_shape), (1, 2))
     labels = tf.range(8) % space.num_classes
@@ -126,9 +136,26 @@ def test_recomputed_activations_give_the_same_gradients():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_that_add_their_input_start_as_the_identity():
+    """So networks with and without them start equal."""
+    space = spaces.get("mobile_mini", (16, 16, 1))
+    supernet = Supernet(space)
+    x = 255 * tf.random.stateless_uniform((4, *space.input_shape), (1, 2))
+    with_blocks = random_choices(space, np.random.default_rng(0))
+    with_blocks[:, VARIABLES.index("skip")] = 0
+    without = with_blocks.copy()
+    for choices, block in zip(without, space.blocks):
+        if len(block.skip) > 1:
+            choices[VARIABLES.index("skip")] = 1
+    assert space.architecture(with_blocks) != space.architecture(without)
+    np.testing.assert_array_equal(
+        supernet(x, tf.constant(with_blocks)), supernet(x, tf.constant(without))
+    )
+
+
 def test_every_weight_gets_a_gradient_under_some_architecture():
     space = make_tiny_space()
-    supernet = Supernet(space)
+    supernet = make_supernet(space)
     weights = supernet.trainable_variables
     for variable in weights:  # else some ReLUs are dead and some gates saturated for all images
         if variable.path.endswith("attention_reduce/bias"):

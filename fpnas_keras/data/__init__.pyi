@@ -3,6 +3,7 @@ from .batches import search_batches as search_batches
 from .batches import test_batches as test_batches
 from .batches import train_batches as train_batches
 from .reading import Images as Images
+from .reading import choose_weights_share as choose_weights_share
 from .reading import load as load
 from .reading import naming_unreadable as naming_unreadable
 from .reading import split as split

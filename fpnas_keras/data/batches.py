@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.data.augmentation import Augmentation
-from fpnas_keras.data.reading import Images, decode, split
+from fpnas_keras.data.reading import Images, choose_weights_share, decode, split
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
@@ -24,11 +24,13 @@ def search_batches(
     steps_per_epoch: int | None = None,
     architecture_batch_size: int | None = None,
     first_step: int = 0,
+    weights_share: float | None = None,
+    augmentation: Augmentation | None = None,
 ) -> tf.data.Dataset:
     """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
 
-    The images are split 50/50, stratified, into the weights part (t), which trains the shared
-    weights, and the architecture part (v), which the architecture is chosen on.
+    The images are split, stratified, into the weights part (t), which trains the shared weights,
+    and the architecture part (v), which the architecture is chosen on.
 
     Args:
         x: Pixels 0..255 of shape `(n, height, width, channels)`; or `Images`, which hold the
@@ -40,9 +42,15 @@ def search_batches(
         architecture_batch_size: Images of the architecture part in a batch. Default: `batch_size`.
         first_step: Number of steps that are already done. If it is inside an epoch, the first
             iteration yields the rest of that epoch, and the cardinality of the dataset is unknown.
+        weights_share: Share of the images in the weights part. Default: `choose_weights_share`.
+        augmentation: What is changed at random in the images of the weights part. It must not mix
+            images.
 
     Returns:
         A dataset of one epoch. Each iteration over it yields the next epoch.
+
+    Raises:
+        UserError: When the parts cannot both have images of every class.
 
     Example:
 
@@ -55,7 +63,8 @@ def search_batches(
     image_shape = None
     if isinstance(x, Images):
         x, y, _, image_shape = x
-    weights, architecture = split(y, 0.5, seed)
+    weights_share = weights_share or choose_weights_share(len(y))
+    weights, architecture = split(y, 1 - weights_share, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
     # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
     x, y = tf.constant(x), tf.constant(y, tf.int32)
@@ -63,6 +72,8 @@ def search_batches(
     read_v = _reader(
         x, y, architecture, architecture_batch_size or batch_size, seed + 1, image_shape
     )
+    if augmentation is not None:
+        read_t = _augmented(read_t, augmentation, seed)
     return _epochs(lambda step: (read_t(step), read_v(step)), steps, first_step)
 
 
@@ -89,16 +100,9 @@ def train_batches(
     """
     x, y = tf.constant(images.x), tf.constant(images.y)
     read = _reader(x, y, np.arange(len(images.y)), batch_size, seed, images.image_shape)
-
-    def augmented(step):
-        x, y = read(step)
-        if augmentation is None:
-            return x, y
-        if augmentation.mixes:
-            y = tf.one_hot(y, len(images.class_names))
-        return augmentation(x, y, tf.stack([tf.constant(seed, tf.int64), step]))
-
-    return _epochs(augmented, max(1, len(images.y) // batch_size), first_step)
+    if augmentation is not None:
+        read = _augmented(read, augmentation, seed, len(images.class_names))
+    return _epochs(read, max(1, len(images.y) // batch_size), first_step)
 
 
 def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
@@ -149,6 +153,18 @@ def _reader(x, y, part, batch_size, seed, image_shape):
         return _pixels(tf.gather(x, indices), image_shape), tf.gather(y, indices)
 
     return read
+
+
+def _augmented(read, augmentation, seed, num_classes=None):
+    """From a step to its batch, changed at random by the key (seed, step)."""
+
+    def read_augmented(step):
+        x, y = read(step)
+        if augmentation.mixes:
+            y = tf.one_hot(y, num_classes)
+        return augmentation(x, y, tf.stack([tf.constant(seed, tf.int64), step]))
+
+    return read_augmented
 
 
 def _pixels(x, image_shape):

@@ -104,6 +104,15 @@ def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.nda
     return np.sort(first), np.sort(second)
 
 
+def choose_weights_share(count: int) -> float:
+    """The share of `count` images of a search that are in the weights part.
+
+    It is 0.8, but down to 0.5 as long as the architecture part has fewer than 1,000 images: few
+    images are too noisy to decide on. The paper has 0.5.
+    """
+    return min(max(1 - 1000 / count, 0.5), 0.8)
+
+
 def decode(encoded: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
     """An encoded image as uint8 pixels of `image_shape`."""
     image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)

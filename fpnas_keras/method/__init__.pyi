@@ -1,6 +1,7 @@
 from .architecture_search import ArchitectureSearch as ArchitectureSearch
 from .choices import COST_PENALTIES as COST_PENALTIES
 from .choices import DISTRIBUTIONS as DISTRIBUTIONS
+from .choices import STARTS as STARTS
 from .coarse_to_fine import CoarseToFine as CoarseToFine
 from .derivation import Derivation as Derivation
 from .derivation import most_probable as most_probable

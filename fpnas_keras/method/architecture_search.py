@@ -14,7 +14,7 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import Cost, MacsCost, SpaceCost, format_cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.method import estimator, replicas
-from fpnas_keras.method.choices import COST_PENALTIES, DISTRIBUTIONS
+from fpnas_keras.method.choices import COST_PENALTIES, DISTRIBUTIONS, STARTS
 from fpnas_keras.method.derivation import Derivation, most_probable
 from fpnas_keras.method.distributions import BlockLogits, FactorizedLogits, JointLogits
 from fpnas_keras.method.estimator import AdaptiveSamples, CostController, Samples, StreamingSum
@@ -25,6 +25,8 @@ from fpnas_keras.spaces import VARIABLES, Space
 _LOGITS = dict(
     zip(DISTRIBUTIONS, [(FactorizedLogits,), (JointLogits,), (FactorizedLogits, JointLogits)])
 )
+# Draws for each sample near the target. In a wide space few architectures are near it.
+_DRAWS_PER_SAMPLE = 64
 _METRICS = (
     *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
     *("entropy", "samples", "evaluated", "expected_cost", "cost_coefficient"),
@@ -49,15 +51,21 @@ class ArchitectureSearch(keras.Model):
         cost: The cost that `expected_cost` reports, with the target of the search. `None` is
             `MacsCost()`, without a target.
         distribution: "factorized", "joint", or "coarse_to_fine". The last starts factorized and
-            becomes joint by `refine`. In all of them every variable starts uniform.
+            becomes joint by `refine`.
+        start: The distribution at the start: "target" is the uniform distribution, moved until the
+            expected cost is the target, so that no step is spent on networks of another cost;
+            "uniform" is uniform in each variable, as in the paper.
+        cost_window: Only architectures that cost the target, more or less by this share of it, are
+            drawn. Their likelihoods then differ by what they are, and not by what they cost. 0
+            draws all architectures, as the paper does.
         cost_coefficient: Weight of the cost in the gradient of the logits (the paper's beta):
             a `CostController`, or a fixed number.
         cost_penalty: What the coefficient weighs: "expected" is E[cost] / target, with an exact
             gradient; "hinge" is the paper's mean of max(0, cost / target - 1) over the samples;
             "log" is its logarithm.
-        warmup_steps: Number of steps at the start that train only the weights, on uniformly drawn
-            architectures. Small networks learn faster, so that the likelihoods under untrained
-            weights favor them. A few hundred steps are enough to change that.
+        warmup_steps: Number of steps at the start that train only the weights. Small networks learn
+            faster, so that the likelihoods under untrained weights favor them. A few hundred steps
+            are enough to change that.
         warmup_samples: Number of architectures per step in the warm-up.
         likelihood_scale: tau in the importance weights softmax_k(tau * l_k), where l_k is the mean
             log-likelihood per example.
@@ -99,6 +107,8 @@ class ArchitectureSearch(keras.Model):
         samples: AdaptiveSamples | int = AdaptiveSamples(),
         cost: Cost | None = None,
         distribution: str = "factorized",
+        start: str = "target",
+        cost_window: float = 0.2,
         cost_coefficient: CostController | float = CostController(),
         cost_penalty: str = "expected",
         warmup_steps: int = 300,
@@ -118,11 +128,13 @@ class ArchitectureSearch(keras.Model):
         _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient)
         _check_choice("cost_penalty", cost_penalty, COST_PENALTIES)
         _check_choice("distribution", distribution, DISTRIBUTIONS)
+        _check_choice("start", start, STARTS)
         self.space = space
         self.samples = samples
         self.cost = cost or MacsCost()
         self.cost_coefficient = cost_coefficient
         self.cost_penalty = cost_penalty
+        self.cost_window = cost_window
         self.warmup_steps = warmup_steps
         self.warmup_samples = warmup_samples
         self.likelihood_scale = likelihood_scale
@@ -136,14 +148,21 @@ class ArchitectureSearch(keras.Model):
         with self._scope():
             self.distributions = [kind(space) for kind in _LOGITS[distribution]]
             self.supernet = Supernet(space, recompute)
-        if distribution == "joint":
-            # Uniform in each variable, as the factorized distribution at its start.
-            self.distributions[0].assign(FactorizedLogits(space))
-        start = self.distributions[0].entry_probabilities()
-        self._start_cost = float(self.space_cost.expected(start))
+        self._start_cost = self._assign_start(start)
         self._add_state(seed)
         self.architecture_optimizer = None
         self.built = True
+
+    def _assign_start(self, name):
+        """Assigns the distribution at the start of the search. Returns its expected cost."""
+        start = FactorizedLogits(self.space)  # uniform in each variable
+        if name == "target" and self.cost.target is not None:
+            start.move_to(self.space_cost, self.cost.target)
+        if isinstance(self.distributions[0], JointLogits):
+            self.distributions[0].assign(start)
+        else:
+            self.distributions[0].logits.assign(start.logits)
+        return float(self.space_cost.expected(start.entry_probabilities()))
 
     def _add_state(self, seed):
         """Adds the counters, the state of the controller and the metrics."""
@@ -234,7 +253,7 @@ class ArchitectureSearch(keras.Model):
         # Both updates use the weights and the logits from the start of the step.
         if self.strategy is None:
             gradients, train = self.weight_gradients(samples, train_batch)
-            validation = self.evaluate_samples(samples, validation_batch)
+            validation = self._evaluate_for_logits(samples, validation_batch)
         else:
             gradients, train, validation = self._evaluate_on_replicas(
                 samples, train_batch, validation_batch
@@ -274,7 +293,7 @@ class ArchitectureSearch(keras.Model):
         )
         own_samples = Samples(*(tf.gather(values, share) for values in samples))
         gradients, train = self.weight_gradients(own_samples, train_batch)
-        validation = self.evaluate_samples(own_samples, validation_batch)
+        validation = self._evaluate_for_logits(own_samples, validation_batch)
         # The four columns: loss and accuracy on the training batch and on the validation batch.
         own_results = tf.concat([train, validation], axis=1)
         results = tf.scatter_nd(share[:, None], own_results, (tf.size(samples.counts), 4))
@@ -306,8 +325,26 @@ class ArchitectureSearch(keras.Model):
         if callable(count):
             count = count(self.distribution.entropy())
         count = tf.where(self._is_warming_up(), self.warmup_samples, count)
-        drawn = self.distribution.sample(count, self.seed, self.step, self.stratified)
+        if self.cost.target is None or not self.cost_window:
+            drawn = self.distribution.sample(count, self.seed, self.step, self.stratified)
+        else:
+            drawn = self._draw_near_target(count)
         return Samples.unique(drawn) if self.deduplicate else Samples.each(drawn)
+
+    def _draw_near_target(self, count):
+        """Draws from p(A | cost(A) is within the window), by rejection.
+
+        The gradient of log p(A | window) is that of log p(A) minus a term that is the same for all
+        samples. The coefficients of the samples sum to 0 with the control variate, so that the term
+        has no effect.
+        """
+        drawn = self.distribution.sample(
+            count * _DRAWS_PER_SAMPLE, self.seed, self.step, self.stratified
+        )
+        off = tf.abs(self.space_cost(drawn) / self.cost.target - 1)
+        # If too few are within the window, those nearest to it follow.
+        order = tf.argsort(tf.maximum(off, self.cost_window), stable=True)
+        return tf.gather(drawn, order[:count])
 
     def architectures(self, samples: Samples) -> list[Architecture]:
         """The architectures of samples. It needs eager tensors.
@@ -503,6 +540,12 @@ class ArchitectureSearch(keras.Model):
                 "Use a lower `warmup_steps` or a longer search. "
                 f"Received: warmup_steps={self.warmup_steps}"
             )
+        limit, least = self._limits(budget, least_share)
+        log_p = self.distribution.log_probabilities().numpy()
+        return most_probable(log_p, self.space_cost, limit, seconds, least)
+
+    def _limits(self, budget, least_share):
+        """The largest and the smallest cost of the result."""
         limit = self.cost.target if isinstance(budget, str) and budget == "target" else budget
         limit = math.inf if limit is None else limit
         if isinstance(limit, str) or not limit > 0 or not 0 <= least_share <= 1:
@@ -511,8 +554,25 @@ class ArchitectureSearch(keras.Model):
                 f"Received: budget={budget!r}, least_share={least_share}"
             )
         least = 0.0 if limit == math.inf else least_share * min(limit, self.space_cost.largest())
-        log_p = self.distribution.log_probabilities().numpy()
-        return most_probable(log_p, self.space_cost, limit, seconds, least)
+        return limit, least
+
+    def finalists(
+        self, count: int, budget: float | str | None = "target", least_share: float = 0.0
+    ) -> np.ndarray:
+        """Architectures to choose the result from: likely ones within the budget.
+
+        Args:
+            count: Number of architectures.
+            budget: As for `derive`, but only one.
+            least_share: As for `derive`.
+
+        Returns:
+            Entries, int32 of shape `(n, blocks)`, drawn from the distribution, all different. If
+            few architectures are within the budget, `n` is below `count`.
+        """
+        limit, least = self._limits(budget, least_share)
+        seed = int(self.seed.numpy())
+        return self.distribution.draw_within(self.space_cost, least, limit, count, seed)
 
     def weight_gradients(
         self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]
@@ -596,6 +656,16 @@ class ArchitectureSearch(keras.Model):
             fn_output_signature=tf.TensorSpec((2,)),
             parallel_iterations=1,  # See `_sum_gradients`.
         )
+
+    def _evaluate_for_logits(self, samples, batch):
+        """As `evaluate_samples`, but in the warm-up every sample has the results of the first.
+
+        The logits do not change in the warm-up. The results are for the metrics alone.
+        """
+        count = tf.size(samples.counts)
+        evaluated = tf.where(self._is_warming_up(), tf.minimum(count, 1), count)
+        results = self.evaluate_samples(Samples(*(each[:evaluated] for each in samples)), batch)
+        return tf.gather(results, tf.minimum(tf.range(count), evaluated - 1))
 
     def _track(self, sample_weight=None, **values):
         for name, value in values.items():

@@ -2,3 +2,5 @@
 
 DISTRIBUTIONS = ("factorized", "joint", "coarse_to_fine")
 COST_PENALTIES = ("expected", "hinge", "log")
+# The distribution at the start; see `ArchitectureSearch`.
+STARTS = ("target", "uniform")

@@ -19,7 +19,14 @@ import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.architecture import Architecture
+from fpnas_keras.cost import SpaceCost
 from fpnas_keras.spaces import Space
+
+# `move_to`: relative tolerance of the cost, the largest change of a logit in one iteration, and the
+# largest logit: two logits then differ by at most log(20).
+_COST_TOLERANCE, _LARGEST_CHANGE, _LARGEST_LOGIT = 0.002, 0.2, 1.5
+# `draw_within`: the temperatures, and how often it draws so many architectures at each.
+_TEMPERATURES, _DRAWS_PER_TEMPERATURE, _DRAWS_AT_ONCE = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0), 4, 500
 
 
 class BlockLogits(keras.layers.Layer):
@@ -115,6 +122,37 @@ class BlockLogits(keras.layers.Layer):
         """
         choices = self.space.entries.to_choices(self.sample(count, seed, step=0).numpy())
         return list(dict.fromkeys(map(self.space.architecture, choices)))
+
+    def draw_within(
+        self, space_cost: SpaceCost, least: float, most: float, count: int, seed: int
+    ) -> np.ndarray:
+        """Draws different architectures whose cost is within limits, for use outside the graph.
+
+        A distribution that has decided gives few of them. The draws then go on from flatter and
+        flatter distributions, each block's probabilities to the power of 1/T.
+
+        Args:
+            space_cost: The cost.
+            least: Smallest cost.
+            most: Largest cost.
+            count: Number of architectures.
+            seed: Seed of the draws.
+
+        Returns:
+            Entries in the order of the draws, int32 of shape `(n, blocks)`, with `n` up to `count`.
+        """
+        rng, found = np.random.default_rng(seed), {}
+        log_p = self.log_probabilities().numpy()
+        for temperature in _TEMPERATURES:
+            for _ in range(_DRAWS_PER_TEMPERATURE):
+                noise = rng.gumbel(size=(_DRAWS_AT_ONCE, *log_p.shape))
+                drawn = np.argmax(log_p / temperature + noise, axis=-1).astype(np.int32)
+                costs = space_cost(tf.constant(drawn)).numpy()
+                for entries in drawn[(costs >= least) & (costs <= most)]:
+                    found.setdefault(entries.tobytes(), entries)
+                if len(found) >= count:
+                    return np.stack(list(found.values())[:count])
+        return np.array(list(found.values()), np.int32).reshape(-1, len(log_p))
 
     def mode(self) -> tf.Tensor:
         """The most probable architecture, as entries: int32 of shape `(blocks,)`."""
@@ -340,6 +378,29 @@ class FactorizedLogits(BlockLogits):
         softmax = tf.exp(self.log_softmax())
         gradient = sums - softmax * tf.reduce_sum(sums, axis=-1, keepdims=True)
         return tf.boolean_mask(gradient, arrays.logit_mask)
+
+    def move_to(self, space_cost: SpaceCost, cost: float) -> None:
+        """Moves a uniform distribution to an expected cost, along the gradient of E[cost].
+
+        No choice becomes more than 20 times as probable as another one of its variable. So an
+        expected cost that is near the limits of the space is not reached.
+
+        Args:
+            space_cost: The cost.
+            cost: The expected cost.
+        """
+        while True:
+            expected, slope = space_cost.expected_and_slope(self.entry_probabilities())
+            excess = float(expected) / cost - 1
+            gradient = self.entry_gradient(slope).numpy() / cost
+            if abs(excess) < _COST_TOLERANCE or not gradient.any():
+                break
+            change = -excess * gradient / np.sum(gradient**2)
+            change *= min(1.0, _LARGEST_CHANGE / np.abs(change).max())
+            moved = self.logits.numpy() + change
+            if np.abs(moved).max() > _LARGEST_LOGIT:
+                break
+            self.logits.assign(moved)
 
     def log_softmax(self) -> tf.Tensor:
         """log p of each choice of each variable, float32; -inf in the padding.

@@ -122,17 +122,22 @@ class SlicedBatchNorm(keras.layers.Layer):
 
     Args:
         filters: Largest number of channels.
+        gamma_initializer: What gamma starts as: "ones" or "zeros".
     """
 
-    def __init__(self, filters: int, **kwargs):
+    def __init__(self, filters: int, gamma_initializer: str = "ones", **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
+        self.gamma_initializer = gamma_initializer
         self.build()
 
     def build(self, input_shape: object = None) -> None:
         # float32 under any dtype policy, as the fused operation requires.
         self.gamma = self.add_weight(
-            name="gamma", shape=(self.filters,), initializer="ones", autocast=False
+            name="gamma",
+            shape=(self.filters,),
+            initializer=self.gamma_initializer,
+            autocast=False,
         )
         self.beta = self.add_weight(
             name="beta", shape=(self.filters,), initializer="zeros", autocast=False

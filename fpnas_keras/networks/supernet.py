@@ -255,7 +255,10 @@ class SupernetBlock(keras.layers.Layer):
         ]
         self._make_attention(expanded)
         self.project = SlicedConv(expanded, filters, name=f"{name}_project")
-        self.project_bn = SlicedBatchNorm(filters, name=f"{name}_project_bn")
+        # A block that adds its input starts as the identity, so that networks with and without it
+        # start equal, and deep ones do not diverge (Goyal et al., arXiv:1706.02677, section 5.1).
+        gamma = "zeros" if self.shapes_always_match else "ones"
+        self.project_bn = SlicedBatchNorm(filters, gamma, name=f"{name}_project_bn")
         self.skip = self.skip_bn = None
         if True in block.skip and not self.shapes_always_match:
             self.skip = SlicedConv(filters_in, filters, strides=block.strides, name=f"{name}_skip")

@@ -3,7 +3,9 @@ from .callbacks import MetricsFile as MetricsFile
 from .callbacks import StopOnDivergence as StopOnDivergence
 from .callbacks import TensorBoardFile as TensorBoardFile
 from .checkpoints import Checkpoints as Checkpoints
+from .ranking import Evaluation as Evaluation
 from .ranking import Ranked as Ranked
+from .ranking import choose_finalist as choose_finalist
 from .ranking import draw_architectures as draw_architectures
 from .ranking import rank_by_shared_weights as rank_by_shared_weights
 from .run_directory import SEARCH_METRICS as SEARCH_METRICS

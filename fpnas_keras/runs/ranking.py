@@ -8,13 +8,18 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.data import Images, split, test_batches
+from fpnas_keras.data import Images, choose_weights_share, split, test_batches
 from fpnas_keras.errors import UserError
-from fpnas_keras.method import ArchitectureSearch
-from fpnas_keras.networks import recalibrate
+from fpnas_keras.method import ArchitectureSearch, Samples
+from fpnas_keras.spaces import Space
 
 # Maximum number of pixels and of images in a batch: 250 images of 28 pixels, or 39 of 224.
 _PIXELS, _IMAGES = 2_000_000, 250
+# Networks that are evaluated in one call. The progress bar moves after each.
+_NETWORKS = 8
+# Images that all finalists are evaluated on. After that the best quarter goes on to four times as
+# many images, and so on.
+_FIRST_IMAGES, _RATIO = 500, 4
 
 
 class Ranked(NamedTuple):
@@ -41,6 +46,115 @@ class Ranked(NamedTuple):
     pareto: bool = False
 
 
+class Evaluation:
+    """Evaluates architectures with the shared weights of a search, in its graph.
+
+    It uses images of the architecture part, which did not train the shared weights. Each is read
+    once. Batch norms use the statistics of the batch, as in the search.
+
+    Args:
+        search: The search.
+        images: The training images of the search.
+        weights_share: Share of the images in the weights part, as in the search.
+        seed: Seed of the search.
+        count: Maximum number of images.
+
+    Attributes:
+        search: The search.
+        weights_share: Share of the images in the weights part.
+        images: Number of images to evaluate on.
+        batches: Images and labels.
+    """
+
+    def __init__(
+        self,
+        search: ArchitectureSearch,
+        images: Images,
+        weights_share: float | None = None,
+        seed: int = 0,
+        count: int = 5000,
+    ):
+        self.search = search
+        self.weights_share = weights_share or choose_weights_share(len(images.y))
+        _, part = split(images.y, 1 - self.weights_share, seed)
+        images = images.part(part)
+        self.images = min(count, len(part))
+        height, width, _ = images.image_shape
+        # Batches of almost one size: a much smaller last one would have poor statistics.
+        largest = min(max(_PIXELS // (height * width), 1), _IMAGES)
+        order = np.random.default_rng(seed).permutation(len(images.y))[: self.images]
+        parts = np.array_split(order, -(-self.images // largest))
+        # Bytes take a quarter of the memory of floats.
+        self.batches = [_read(images.part(np.sort(part))) for part in parts]
+        self._evaluate = tf.function(self._evaluate_batch, reduce_retracing=True)
+
+    def _evaluate_batch(self, entries, x, y):
+        samples = Samples.each(tf.ensure_shape(entries, (None, len(self.search.space.blocks))))
+        return self.search.evaluate_samples(samples, (tf.cast(x, tf.float32), y))
+
+    def __call__(self, entries: np.ndarray, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Loss and accuracy of architectures.
+
+        Args:
+            entries: The architectures, integers of shape `(n, blocks)`.
+            first: The first batch.
+            last: One past the last batch. Default: all batches.
+
+        Returns:
+            Sums over the images, float64 of shape `(n, 2)`.
+        """
+        batches = self.batches[first:last]
+        parts = np.array_split(entries, -(-len(entries) // _NETWORKS))
+        sums = []
+        with tqdm(total=len(entries) * len(batches), desc="ranking", unit=" batches") as progress:
+            for part in parts:
+                part_sums = np.zeros((len(part), 2))
+                for x, y in batches:
+                    means = self._evaluate(tf.constant(part, tf.int32), x, y).numpy()
+                    part_sums += len(y) * means.astype(np.float64)
+                    progress.update(len(part))
+                sums.append(part_sums)
+        return np.concatenate(sums)
+
+
+def _read(images):
+    ((x, y),) = test_batches(images, len(images.y))
+    return tf.cast(x, tf.uint8), y
+
+
+def choose_finalist(evaluation: Evaluation, finalists: np.ndarray) -> int:
+    """The finalist with the lowest loss under the shared weights.
+
+    By successive halving: all finalists are evaluated on some images, the best of them on more, and
+    so on until all images are used.
+
+    Args:
+        evaluation: The evaluation.
+        finalists: Different architectures, integers of shape `(n, blocks)`.
+
+    Returns:
+        The index of the finalist.
+
+    Reference: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
+    Optimization", AISTATS 2016, arXiv:1502.07943.
+    """
+    batches = len(evaluation.batches)
+    per_batch = evaluation.images / batches
+    left, sums = np.arange(len(finalists)), np.zeros(len(finalists))
+    first, last = 0, max(1, round(_FIRST_IMAGES / per_batch))
+    while True:
+        last = min(last, batches)
+        sums += evaluation(finalists[left], first, last)[:, 0]
+        order = np.argsort(sums, kind="stable")
+        if last == batches:
+            return int(left[order[0]])
+        order = order[: max(1, len(order) // _RATIO)]
+        left, sums = left[order], sums[order]
+        if len(left) == 1:
+            return int(left[0])
+        first, last = last, last * _RATIO
+
+
 def draw_architectures(
     search: ArchitectureSearch, count: int, seed: int
 ) -> dict[str, Architecture]:
@@ -50,26 +164,13 @@ def draw_architectures(
 
 
 def rank_by_shared_weights(
-    search: ArchitectureSearch,
-    architectures: Mapping[str, Architecture],
-    images: Images,
-    seed: int = 0,
-    evaluation_images: int = 5000,
-    recalibration_images: int = 2000,
+    evaluation: Evaluation, architectures: Mapping[str, Architecture]
 ) -> list[Ranked]:
-    """Evaluates architectures with the shared weights of a search.
-
-    Each architecture is built and takes its slice of the shared weights. The statistics of its
-    batch norms are estimated on images of the weights part. It is evaluated on images of the
-    architecture part; the test set is not read.
+    """Ranks architectures by what they reach with the shared weights of a search.
 
     Args:
-        search: The search.
-        architectures: Architectures of its space, by name. Equal ones are evaluated once.
-        images: The training images of the search.
-        seed: Seed of the search, which split them.
-        evaluation_images: Maximum number of images to evaluate on.
-        recalibration_images: Maximum number of images for the statistics.
+        evaluation: The evaluation.
+        architectures: Architectures of the search's space, by name. Equal ones are evaluated once.
 
     Returns:
         The most accurate first; of equally accurate ones the cheapest first.
@@ -77,60 +178,36 @@ def rank_by_shared_weights(
     Raises:
         UserError: When an architecture is not in the space.
     """
+    search = evaluation.search
     entries = {name: _entries(search.space, name, each) for name, each in architectures.items()}
     # Of equal architectures the first name stays.
-    names = {each.tobytes(): name for name, each in reversed(entries.items())}.values()
-    weights_part, architecture_part = split(images.y, 0.5, seed)
-    rng = np.random.default_rng(seed)
-    recalibration = _batches(images, rng.permutation(weights_part)[:recalibration_images])
-    evaluation = _batches(images, rng.permutation(architecture_part)[:evaluation_images])
-    ranked = []
-    for name in tqdm(names, desc="ranking", unit=" networks"):
-        model = architectures[name].build()
-        search.supernet.give_weights(model)
-        recalibrate(model, (tf.cast(x, tf.float32) for x, _ in recalibration))
-        loss, accuracy = _evaluate(model, evaluation)
-        chosen = tf.constant(entries[name][None])
-        ranked.append(
-            Ranked(
-                name,
-                architectures[name],
-                accuracy,
-                loss,
-                cost=float(search.space_cost(chosen)[0]),
-                log_prob=float(search.distribution.log_prob(chosen)[0]),
-                images=sum(len(y) for _, y in evaluation),
-            )
+    names = list({each.tobytes(): name for name, each in reversed(entries.items())}.values())
+    rows = np.stack([entries[name] for name in names])
+    costs = search.space_cost(tf.constant(rows)).numpy()
+    log_probs = search.distribution.log_prob(tf.constant(rows)).numpy()
+    means = evaluation(rows) / evaluation.images
+    ranked = [
+        Ranked(
+            name,
+            architectures[name],
+            # A sum of float32 means: an accuracy is a whole number of images.
+            accuracy=round(accuracy * evaluation.images) / evaluation.images,
+            loss=float(loss),
+            cost=float(cost),
+            log_prob=float(log_prob),
+            images=evaluation.images,
         )
+        for name, (loss, accuracy), cost, log_prob in zip(names, means, costs, log_probs)
+    ]
     ranked.sort(key=lambda each: (-each.accuracy, each.cost))
     return [each._replace(pareto=_is_pareto(each, ranked)) for each in ranked]
 
 
-def _entries(space, name, architecture):
+def _entries(space: Space, name, architecture):
     try:
         return space.entries.from_choices(space.choices(architecture))
     except ValueError as error:
         raise UserError(f"{name} is not of the search: {error}") from None
-
-
-def _batches(images, indices):
-    part = images.part(np.sort(indices))
-    # Decoded once for all networks. Bytes take a quarter of the memory of floats.
-    height, width, _ = images.image_shape
-    batch_size = min(max(_PIXELS // (height * width), 1), _IMAGES)
-    return [(tf.cast(x, tf.uint8), y) for x, y in test_batches(part, batch_size)]
-
-
-def _evaluate(model, batches):
-    """Mean loss and accuracy. Eager: tracing a graph for each network would take longer."""
-    losses, right = [], []
-    for x, y in batches:
-        logits = model(tf.cast(x, tf.float32), training=False)
-        losses.append(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
-        right.append(tf.argmax(logits, axis=-1, output_type=y.dtype) == y)
-    mean_loss = tf.reduce_mean(tf.concat(losses, axis=0))
-    accuracy = tf.reduce_mean(tf.cast(tf.concat(right, axis=0), tf.float64))
-    return float(mean_loss), float(accuracy)
 
 
 def _is_pareto(one, ranked):

@@ -276,6 +276,11 @@ class SearchRun(RunDirectory):
         return self._number("target", float) if "target" in self.flags else None
 
     @property
+    def weights_share(self) -> float:
+        """Share of the images in the weights part of a finished search. It was 0.5 before 0.3."""
+        return self.summary.get("weights_share", 0.5)
+
+    @property
     def planned_epochs(self) -> int:
         """The flag `--epochs`."""
         return self._number("epochs", int)

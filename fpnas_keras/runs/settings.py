@@ -2,10 +2,15 @@
 
 import dataclasses
 import re
+from typing import TYPE_CHECKING
 
+from fpnas_keras import data
 from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.settings import MAX_SEED, setting
+
+if TYPE_CHECKING:
+    import keras
 
 _CHECKPOINT_EVERY = re.compile(r"([1-9][0-9]{0,8})(s?)")
 
@@ -19,6 +24,18 @@ class RunSettings(DataSettings):
         "it stopped.",
         basic=True,
         may_change=True,
+    )
+    random_crop: int = setting(
+        "Pixels that a training image may move in each direction. About an eighth of the size of "
+        "small images.",
+        2,
+        least=0,
+        group="Augmentation",
+    )
+    random_flip: bool = setting(
+        "Mirror half of the training images left to right. For photos; not for digits or text.",
+        False,
+        basic=True,
     )
     checkpoint_every: str = setting(
         "How often a checkpoint is saved: seconds (60s) or steps (500). A kill loses what was done "
@@ -45,7 +62,44 @@ class RunSettings(DataSettings):
                 f"steps (500). Received: checkpoint_every={self.checkpoint_every}"
             )
 
+    def make_augmentation(self, size: int, **others: float) -> "data.Augmentation":
+        """What changes the training images.
+
+        Args:
+            size: Height and width of the images in pixels.
+            **others: Further arguments of `data.Augmentation`.
+
+        Raises:
+            UserError: When `random_crop` is too large for the images.
+        """
+        if self.random_crop >= size:
+            raise UserError(
+                f"`random_crop` must be below the image size, {size}. "
+                f"Received: random_crop={self.random_crop}"
+            )
+        return data.Augmentation(self.random_crop, self.random_flip, **others)
+
     def checkpoint_interval(self) -> tuple[float, float]:
         """Seconds and steps between two checkpoints; one of them is infinite."""
         number, is_seconds = _CHECKPOINT_EVERY.fullmatch(self.checkpoint_every).groups()
         return (int(number), float("inf")) if is_seconds else (float("inf"), int(number))
+
+
+def make_schedule(
+    peak: float, steps: int, warmup_steps: int
+) -> "keras.optimizers.schedules.LearningRateSchedule":
+    """A learning rate that rises from 0 and then falls to 0 along a cosine.
+
+    Args:
+        peak: The highest learning rate.
+        steps: All steps.
+        warmup_steps: Steps in which it rises.
+    """
+    import keras
+
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup_steps else peak,
+        decay_steps=steps - warmup_steps,
+        warmup_target=peak if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )

@@ -10,6 +10,7 @@ from fpnas_keras.spaces.fbnet import fbnet_c
 from fpnas_keras.spaces.fbnetv2 import fbnetv2_f, fbnetv2_f_fine
 from fpnas_keras.spaces.fpnas import fpnas
 from fpnas_keras.spaces.load import SUFFIXES, load
+from fpnas_keras.spaces.mobile import mobile_40, mobile_128, mobile_224
 from fpnas_keras.spaces.mobile_mini import mobile_mini
 from fpnas_keras.spaces.mobilenet_v3 import mobilenet_v3
 from fpnas_keras.spaces.nas_bench_macro import nas_bench_macro
@@ -35,6 +36,9 @@ _SPACES: dict[str, Callable[..., Space]] = {
         fbnetv2_f,
         fbnetv2_f_fine,
         fpnas,
+        mobile_40,
+        mobile_128,
+        mobile_224,
         mobile_mini,
         mobilenet_v3,
         nas_bench_macro,

@@ -1,0 +1,245 @@
+"""Real searches judged by published accuracies: CIFAR-10 in the space of NAS-Bench-Macro.
+
+python benchmarks/macro_search.py --table_dir=FOLDER --data=folder:FOLDER
+
+The search trains shared weights on images. Nothing that it finds needs a training: the published
+table has the accuracy of all networks. A search is judged by
+
+* the accuracy of its result, its percentile among the networks that cost 95% to 100% of the target,
+  and its distance to the best network within the target,
+* Kendall's tau between the loss under its final shared weights and the published accuracy: of 40
+  networks that cost 95% to 100% of the target, and of 40 networks of all costs.
+
+`METHODS` has the settings that are compared; each starts from the defaults of `fpnas search`. One
+job runs on each core. Finished rows are appended to --output. A run that was interrupted continues
+from there.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import harness
+import numpy as np
+import scipy.stats
+from nas_bench_macro import TABLE_FILE, Table, all_entries, write_stand_in
+
+from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import write_json
+from fpnas_keras.runs import Evaluation, SearchRun
+from fpnas_keras.settings import setting
+
+LEAST_SHARE = 0.95
+# What earlier versions did.
+BEFORE = {
+    "weights_share": 0.5,
+    "random_crop": 0,
+    "random_flip": False,
+    "learning_rate_warmup": 0.0,
+    "clip_norm": 0.0,
+    "start": "uniform",
+    "cost_window": 0.0,
+    "finalists": 0,
+}
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "ours": {},
+    "ours before": BEFORE,
+    # Joint logits, a fixed number of independent samples, no control variate (arXiv:1902.05116).
+    "PARSEC": {
+        **BEFORE,
+        "distribution": "joint",
+        "samples": 4,
+        "control_variate": False,
+        "stratified": False,
+        "deduplicate": False,
+    },
+    # The weights are trained on uniform samples, and the best of the finalists is taken: Guo et
+    # al., "Single Path One-Shot" (arXiv:1904.00420), with random draws in place of its evolution.
+    "single path one-shot": {"architecture_learning_rate": 0.0},
+    "most probable": {"finalists": 0},
+    "half of the images for the weights": {"weights_share": 0.5},
+    "no augmentation": {"random_crop": 0, "random_flip": False},
+    "no rising learning rate and no clipping": {"learning_rate_warmup": 0.0, "clip_norm": 0.0},
+    "uniform start": {"start": "uniform"},
+    "samples of all costs": {"cost_window": 0.0},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MacroSearchSettings(harness.ProjectSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "methods": ("ours", "PARSEC"),
+        "targets": ("40",),
+        "seeds": 1,
+        "search_epochs": 1,
+        "steps_per_epoch": 2,
+        "warmup_steps": 1,
+        "batch_size": 2,
+        "train_images": 40,
+        "input_size": 8,
+        "compared_networks": 4,
+        "evaluation_images": 4,
+    }
+
+    output: str = harness.output_setting("macro_search.jsonl")
+    table_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
+    data: str = setting("Images of CIFAR-10.", "folder:cifar10", basic=True)
+    methods: tuple[str, ...] = setting(
+        f"What to compare, separated by commas: {'; '.join(METHODS)}.",
+        ("ours", "ours before", "PARSEC", "single path one-shot"),
+        basic=True,
+    )
+    targets: tuple[str, ...] = setting("Targets in millions of MACs.", ("30", "40", "60"))
+    input_size: int = setting("Height and width of the images.", 32, least=1)
+    train_images: int | None = setting("Training images. Default: all.", None, least=2)
+    warmup_steps: int | None = setting("Steps of the warm-up.", None, least=0)
+    compared_networks: int = setting("Networks of each rank correlation.", 40, least=2)
+    evaluation_images: int = setting("Images that they are evaluated on.", 1000, least=2)
+    judged: str | None = setting("Judge this finished search, and end.", None)
+
+    def check(self) -> None:
+        """Raises `UserError` when the table, the images or a method is missing."""
+        if self.table_dir is None and not self.smoke:
+            raise UserError(f"--table_dir must be given: the folder of {TABLE_FILE}")
+        unknown = set(self.methods) - METHODS.keys()
+        if unknown:
+            raise UserError(
+                f"`methods` must be of {', '.join(METHODS)}. Received: {', '.join(unknown)}"
+            )
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run, with a table of random accuracies that stands in."""
+        write_stand_in(folder)
+        return dataclasses.replace(super().shrink(folder), table_dir=str(folder))
+
+    def macs(self, target: str) -> float:
+        """A target in MACs. Smaller images of a smoke run have a smaller one."""
+        return float(target) * 1e6 * (self.input_size / 32) ** 2
+
+
+def phases(settings: MacroSearchSettings, runs: harness.Runs) -> Iterator[dict[str, harness.Job]]:
+    """The searches by name, and then what judges them."""
+    names = {
+        f"{method} {target}M {seed}": (method, target, seed)
+        for seed in range(settings.seeds)
+        for target in settings.targets
+        for method in settings.methods
+    }
+    searches, judgements = {}, {}
+    for name, (method, target, seed) in names.items():
+        changes = {"random_flip": True, "random_crop": settings.input_size // 8} | METHODS[method]
+        searches |= runs.search(
+            name,
+            space="nas_bench_macro",
+            target=settings.macs(target),
+            seed=seed,
+            warmup_steps=settings.warmup_steps,
+            **changes,
+        )
+        judgements |= judge_job(settings, runs, name, target)
+    yield searches
+    yield judgements
+
+
+def judge_job(
+    settings: MacroSearchSettings, runs: harness.Runs, search: str, target: str
+) -> dict[str, harness.Job]:
+    """What judges a finished search."""
+    name = f"judge {search}"
+    changed = dataclasses.replace(
+        settings,
+        judged=str(runs.directory(search)),
+        work_dir=str(runs.directory(name)),
+        targets=(target,),
+    )
+    job = harness.Job([__file__, *changed.to_flags()], functools.partial(judge, changed))
+    return {name: job}
+
+
+def judge(settings: MacroSearchSettings) -> None:
+    """Writes what a search is worth, by the table, as the summary of a directory of its own."""
+    run, table = SearchRun(settings.judged), Table(settings.table_dir)
+    budget = float(settings.targets[0]) * 1e6
+    in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
+    space = table.space
+    entries = space.entries.from_choices(run.load_search().space.choices(run.architecture))
+    accuracy = table.accuracy[int(table.index(entries))]
+    summary = {
+        "accuracy": accuracy,
+        "percentile": 100 * np.mean(table.accuracy[in_band] <= accuracy),
+        "distance": table.best(budget) - accuracy,
+        "best": table.best(budget),
+        "random_mean": table.accuracy[in_band].mean(),
+        "random_deviation": table.accuracy[in_band].std(),
+        "tau_in_band": rank_correlation(settings, run, table, in_band),
+        "tau": rank_correlation(settings, run, table, np.ones(len(table.macs), bool)),
+    }
+    directory = pathlib.Path(settings.work_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "summary.json", summary)
+
+
+def rank_correlation(
+    settings: MacroSearchSettings, run: SearchRun, table: Table, allowed: np.ndarray
+) -> float:
+    """Kendall's tau between the loss under the shared weights and the published accuracy.
+
+    The images are those of the architecture part, on which the search has chosen.
+    """
+    # Identities move within a stage: only some networks are different.
+    different = {}
+    for index in np.flatnonzero(allowed):
+        different.setdefault((table.accuracy[index], table.macs[index]), index)
+    rng = np.random.default_rng(0)
+    count = min(settings.compared_networks, len(different))
+    rows = rng.choice(sorted(different.values()), count, replace=False)
+    search = run.load_search()
+    images = run.data_settings().load_images("train", settings.input_size)
+    seed, count = int(search.seed.numpy()), settings.evaluation_images
+    evaluation = Evaluation(search, images, run.weights_share, seed, count)
+    losses = evaluation(all_entries()[rows])[:, 0]
+    return float(scipy.stats.kendalltau(-losses, table.accuracy[rows]).statistic)
+
+
+def report(settings: MacroSearchSettings, rows: Mapping[str, harness.Row]) -> None:
+    """Prints a table of the methods at each target, and of their means over the targets."""
+    columns = ("accuracy, %", "percentile, mean", "worst", "distance", "tau in the band", "tau")
+    print(f"\n| | target | {' | '.join(columns)} | CPU s |\n{'|---' * 9}|")
+    for method in settings.methods:
+        for targets in (*((target,) for target in settings.targets), settings.targets):
+            names = [
+                f"{method} {target}M {seed}" for target in targets for seed in range(settings.seeds)
+            ]
+            judged = [rows[f"judge {name}"] for name in names]
+
+            def mean(column, judged=judged):
+                return statistics.mean(row[column] for row in judged)
+
+            print(
+                f"| {method} | {' '.join(targets)} | {mean('accuracy'):.2f} | "
+                f"{mean('percentile'):.1f} | {min(row['percentile'] for row in judged):.1f} | "
+                f"{mean('distance'):.2f} | {mean('tau_in_band'):.2f} | {mean('tau'):.2f} | "
+                f"{statistics.mean(rows[name]['cpu_seconds'] for name in names):.0f} |"
+            )
+
+
+def run(settings: MacroSearchSettings) -> None:
+    """Runs the rows that are not in the output yet, and prints all of them."""
+    if settings.judged:
+        judge(settings)
+        return
+    runs = harness.Runs(settings)
+    report(settings, runs.run_phases(phases(settings, runs)))
+
+
+COMMAND = harness.make_command(__file__, __doc__, MacroSearchSettings, run)
+
+if __name__ == "__main__":
+    sys.exit(run_command(COMMAND))
