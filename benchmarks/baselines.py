@@ -62,6 +62,8 @@ def make_search(settings: BaselinesSettings, space: fpnas.spaces.Space) -> fpnas
         "warmup_steps": warmup_steps,
         "seed": settings.seed,
     }
+    if settings.method != "ours":
+        arguments |= {"start": "uniform", "cost_window": 0.0}
     if settings.method == "DMaskingNAS":
         return DMaskingNAS(space, steps, **arguments)
     if settings.method == "PARSEC":

@@ -26,6 +26,8 @@ METHODS = {
     "PARSEC": {
         "distribution": "joint",
         "samples": 16,
+        "start": "uniform",
+        "cost_window": 0.0,
         "control_variate": False,
         "stratified": False,
         "deduplicate": False,

@@ -75,6 +75,7 @@ class MacroSearchSettings(harness.ProjectSettings):
     """Settings of this benchmark."""
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
+        "data": "digits",
         "methods": ("ours", "PARSEC"),
         "targets": ("40",),
         "seeds": 1,

@@ -37,12 +37,17 @@ DISTANCES = (0.60, 0.50, 0.40, 0.30, 0.25)
 BUDGET_CHECKPOINTS = (*range(100, 500, 50), *range(500, 1_000, 100), *range(1_000, 5_001, 500))
 
 CONTROLLER = fpnas.CostController(anneal_steps=100)
+# The two last settings of a search are rows of their own.
 OURS = {
+    "start": "uniform",
+    "cost_window": 0.0,
     "samples": fpnas.AdaptiveSamples(scale=0.25),
     "cost_coefficient": CONTROLLER,
     "learning_rate": 0.1,
 }
 PARSEC = {
+    "start": "uniform",
+    "cost_window": 0.0,
     "distribution": "joint",
     "control_variate": False,
     "stratified": False,
@@ -69,6 +74,13 @@ SWITCHES = {
     },
     "fixed coefficient 0.3 on the log hinge": {"cost_coefficient": 0.3, "cost_penalty": "log"},
     "result costs at least 95% of the budget": {"least_share": 0.95},
+    "starts at the target": {"start": "target", "least_share": 0.95},
+    "samples near the target": {"cost_window": 0.2, "least_share": 0.95},
+    "starts and samples near the target": {
+        "start": "target",
+        "cost_window": 0.2,
+        "least_share": 0.95,
+    },
 }
 
 
@@ -310,12 +322,12 @@ def make_jobs() -> dict[str, Callable[..., harness.Row]]:
     found = {}
     for name, change in SWITCHES.items():
         settings = OURS | change
-        if not {"cost_coefficient", "cost_penalty", "least_share"} & change.keys():
+        if not {"cost_coefficient", "cost_penalty", "least_share", "start"} & change.keys():
             found[f"no budget | {name}"] = functools.partial(without_budget, **settings)
         found[f"budgets | {name}"] = functools.partial(with_budgets, **settings)
     for rate in (0.05, 0.1):
         for scale in (0.25, 0.5, 1.0):
-            settings = {"samples": fpnas.AdaptiveSamples(scale), "learning_rate": rate}
+            settings = OURS | {"samples": fpnas.AdaptiveSamples(scale), "learning_rate": rate}
             name = f"samples | ours, scale {scale:g}, learning rate {rate:g}"
             found[name] = functools.partial(samples_to_reach, **settings)
         for count in (4, 8, 16, 32):

@@ -19,17 +19,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import harness
-import numpy as np
 import scipy.stats
+from networks import draw_random_networks, largest_network, scale_published
 
 import fpnas_keras as fpnas
-from fpnas_keras.architecture import Block, Head, Stem, make_divisible
 from fpnas_keras.commands import run_command
-from fpnas_keras.method import FactorizedLogits
-from fpnas_keras.runs import Ranked, SearchRun
+from fpnas_keras.runs import Evaluation, Ranked, SearchRun
 from fpnas_keras.settings import setting
 
-LEAST_SHARE = 0.95
 # Recipes to choose from, on held-out training images and with the first random network.
 RECIPES = {
     "plain": {},
@@ -43,35 +40,6 @@ RECIPES = {
     "flip, MixUp": {"random_flip": True, "mix_up": 0.2},
     "flip, CutMix": {"random_flip": True, "cut_mix": 0.5},
     "flip, RandAugment": {"random_flip": True, "rand_augment": 0.1},
-}
-# (kernel size, expansion, filters, squeeze-excite, hard swish, stride) of the published blocks. For
-# 28 pixels, three of the five halvings of the size are kept, as in `mobile_mini`. MobileNetV3 keeps
-# the last three. EfficientNet keeps the middle ones; otherwise no width is within the target.
-MOBILENET_V3_SMALL = (
-    (3, 1, 16, 1, 0, 1),
-    (3, 4.5, 24, 0, 0, 2),
-    (3, 3.67, 24, 0, 0, 1),
-    (5, 4, 40, 1, 1, 2),
-    *2 * ((5, 6, 40, 1, 1, 1),),
-    *2 * ((5, 3, 48, 1, 1, 1),),
-    (5, 6, 96, 1, 1, 2),
-    *2 * ((5, 6, 96, 1, 1, 1),),
-)
-EFFICIENTNET_B0 = (
-    (3, 1, 16, 1, 1, 1),
-    (3, 6, 24, 1, 1, 2),
-    (3, 6, 24, 1, 1, 1),
-    (5, 6, 40, 1, 1, 2),
-    (5, 6, 40, 1, 1, 1),
-    (3, 6, 80, 1, 1, 2),
-    *2 * ((3, 6, 80, 1, 1, 1),),
-    *3 * ((5, 6, 112, 1, 1, 1),),
-    *4 * ((5, 6, 192, 1, 1, 1),),
-    (3, 6, 320, 1, 1, 1),
-)
-PUBLISHED = {
-    "MobileNetV3-Small": (MOBILENET_V3_SMALL, 16, 576),
-    "EfficientNet-B0": (EFFICIENTNET_B0, 32, 1280),
 }
 
 
@@ -90,7 +58,7 @@ class RecipeSettings(harness.ProjectSettings):
     output: str = harness.output_setting("recipe.jsonl")
     recipes: tuple[str, ...] = setting("Recipes to choose from.", tuple(RECIPES))
     published: tuple[str, ...] = setting(
-        "Published networks, separated by commas.", tuple(PUBLISHED)
+        "Published networks, separated by commas.", ("MobileNetV3-Small", "EfficientNet-B0")
     )
     published_blocks: int = setting("Most blocks of a published network.", 16, least=1)
     random_networks: int = setting("Random networks.", 10, least=2)
@@ -101,68 +69,18 @@ class RecipeSettings(harness.ProjectSettings):
         return self.input_size, self.input_size, 1
 
 
-def scale_published(settings: RecipeSettings, name: str) -> fpnas.Architecture:
-    """A published network at the largest width within the target, in steps of 4 channels."""
-    blocks, stem, head = PUBLISHED[name]
-
-    def at_width(width):
-        def filters(count):
-            return make_divisible(width * count, 4)
-
-        return fpnas.Architecture(
-            input_shape=settings.input_shape,
-            num_classes=10,
-            stem=Stem(filters(stem), 3, 1, "hard_silu"),
-            blocks=[
-                Block(
-                    filters=filters(out),
-                    kernel_size=kernel_size,
-                    expansion=expansion,
-                    strides=strides,
-                    activation="hard_silu" if hard_silu else "relu",
-                    splits=splits,
-                )
-                for kernel_size, expansion, out, splits, hard_silu, strides in blocks[
-                    : settings.published_blocks
-                ]
-            ],
-            head=Head(filters(head), "hard_silu"),
-        )
-
-    networks = (at_width(width) for width in np.arange(1.5, 0.05, -0.005))
-    return next(each for each in networks if each.macs() <= settings.target)
-
-
-def largest_network(space: fpnas.spaces.Space) -> fpnas.Architecture:
-    """The architecture of most MACs in a space whose last choices are the largest ones."""
-    choices = space.cardinalities - 1
-    choices[:, fpnas.spaces.VARIABLES.index("skip")] = 0
-    return space.architecture(choices)
-
-
-def draw_random_networks(
-    settings: RecipeSettings, space: fpnas.spaces.Space
-) -> list[fpnas.Architecture]:
-    """Uniformly drawn networks that cost 95% to 100% of the target."""
-    found, distribution = [], FactorizedLogits(space)
-    for step in range(1000):
-        drawn = distribution.sample(1000, seed=0, step=step).numpy()
-        for choices in space.entries.to_choices(drawn):
-            architecture = space.architecture(choices)
-            if LEAST_SHARE * settings.target <= architecture.macs() <= settings.target:
-                found.append(architecture)
-                if len(found) == settings.random_networks:
-                    return found
-    raise RuntimeError("the space has too few networks that use the target")
-
-
 def phases(settings: RecipeSettings, runs: harness.Runs) -> Iterator[dict[str, harness.Job]]:
     """The jobs by name. Those of a phase need the results of earlier phases only."""
     space = fpnas.spaces.get(settings.space, settings.input_shape, 10)
-    random_networks = draw_random_networks(settings, space)
+    random_networks = draw_random_networks(space, settings.target, settings.random_networks)
     networks = {"largest": largest_network(space)}
     networks |= {f"random {index}": each for index, each in enumerate(random_networks)}
-    networks |= {name: scale_published(settings, name) for name in settings.published}
+    networks |= {
+        name: scale_published(
+            name, settings.input_shape, 10, settings.target, most_blocks=settings.published_blocks
+        )
+        for name in settings.published
+    }
     for name, architecture in networks.items():
         architecture.save(network_file(runs, name))
 
@@ -220,7 +138,8 @@ def rank_trained_networks(settings: RecipeSettings, runs: harness.Runs) -> dict[
         name: fpnas.Architecture.load(network_file(runs, network))
         for name, network in names.items()
     }
-    ranked = fpnas.runs.rank_by_shared_weights(run.load_search(), networks, images)
+    evaluation = Evaluation(run.load_search(), images, run.weights_share)
+    ranked = fpnas.runs.rank_by_shared_weights(evaluation, networks)
     return {each.name: each for each in ranked}
 
 

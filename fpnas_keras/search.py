@@ -94,8 +94,8 @@ class SearchSettings(RunSettings):
     )
     cost_window: float = setting(
         "Only architectures that cost the target, more or less by this share of it, are drawn. "
-        "Their likelihoods then differ by what they are, and not by what they cost. 0 draws all "
-        "architectures, as the paper does.",
+        "Their likelihoods then differ by what they are, and not by what they cost. It needs the "
+        "control variate. 0 draws all architectures, as the paper does.",
         0.2,
         least=0,
         group=_COST,
@@ -326,6 +326,11 @@ class SearchSettings(RunSettings):
             )
         if self.target is None and (self.cost_coefficient, self.anneal_steps) != (None, None):
             raise UserError("--cost_coefficient and --anneal_steps need --target")
+        if self.target is not None and self.cost_window and not self.control_variate:
+            raise UserError(
+                "--nocontrol_variate needs --cost_window=0: the gradient of the logits would be "
+                f"wrong. Received: cost_window={self.cost_window}"
+            )
         if None not in (self.cost_coefficient, self.anneal_steps):
             raise UserError(
                 "--anneal_steps moves the coefficient, which --cost_coefficient fixes. Give one of "

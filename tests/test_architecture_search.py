@@ -205,7 +205,7 @@ def test_the_search_starts_at_the_target(distribution, target):
     np.testing.assert_array_equal(free.logits, uniform.logits)
 
 
-@pytest.mark.parametrize("target", [14_000, 45_000])
+@pytest.mark.parametrize("target", [7_500, 140_000])
 def test_a_start_at_the_limits_of_the_space_decides_nothing(target):
     search = make_search(start="target", cost=fpnas.MacsCost(target), blocks=4)
     for block in search.distribution.probabilities():
@@ -574,6 +574,12 @@ def test_architectures_of_samples_are_those_that_the_supernet_runs():
         ({"cost_coefficient": float("nan")}, "`cost_coefficient` must be a `CostController` or"),
         ({"distribution": "fine"}, "`distribution` must be one of factorized, joint, coarse_to"),
         ({"cost_penalty": "l2"}, "`cost_penalty` must be one of expected, hinge, log"),
+        ({"start": "middle"}, "`start` must be one of target, uniform"),
+        ({"cost_window": -0.1}, "`cost_window` must be at least 0"),
+        (
+            {"cost": fpnas.MacsCost(target=40_000), "control_variate": False},
+            "`cost_window` must be .* 0 without the control variate",
+        ),
     ],
 )
 def test_searches_that_cannot_work_are_refused(arguments, message):

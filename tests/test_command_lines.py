@@ -135,6 +135,7 @@ def test_search_leaves_a_run_directory(searched):
 def test_parsec_by_flags(small, search, tmp_path):
     """What the run says of itself follows from the flags of the method."""
     flags = ["--distribution=joint", "--nocontrol_variate", "--nostratified", "--nodeduplicate"]
+    flags += ["--start=uniform", "--cost_window=0", "--finalists=0"]
     flags += ["--samples=40", "--likelihood_scale=9", "--cost_penalty=hinge", "--least_share=0"]
     flags += ["--cost_coefficient=0.7", "--architecture_batch_size=32", "--epochs=2"]
     search = [each for each in search if "coarse" not in each]

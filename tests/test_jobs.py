@@ -46,9 +46,49 @@ def test_a_search_gives_its_run(searched):
     assert searched.summary["macs"] == searched.architecture.macs() <= 60_000
     assert searched.report.read_text().startswith("<!DOCTYPE html>")
     assert [row["epoch"] for row in searched.epochs] == [1, 2]
-    search = searched.load_search()
-    assert search.derive(least_share=0.95) == searched.architecture
     assert len(searched.ranking["architectures"]) > 1
+
+
+def test_the_result_is_the_finalist_with_the_lowest_loss(searched, settings):
+    search, summary = searched.load_search(), searched.summary
+    images = fpnas.data.load("digits", "train", 16)
+    _, kept = fpnas.data.split(images.y, (400 - 0.5) / len(images.y), seed=0)
+    evaluation = fpnas.runs.Evaluation(search, images.part(kept), searched.weights_share)
+    assert searched.weights_share == summary["weights_share"] == 0.5
+    finalists = search.finalists(100, least_share=0.95)
+    assert 1 < len(finalists) <= summary["finalists"] <= len(finalists) + 1
+    # 200 images decide: there is one round.
+    assert evaluation.images == 200
+    architectures = map(search.space.architecture, search.space.entries.to_choices(finalists))
+    ranked = fpnas.runs.rank_by_shared_weights(
+        evaluation,
+        {"derived": searched.architecture, "probable": search.derive(least_share=0.95)}
+        | {str(index): each for index, each in enumerate(architectures)},
+    )
+    best = min(ranked, key=lambda each: each.loss)
+    assert best.architecture == searched.architecture
+    entries = search.space.entries.from_choices(search.space.choices(searched.architecture))
+    assert summary["found_cost"] == searched.architecture.macs()
+    assert summary["found_log_prob"] == pytest.approx(
+        float(search.distribution.log_prob(entries)), rel=1e-5
+    )
+
+
+def test_without_finalists_the_result_is_the_most_probable_architecture(settings, tmp_path):
+    run = fpnas.search_architecture(
+        **settings | {"finalists": 0, "ranked_samples": 0}, output_dir=tmp_path / "run"
+    )
+    assert run.load_search().derive(least_share=0.95) == run.architecture
+    assert run.summary["finalists"] == 1
+
+
+def test_the_learning_rate_rises_and_falls():
+    schedule = fpnas.runs.settings.make_schedule(0.4, steps=100, warmup_steps=20)
+    rates = [float(schedule(step)) for step in range(101)]
+    np.testing.assert_allclose(rates[:21], 0.4 * np.arange(21) / 20, rtol=1e-5)
+    cosine = 0.2 * (1 + np.cos(np.pi * np.arange(81) / 80))
+    np.testing.assert_allclose(rates[20:], cosine, atol=1e-6)
+    assert float(fpnas.runs.settings.make_schedule(0.4, 100, 0)(0)) == pytest.approx(0.4)
 
 
 def test_python_and_the_command_line_give_the_same(searched, settings, tmp_path):

@@ -33,6 +33,25 @@ BLOCKS = st.builds(
 _IRRELEVANT = {"kernel_size": 3, "expansion": 1, "activation": "relu", "splits": 0}
 
 
+@pytest.mark.parametrize(
+    ("name", "input_shape", "classes", "largest_blocks", "least", "largest"),
+    [
+        ("mobile_40", (32, 32, 3), 10, 14, 578_176, 94_121_472),
+        ("mobile_128", (96, 96, 3), 10, 14, 1_681_440, 241_084_416),
+        ("mobile_224", (224, 224, 3), 1000, 22, 18_457_440, 1_996_727_232),
+    ],
+)
+def test_wide_spaces_have_the_sizes_they_say(
+    name, input_shape, classes, largest_blocks, least, largest
+):
+    space = spaces.get(name, input_shape, classes)
+    cost = SpaceCost(space, MacsCost())
+    assert (cost.least(), cost.largest()) == (least, largest)
+    assert len(space.blocks) == largest_blocks
+    chosen = [block.filters for block in space.blocks if not block.keeps_filters]
+    assert all(3 <= max(filters) / min(filters) <= 4 for filters in chosen)
+
+
 def test_mobile_mini_has_the_sizes_it_says():
     space = spaces.get("mobile_mini")
     space_cost = SpaceCost(space, MacsCost())

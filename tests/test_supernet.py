@@ -75,7 +75,7 @@ def test_every_choice_of_every_variable_gives_the_logits_of_the_plain_network():
 
 
 # Small spaces at their own size. Large ones at a size that leaves batch norms a few pixels.
-SIZES = {"mobile_mini": 28, "nas_bench_macro": 32}
+SIZES = {"mobile_mini": 28, "mobile_40": 28, "nas_bench_macro": 32}
 
 
 EXAMPLE = str(pathlib.Path(__file__).parents[1] / "configs" / "spaces" / "example.json")

@@ -56,8 +56,8 @@ class ArchitectureSearch(keras.Model):
             expected cost is the target, so that no step is spent on networks of another cost;
             "uniform" is uniform in each variable, as in the paper.
         cost_window: Only architectures that cost the target, more or less by this share of it, are
-            drawn. Their likelihoods then differ by what they are, and not by what they cost. 0
-            draws all architectures, as the paper does.
+            drawn. Their likelihoods then differ by what they are, and not by what they cost. It
+            needs the control variate. 0 draws all architectures, as the paper does.
         cost_coefficient: Weight of the cost in the gradient of the logits (the paper's beta):
             a `CostController`, or a fixed number.
         cost_penalty: What the coefficient weighs: "expected" is E[cost] / target, with an exact
@@ -126,6 +126,12 @@ class ArchitectureSearch(keras.Model):
         # Keras would number the searches of a process, and weight files hold the name.
         super().__init__(**{"name": "architecture_search"} | kwargs)
         _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_coefficient)
+        if not cost_window >= 0 or (cost_window and not control_variate and cost and cost.target):
+            raise UserError(
+                "`cost_window` must be at least 0, and 0 without the control variate: the gradient "
+                "of the logits would be wrong. "
+                f"Received: cost_window={cost_window}, control_variate={control_variate}"
+            )
         _check_choice("cost_penalty", cost_penalty, COST_PENALTIES)
         _check_choice("distribution", distribution, DISTRIBUTIONS)
         _check_choice("start", start, STARTS)

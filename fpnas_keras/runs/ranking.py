@@ -86,11 +86,17 @@ class Evaluation:
         parts = np.array_split(order, -(-self.images // largest))
         # Bytes take a quarter of the memory of floats.
         self.batches = [_read(images.part(np.sort(part))) for part in parts]
-        self._evaluate = tf.function(self._evaluate_batch, reduce_retracing=True)
+        self._evaluate = tf.function(
+            self._evaluate_batch,
+            input_signature=[
+                tf.TensorSpec((None, len(search.space.blocks)), tf.int32),
+                tf.TensorSpec((None, *images.image_shape), tf.uint8),
+                tf.TensorSpec((None,), tf.int32),
+            ],
+        )
 
     def _evaluate_batch(self, entries, x, y):
-        samples = Samples.each(tf.ensure_shape(entries, (None, len(self.search.space.blocks))))
-        return self.search.evaluate_samples(samples, (tf.cast(x, tf.float32), y))
+        return self.search.evaluate_samples(Samples.each(entries), (tf.cast(x, tf.float32), y))
 
     def __call__(self, entries: np.ndarray, first: int = 0, last: int | None = None) -> np.ndarray:
         """Loss and accuracy of architectures.
@@ -119,7 +125,7 @@ class Evaluation:
 
 def _read(images):
     ((x, y),) = test_batches(images, len(images.y))
-    return tf.cast(x, tf.uint8), y
+    return tf.cast(x, tf.uint8), tf.cast(y, tf.int32)
 
 
 def choose_finalist(evaluation: Evaluation, finalists: np.ndarray) -> int:
