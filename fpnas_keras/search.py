@@ -22,6 +22,7 @@ from fpnas_keras.runs.settings import RunSettings, make_schedule
 from fpnas_keras.settings import setting
 
 if TYPE_CHECKING:
+    import keras
     import tensorflow as tf
 
     from fpnas_keras.architecture import Architecture
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _SPACE, _COST, _METHOD = "Space", "Cost and target", "Method"
 _TRAINING, _RESULT = "Shared weights and logits", "Result"
+# Default learning rates of the shared weights.
+_LEARNING_RATES = {"adam": 0.002, "sgd": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,9 +240,17 @@ class SearchSettings(RunSettings):
         least=1,
         group=_TRAINING,
     )
-    learning_rate: float = setting(
-        "Peak learning rate of the shared weights (SGD, cosine to 0).",
-        0.1,
+    optimizer: str = setting(
+        "Optimizer of the shared weights: Adam, or SGD with Nesterov momentum 0.9. Adam learns "
+        "more in a short search.",
+        "adam",
+        choices=tuple(_LEARNING_RATES),
+        group=_TRAINING,
+    )
+    learning_rate: float | None = setting(
+        "Peak learning rate of the shared weights, cosine to 0. Default: 0.002 for adam and 0.1 "
+        "for sgd.",
+        None,
         least=0,
         group=_TRAINING,
     )
@@ -252,8 +263,8 @@ class SearchSettings(RunSettings):
     )
     clip_norm: float = setting(
         "Largest norm of the gradient of all shared weights together. A longer one is scaled down "
-        "to it. Large networks diverge in their first steps without it. 0 turns it off.",
-        1.0,
+        "to it. 0 turns it off.",
+        5.0,
         least=0,
         group=_TRAINING,
     )
@@ -343,6 +354,21 @@ class SearchSettings(RunSettings):
         if self.distribution != "coarse_to_fine":
             return None
         return self.coarse_epochs or self.epochs // 2
+
+    def make_optimizer(self, steps: int) -> "keras.optimizers.Optimizer":
+        """The optimizer of the shared weights for a search of some steps."""
+        import keras
+
+        peak = self.learning_rate
+        if peak is None:
+            peak = _LEARNING_RATES[self.optimizer]
+        schedule = make_schedule(peak, steps, int(self.learning_rate_warmup * steps))
+        clip_norm = self.clip_norm or None
+        if self.optimizer == "adam":
+            return keras.optimizers.Adam(schedule, global_clipnorm=clip_norm, name="weights_adam")
+        return keras.optimizers.SGD(
+            schedule, momentum=0.9, nesterov=True, global_clipnorm=clip_norm, name="sgd"
+        )
 
     def count_warmup_steps(self, steps_per_epoch: int) -> int:
         """Steps of the warm-up.
@@ -503,19 +529,9 @@ def _make_search(
         seed=settings.seed,
         strategy=strategy,
     )
-    schedule = make_schedule(
-        settings.learning_rate, steps, int(settings.learning_rate_warmup * steps)
-    )
-    # Named, since Keras would number the optimizers of a process, and weight files hold the names.
-    optimizer = keras.optimizers.SGD(
-        schedule,
-        momentum=0.9,
-        nesterov=True,
-        global_clipnorm=settings.clip_norm or None,
-        name="sgd",
-    )
     search.compile(
-        optimizer=optimizer,
+        optimizer=settings.make_optimizer(steps),
+        # Named, since Keras would number the optimizers of a process, and weight files hold names.
         architecture_optimizer=keras.optimizers.Adam(
             settings.architecture_learning_rate, name="adam"
         ),

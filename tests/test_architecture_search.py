@@ -429,9 +429,9 @@ def test_finalists_are_different_and_within_the_budget(distribution):
     np.testing.assert_array_equal(finalists, search.finalists(50, least_share=0.9))
     # The likely ones come first, and a decided distribution still gives others.
     logits = search.distribution.logits
-    logits.assign(20 * tf.random.stateless_normal(logits.shape, (3, 1)))
-    decided = search.finalists(20, budget=None)
-    assert len(decided) == 20
+    logits.assign(1000 * tf.random.stateless_normal(logits.shape, (3, 1)))
+    decided = search.finalists(2, budget=None)
+    assert len(decided) == 2
     np.testing.assert_array_equal(decided[0], search.distribution.mode())
 
 
