@@ -322,7 +322,7 @@ def make_jobs() -> dict[str, Callable[..., harness.Row]]:
     found = {}
     for name, change in SWITCHES.items():
         settings = OURS | change
-        if not {"cost_coefficient", "cost_penalty", "least_share", "start"} & change.keys():
+        if not change.keys() & {"cost_coefficient", "cost_penalty", "least_share"}:
             found[f"no budget | {name}"] = functools.partial(without_budget, **settings)
         found[f"budgets | {name}"] = functools.partial(with_budgets, **settings)
     for rate in (0.05, 0.1):
