@@ -77,7 +77,7 @@ class MacroSearchSettings(harness.ProjectSettings):
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
         "data": "digits",
-        "methods": ("ours", "PARSEC"),
+        "methods": ("ours",),
         "targets": ("40",),
         "seeds": 1,
         "search_epochs": 1,
