@@ -152,7 +152,9 @@ def check_keys(
             raise UserError(f"{where} lacks the key `{key}`")
     for key in data:
         if key not in expected:
-            raise UserError(f"{where} has the unknown key `{key}`. Expected: {', '.join(expected)}")
+            raise UserError(
+                f"{where} has the unknown key {_quote(key)}. Expected: {', '.join(expected)}"
+            )
 
 
 def check_fields(data: Any, where: str, **kinds: type) -> None:
@@ -189,10 +191,15 @@ def summarize_error(error: Exception, line: int = 0) -> str:
     return lines[line] if lines else type(error).__name__
 
 
+def _quote(key):
+    """A key of a file as it is shown in messages: line breaks are escaped."""
+    return f"`{repr(key)[1:-1]}`"
+
+
 def _unique_keys(pairs):
     found = {}
     for key, value in pairs:
         if key in found:
-            raise UserError(f"the key `{key}` appears twice in one object")
+            raise UserError(f"the key {_quote(key)} appears twice in one object")
         found[key] = value
     return found

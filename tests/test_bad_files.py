@@ -70,6 +70,7 @@ def changed(draw, data):
 
 DEEP = "[" * 100_000
 DOUBLE = '{"format": 1, "format": 1}'
+LINE_BREAK = '{"format": 1, "a\\nb": 1}'
 
 
 def check(path, text, read):
@@ -88,6 +89,7 @@ def check(path, text, read):
 @QUICK
 @example(DEEP)
 @example(DOUBLE)
+@example(LINE_BREAK)
 @given(changed(ARCHITECTURE))
 def test_architecture_files(tmp_path, text):
     def read(path):
@@ -100,6 +102,7 @@ def test_architecture_files(tmp_path, text):
 @QUICK
 @example(DEEP)
 @example(DOUBLE)
+@example(LINE_BREAK)
 @given(changed(SPACE_FILE))
 def test_space_files(tmp_path, text):
     check(tmp_path / "s.json", text, lambda path: fpnas.spaces.get(str(path), (8, 8, 1), 3))

@@ -218,11 +218,10 @@ def test_a_finished_search_is_ranked_and_reported(searched, tmp_path):
     probabilities = [json.loads(row) for row in (directory / "probabilities.jsonl").open()]
     assert [row["step"] for row in probabilities] == [2, 4, 6]
     first = probabilities[0]["blocks"][0]["filters"]
-    assert first == {
-        "8": pytest.approx(1 / 3),
-        "12": pytest.approx(1 / 3),
-        "16": pytest.approx(1 / 3),
-    }
+    # The start: near uniform, moved to the target.
+    assert first.keys() == {"8", "12", "16"}
+    assert list(first.values()) == pytest.approx(3 * [1 / 3], abs=0.02)
+    assert sum(first.values()) == pytest.approx(1)
     assert sum(probabilities[-1]["blocks"][1]["skip"].values()) == pytest.approx(1)
     before = (directory / "report.html").read_text()
     result = run("fpnas_keras.rank", f"--search_dir={directory}", "--samples=6", "--seed=1")
