@@ -71,6 +71,7 @@ class VersusSettings(harness.ProjectSettings):
         **harness.ProjectSettings.SMOKE,
         "jobs": ("fashion_mnist",),
         "published": ("MobileNetV3-Small",),
+        "published_blocks": 2,
         "recipes": ("batch 128, rate 0.1",),
         "random_networks": 2,
         "search_seeds": 1,
@@ -84,6 +85,7 @@ class VersusSettings(harness.ProjectSettings):
     seeds: int = setting("Trainings of each network found or made by hand.", 2, least=1)
     random_networks: int = setting("Random networks of a job.", 10, least=2)
     published: tuple[str, ...] = setting("Networks by hand.", tuple(PUBLISHED))
+    published_blocks: int = setting("Most blocks of a network by hand.", 20, least=1)
     recipes: tuple[str, ...] = setting("Recipes to choose from.", tuple(RECIPES))
     picture: str | None = setting("File of the picture, a PNG.", None)
 
@@ -92,7 +94,7 @@ class VersusSettings(harness.ProjectSettings):
         for name in self.jobs:
             if name not in JOBS:
                 raise UserError(f"`jobs` must be of {', '.join(JOBS)}. Received: {name}")
-            if hasattr(self, name) and getattr(self, name) is None:
+            if getattr(self, name, "") is None and not self.smoke:
                 raise UserError(f"--{name} must be given for the job {name}: its image folder")
 
     def get(self, name: str) -> Data:
@@ -100,9 +102,11 @@ class VersusSettings(harness.ProjectSettings):
         job = JOBS[name]
         if self.smoke:
             return job._replace(
-                data=self.data, image_shape=(16, 16, 1), space=self.space, target=1.3e5,
-                train_images=self.train_images, batch_size=self.batch_size,
-            )  # fmt: skip
+                data=self.data,
+                space=self.space,
+                train_images=self.train_images,
+                batch_size=self.batch_size,
+            )
         folder = getattr(self, name, None)
         return job._replace(data=f"folder:{folder}") if folder else job
 
@@ -146,7 +150,12 @@ def save_networks(settings: VersusSettings, runs: harness.Runs, name: str, job: 
     made = {f"random {index}": each for index, each in enumerate(drawn)}
     for each in settings.published:
         made[each] = scale_published(
-            each, job.image_shape, job.num_classes, job.target, job.stem_strides
+            each,
+            job.image_shape,
+            job.num_classes,
+            job.target,
+            job.stem_strides,
+            settings.published_blocks,
         )
     for each, architecture in made.items():
         architecture.save(architecture_file(runs, f"{name} {each}"))
