@@ -62,13 +62,11 @@ def make_search(settings: BaselinesSettings, space: fpnas.spaces.Space) -> fpnas
         "warmup_steps": warmup_steps,
         "seed": settings.seed,
     }
-    if settings.method != "ours":
-        arguments |= {"start": "uniform", "cost_window": 0.0}
     if settings.method == "DMaskingNAS":
+        arguments |= {"start": "uniform", "cost_window": 0.0}
         return DMaskingNAS(space, steps, **arguments)
     if settings.method == "PARSEC":
-        arguments |= {"samples": 16, "distribution": "joint", "control_variate": False}
-        arguments |= {"stratified": False, "deduplicate": False}
+        arguments |= {**harness.PARSEC, "samples": 16}
     return fpnas.ArchitectureSearch(space, **arguments)
 
 

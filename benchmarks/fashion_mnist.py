@@ -23,15 +23,7 @@ from fpnas_keras.settings import setting
 METHODS = {
     "factorized": {},
     "coarse to fine": {"distribution": "coarse_to_fine"},
-    "PARSEC": {
-        "distribution": "joint",
-        "samples": 16,
-        "start": "uniform",
-        "cost_window": 0.0,
-        "control_variate": False,
-        "stratified": False,
-        "deduplicate": False,
-    },
+    "PARSEC": {**harness.PARSEC, "samples": 16},
 }
 RELIABLE = "factorized"
 

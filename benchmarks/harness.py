@@ -33,6 +33,15 @@ Batch = tuple[tf.Tensor, tf.Tensor]
 Row = dict[str, Any]
 
 ROOT = pathlib.Path(__file__).parents[1]
+# PARSEC (arXiv:1902.05116) as settings of a search. The number of samples is to be added.
+PARSEC: Mapping[str, Any] = {
+    "distribution": "joint",
+    "start": "uniform",
+    "cost_window": 0.0,
+    "control_variate": False,
+    "stratified": False,
+    "deduplicate": False,
+}
 # Image size and batch size that each space is measured with.
 SIZES = {"mobile_mini": (32, 64), "fbnetv2_f": (128, 32)}
 # A space of two blocks, which replaces every other space in a smoke run.

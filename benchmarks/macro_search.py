@@ -27,6 +27,7 @@ import harness
 import numpy as np
 import scipy.stats
 from nas_bench_macro import TABLE_FILE, Table, all_entries, write_stand_in
+from networks import LEAST_SHARE
 
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
@@ -34,7 +35,6 @@ from fpnas_keras.files import write_json
 from fpnas_keras.runs import Evaluation, SearchRun
 from fpnas_keras.settings import setting
 
-LEAST_SHARE = 0.95
 # What earlier versions did.
 BEFORE = {
     "weights_share": 0.5,
@@ -49,15 +49,7 @@ BEFORE = {
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "ours": {},
     "ours before": BEFORE,
-    # Joint logits, a fixed number of independent samples, no control variate (arXiv:1902.05116).
-    "PARSEC": {
-        **BEFORE,
-        "distribution": "joint",
-        "samples": 4,
-        "control_variate": False,
-        "stratified": False,
-        "deduplicate": False,
-    },
+    "PARSEC": {**BEFORE, **harness.PARSEC, "samples": 4},
     # The weights are trained on uniform samples, and the best of the finalists is taken: Guo et
     # al., "Single Path One-Shot" (arXiv:1904.00420), with random draws in place of its evolution.
     "single path one-shot": {"architecture_learning_rate": 0.0},
@@ -171,7 +163,10 @@ def judge(settings: MacroSearchSettings) -> None:
     budget = float(settings.targets[0]) * 1e6
     in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
     space = table.space
-    entries = space.entries.from_choices(run.load_search().space.choices(run.architecture))
+    search = run.load_search()
+    images = run.data_settings().load_images("train", settings.input_size)
+    evaluation = Evaluation(search, images, run.weights_share, settings.evaluation_images)
+    entries = space.entries.from_choices(search.space.choices(run.architecture))
     accuracy = table.accuracy[int(table.index(entries))]
     summary = {
         "accuracy": accuracy,
@@ -180,8 +175,8 @@ def judge(settings: MacroSearchSettings) -> None:
         "best": table.best(budget),
         "random_mean": table.accuracy[in_band].mean(),
         "random_deviation": table.accuracy[in_band].std(),
-        "tau_in_band": rank_correlation(settings, run, table, in_band),
-        "tau": rank_correlation(settings, run, table, np.ones(len(table.macs), bool)),
+        "tau_in_band": rank_correlation(settings, evaluation, table, in_band),
+        "tau": rank_correlation(settings, evaluation, table, np.ones(len(table.macs), bool)),
     }
     directory = pathlib.Path(settings.work_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -189,7 +184,7 @@ def judge(settings: MacroSearchSettings) -> None:
 
 
 def rank_correlation(
-    settings: MacroSearchSettings, run: SearchRun, table: Table, allowed: np.ndarray
+    settings: MacroSearchSettings, evaluation: Evaluation, table: Table, allowed: np.ndarray
 ) -> float:
     """Kendall's tau between the loss under the shared weights and the published accuracy.
 
@@ -202,10 +197,6 @@ def rank_correlation(
     rng = np.random.default_rng(0)
     count = min(settings.compared_networks, len(different))
     rows = rng.choice(sorted(different.values()), count, replace=False)
-    search = run.load_search()
-    images = run.data_settings().load_images("train", settings.input_size)
-    seed, count = int(search.seed.numpy()), settings.evaluation_images
-    evaluation = Evaluation(search, images, run.weights_share, seed, count)
     losses = evaluation(all_entries()[rows])[:, 0]
     return float(scipy.stats.kendalltau(-losses, table.accuracy[rows]).statistic)
 

@@ -45,14 +45,6 @@ OURS = {
     "cost_coefficient": CONTROLLER,
     "learning_rate": 0.1,
 }
-PARSEC = {
-    "start": "uniform",
-    "cost_window": 0.0,
-    "distribution": "joint",
-    "control_variate": False,
-    "stratified": False,
-    "deduplicate": False,
-}
 # What each switch is worth: one thing changes at a time.
 SWITCHES = {
     "as it is": {},
@@ -334,12 +326,12 @@ def make_jobs() -> dict[str, Callable[..., harness.Row]]:
             for scale in (1.0, 10.0, 30.0, 100.0, 300.0):
                 settings = {"samples": count, "likelihood_scale": scale, "learning_rate": rate}
                 name = f"samples | PARSEC, K {count}, tau {scale:g}, learning rate {rate:g}"
-                found[name] = functools.partial(samples_to_reach, **PARSEC, **settings)
+                found[name] = functools.partial(samples_to_reach, **harness.PARSEC, **settings)
     found["budget samples | ours"] = functools.partial(samples_to_reach_with_budgets, **OURS)
     for count in (4, 8, 16):
         for scale in (1.0, 10.0, 30.0, 100.0):
             # The same cost term, target and learning rate.
-            settings = OURS | PARSEC | {"samples": count, "likelihood_scale": scale}
+            settings = OURS | harness.PARSEC | {"samples": count, "likelihood_scale": scale}
             name = f"budget samples | PARSEC, K {count}, tau {scale:g}"
             found[name] = functools.partial(samples_to_reach_with_budgets, **settings)
     return found

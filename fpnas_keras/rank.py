@@ -119,9 +119,8 @@ def run_ranking(settings: RankSettings) -> "list[Ranked]":
     images = images_settings.load_images_for(
         f"the search {run.directory}", search.space.input_shape, search.space.num_classes, "train"
     )
-    seed, count = int(search.seed.numpy()), settings.evaluation_images
     with data.naming_unreadable(images):
-        evaluation = runs.Evaluation(search, images, run.weights_share, seed, count)
+        evaluation = runs.Evaluation(search, images, run.weights_share, settings.evaluation_images)
     ranked = runs.rank_by_shared_weights(evaluation, architectures)
     run.write_ranking(ranked, search.cost.unit)
     run.write_pareto_front(ranked)

@@ -479,7 +479,7 @@ def _search_on(
     session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
     metrics_files, callbacks = _make_callbacks(session, search)
     checkpoints.fit(search, batches, settings.epochs, metrics_files, callbacks)
-    evaluation = runs.Evaluation(search, images, settings.weights_share, settings.seed)
+    evaluation = runs.Evaluation(search, images, settings.weights_share)
     _finish(session, evaluation, batches, checkpoints)
     return evaluation
 
@@ -696,9 +696,7 @@ def _rank_and_report(run, settings, evaluation=None):
         if evaluation is None:  # The search was finished before; its report was not.
             images = settings.load_images("train", settings.input_size)
             with data.naming_unreadable(images):
-                evaluation = runs.Evaluation(
-                    run.load_search(), images, settings.weights_share, settings.seed
-                )
+                evaluation = runs.Evaluation(run.load_search(), images, run.weights_share)
         search = evaluation.search
         architectures = {"derived": run.architecture}
         architectures |= runs.draw_architectures(search, settings.ranked_samples, settings.seed)

@@ -151,7 +151,7 @@ def test_the_ranking_is_in_order_and_knows_the_pareto_front(finished, tmp_path):
 def test_an_evaluation_is_that_of_the_plain_network_on_the_batch(finished):
     """The plain network's batch norms get the statistics of the same batch."""
     search, _ = finished
-    evaluation = Evaluation(search, images(), 0.25, seed=3, count=50)
+    evaluation = Evaluation(search, images(), 0.25, count=50)
     assert evaluation.images == 50
     assert evaluation.weights_share == 0.25
     ((x, y),) = evaluation.batches

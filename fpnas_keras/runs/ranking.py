@@ -56,7 +56,6 @@ class Evaluation:
         search: The search.
         images: The training images of the search.
         weights_share: Share of the images in the weights part, as in the search.
-        seed: Seed of the search.
         count: Maximum number of images.
 
     Attributes:
@@ -71,10 +70,10 @@ class Evaluation:
         search: ArchitectureSearch,
         images: Images,
         weights_share: float | None = None,
-        seed: int = 0,
         count: int = 5000,
     ):
         self.search = search
+        seed = int(search.seed.numpy())
         self.weights_share = weights_share or choose_weights_share(len(images.y))
         _, part = split(images.y, 1 - self.weights_share, seed)
         images = images.part(part)

@@ -414,6 +414,7 @@ class SearchRun(RunDirectory):
             dataclasses.replace(space, name=summary["space"]),  # not that of the copied file
             cost=make_cost(summary["cost"], summary["target"], table),
             distribution=summary["distribution"],
+            start="uniform",  # The weights replace it.
             warmup_steps=0,
         )
         try:
