@@ -241,8 +241,7 @@ class SearchSettings(RunSettings):
         group=_TRAINING,
     )
     optimizer: str = setting(
-        "Optimizer of the shared weights: SGD with Nesterov momentum 0.9, or Adam. Adam learns "
-        "more in a short search, but ranked networks worse in the one comparison that was made.",
+        "Optimizer of the shared weights: SGD with Nesterov momentum 0.9, or Adam.",
         "sgd",
         choices=tuple(_LEARNING_RATES),
         group=_TRAINING,
