@@ -214,7 +214,11 @@ def _convert(settings, model):
     if settings.quantize not in ("int8", "qat"):
         return convert(model, settings.quantize)
     images = settings.load_images_for(
-        f"the model {settings.model}", model.input_shape[1:], model.output_shape[-1], "train"
+        f"the model {settings.model}",
+        model.input_shape[1:],
+        model.output_shape[-1],
+        "train",
+        again=True,
     )
     with data.naming_unreadable(images):
         if settings.quantize == "int8":

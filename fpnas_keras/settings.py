@@ -224,6 +224,8 @@ def _checked(field, value):
         value = os.fspath(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(map(os.fspath, value))
+    if kind is str and isinstance(value, str):  # `--output_dir=~/x` is not expanded by shells.
+        value = os.path.expanduser(value)
     if not isinstance(value, kind):
         expected = {str: "text", bool: "true or false", tuple: "a list of texts"}[kind]
         raise _error(field, expected, value)
@@ -257,5 +259,5 @@ def _error(field, expected, value):
 def _with_found_flag_file(argument):
     name, equals, path = argument.partition("=")
     if name.lstrip("-") == FLAG_FILE and equals:
-        return f"--{FLAG_FILE}={find_file(path)}"
+        return f"--{FLAG_FILE}={find_file(os.path.expanduser(path))}"
     return argument

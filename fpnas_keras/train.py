@@ -309,12 +309,13 @@ class _Training:
         )
         return images, held_out
 
-    def _load_images(self, split):
+    def _load_images(self, split, again=False):
         return self.settings.load_images_for(
             f"the architecture {self.settings.architecture}",
             self.architecture.input_shape,
             self.architecture.num_classes,
             split,
+            again,
         )
 
     def _make_batches(self, images, first_step):
@@ -441,7 +442,7 @@ class _Training:
         with replacing(run.model_file) as temporary:
             model.save(temporary)
         model.compile(loss=self._loss(), metrics=["accuracy"], jit_compile=False)
-        tested = {"test_accuracy": self._load_images("test")}
+        tested = {"test_accuracy": self._load_images("test", again=True)}
         if held_out:
             tested["val_accuracy"] = held_out
         accuracies = {}

@@ -2,6 +2,7 @@ from .augmentation import Augmentation as Augmentation
 from .batches import search_batches as search_batches
 from .batches import test_batches as test_batches
 from .batches import train_batches as train_batches
+from .image_files import read_image as read_image
 from .reading import Images as Images
 from .reading import choose_weights_share as choose_weights_share
 from .reading import load as load

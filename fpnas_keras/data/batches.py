@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.data.augmentation import Augmentation
-from fpnas_keras.data.reading import Images, choose_weights_share, decode, split
+from fpnas_keras.data.image_files import decode, decode_file
+from fpnas_keras.data.reading import Images, choose_weights_share, split
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
@@ -60,18 +61,13 @@ def search_batches(
     search.fit(fpnas.data.search_batches(images), epochs=30)
     ```
     """
-    image_shape = None
-    if isinstance(x, Images):
-        x, y, _, image_shape = x
-    weights_share = weights_share or choose_weights_share(len(y))
-    weights, architecture = split(y, 1 - weights_share, seed)
+    images = x if isinstance(x, Images) else Images(x, y, (), x.shape[1:])
+    weights_share = weights_share or choose_weights_share(len(images.y))
+    weights, architecture = split(images.y, 1 - weights_share, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
-    # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
-    x, y = tf.constant(x), tf.constant(y, tf.int32)
-    read_t = _reader(x, y, weights, batch_size, seed, image_shape)
-    read_v = _reader(
-        x, y, architecture, architecture_batch_size or batch_size, seed + 1, image_shape
-    )
+    read = _in_memory(images)
+    read_t = _reader(read, weights, batch_size, seed)
+    read_v = _reader(read, architecture, architecture_batch_size or batch_size, seed + 1)
     if augmentation is not None:
         read_t = _augmented(read_t, augmentation, seed)
     return _epochs(lambda step: (read_t(step), read_v(step)), steps, first_step)
@@ -98,8 +94,7 @@ def train_batches(
         of the class. If the augmentation mixes images, they are the share of each class, float32 of
         shape `(batch, classes)`.
     """
-    x, y = tf.constant(images.x), tf.constant(images.y)
-    read = _reader(x, y, np.arange(len(images.y)), batch_size, seed, images.image_shape)
+    read = _reader(_in_memory(images), np.arange(len(images.y)), batch_size, seed)
     if augmentation is not None:
         read = _augmented(read, augmentation, seed, len(images.class_names))
     return _epochs(read, max(1, len(images.y) // batch_size), first_step)
@@ -107,13 +102,8 @@ def train_batches(
 
 def test_batches(images: Images, batch_size: int = 500) -> tf.data.Dataset:
     """All images once, in order: `(pixels, labels)`, the last batch smaller."""
-    x, y = tf.constant(images.x), tf.constant(images.y)
     dataset = tf.data.Dataset.range(len(images.y)).batch(batch_size)
-
-    def read(indices):
-        return _pixels(tf.gather(x, indices), images.image_shape), tf.gather(y, indices)
-
-    return dataset.map(read, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
+    return dataset.map(_in_memory(images), num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
 
 
 def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int, first_step: int) -> tf.data.Dataset:
@@ -135,11 +125,22 @@ def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int, first_step: int) ->
     return dataset.map(batch, num_parallel_calls=_AUTOTUNE).prefetch(_AUTOTUNE)
 
 
-def _reader(x, y, part, batch_size, seed, image_shape):
+def _in_memory(images):
+    """From indices to float32 pixels and int32 labels."""
+    # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
+    x, y = tf.constant(images.x), tf.constant(images.y, tf.int32)
+
+    def read(indices):
+        return _pixels(tf.gather(x, indices), images), tf.gather(y, indices)
+
+    return read
+
+
+def _reader(read, part, batch_size, seed):
     """From a step to its batch of the images `part`: pass after pass, each in its own order."""
     n, part = len(part), tf.constant(part)
 
-    def read(step):
+    def read_step(step):
         positions = step * batch_size + tf.range(batch_size, dtype=tf.int64)
         seeds = tf.stack(
             [tf.fill([batch_size], tf.constant(seed, tf.int64)), positions // n, positions * 0], 1
@@ -149,10 +150,9 @@ def _reader(x, y, part, batch_size, seed, image_shape):
         indices = tf.raw_ops.RandomIndexShuffle(
             index=positions % n, seed=seeds, max_index=tf.constant(n - 1, tf.int64), rounds=16
         )
-        indices = tf.gather(part, tf.ensure_shape(indices, (batch_size,)))
-        return _pixels(tf.gather(x, indices), image_shape), tf.gather(y, indices)
+        return read(tf.gather(part, tf.ensure_shape(indices, (batch_size,))))
 
-    return read
+    return read_step
 
 
 def _augmented(read, augmentation, seed, num_classes=None):
@@ -167,12 +167,17 @@ def _augmented(read, augmentation, seed, num_classes=None):
     return read_augmented
 
 
-def _pixels(x, image_shape):
+def _pixels(x, images):
     """float32 pixels of a batch of images, of file names or of TFRecords."""
     if x.dtype == tf.string:
-        read = tf.io.read_file if x.shape.rank == 1 else _read_record
-        x = tf.map_fn(lambda each: decode(read(each), image_shape), x, fn_output_signature=tf.uint8)
-        x = tf.ensure_shape(x, (None, *image_shape))
+        shape, resize = images.image_shape, images.resize
+
+        def read(place):
+            if x.shape.rank == 1:
+                return decode_file(place, shape, resize)
+            return decode(_read_record(place), shape, resize)
+
+        x = tf.ensure_shape(tf.map_fn(read, x, fn_output_signature=tf.uint8), (None, *shape))
     return tf.cast(x, tf.float32)
 
 

@@ -1,7 +1,9 @@
 """Reads labelled images: digits, tfds:NAME, folder:PATH."""
 
 import contextlib
+import math
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +11,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from fpnas_keras.data import folders
+from fpnas_keras.data.image_files import decode_file, is_grey, read_file, resize_image
+from fpnas_keras.data.settings import RESIZES
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 
@@ -16,6 +21,7 @@ from fpnas_keras.files import summarize_error
 MEMORY_LIMIT = 4 * 2**30
 # Share of the images held out as test set where the data comes without one.
 TEST_FRACTION = 0.2
+_HELD_OUT = "from a fifth of train"
 _AUTOTUNE = tf.data.AUTOTUNE
 
 
@@ -29,12 +35,16 @@ class Images(NamedTuple):
         y: Index of the class, int32 of shape `(n,)`.
         class_names: Names of the classes.
         image_shape: `(height, width, channels)`.
+        resize: How images that are not square become square: "stretch", "crop" or "pad".
+        description: What the data holds, in one line.
     """
 
     x: np.ndarray
     y: np.ndarray
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    resize: str = "stretch"
+    description: str = ""
 
     def part(self, indices: np.ndarray) -> "Images":
         """The images with the given indices, in the order of the indices."""
@@ -47,43 +57,54 @@ def load(
     image_size: int = 32,
     data_dir: str | None = None,
     download: bool = True,
+    resize: str = "stretch",
 ) -> Images:
     """Reads the training or the test set.
 
-    Where the data has no test set of its own (no split "test" or "validation", no
-    folder `test` or `val`), a stratified fifth of it is held out, the same
-    one for every seed.
+    Where the data has no test set of its own (no split "test" or "validation", no folder `test` or
+    `val`), a stratified fifth of it is held out, the same one for every seed.
 
     Args:
         name: `digits` (scikit-learn's 1,797 images), `tfds:NAME` (a data set of
-            tensorflow_datasets with images and labels) or `folder:PATH` (a
-            folder of class folders, or of `train` and `test` or `val` with class
-            folders in each).
+            tensorflow_datasets with images and labels) or `folder:PATH` (a folder of class folders,
+            or of `train` and `test` or `val` with class folders in each).
         split: "train" or "test".
         image_size: Height and width that the images are resized to.
         data_dir: Where tensorflow_datasets keeps its data.
         download: Whether tensorflow_datasets may download.
+        resize: How images that are not square become square: "stretch", "crop" (the largest square
+            in the middle) or "pad" (with black).
 
     Raises:
         UserError: When there is no such data.
     """
     if split not in ("train", "test"):
         raise UserError(f"`split` must be train or test. Received: split={split!r}")
+    if resize not in RESIZES:
+        raise UserError(f"`resize` must be {', '.join(RESIZES)}. Received: resize={resize!r}")
     kind, _, rest = name.partition(":")
     if name == "digits":
         return _digits(split, image_size)
     if kind == "tfds" and rest:
-        return _tfds(rest, split, image_size, data_dir, download)
+        return _tfds(rest, split, image_size, data_dir, download, resize)
     if kind == "folder" and rest:
-        return _folder(pathlib.Path(rest), split, image_size)
+        return _folder(pathlib.Path(rest).expanduser(), split, image_size, resize)
     raise UserError(f"`data` must be digits, tfds:NAME or folder:PATH. Received: data={name!r}")
 
 
 def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of two disjoint, stratified parts; the second holds `fraction` of all.
 
+    Each class has an image in the first part and, if it has two, one in the second. Where classes
+    have few images, the second part may therefore hold more than `fraction`.
+
+    Args:
+        y: Index of the class, integers of shape `(n,)`.
+        fraction: Share of the second part, between 0 and 1.
+        seed: Seed of the draw.
+
     Raises:
-        UserError: When a class has too few images to be in both parts.
+        UserError: When no class has two images.
     """
     from sklearn.model_selection import train_test_split
 
@@ -91,17 +112,29 @@ def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.nda
     if y.ndim != 1:
         raise UserError(f"`y` must have one class an image. Received: y of shape {y.shape}")
     classes, counts = np.unique(y, return_counts=True)
-    smaller = round(len(y) * min(fraction, 1 - fraction))
-    if counts.min() < 2 or smaller < len(classes):
+    single = np.isin(y, classes[counts == 1])
+    several = np.flatnonzero(~single)
+    if not len(several):
         raise UserError(
-            f"too few images to hold out {fraction:.0%} of them with every class in both parts. "
-            f"Received: {len(y)} images of {len(classes)} classes, {counts.min()} of class "
-            f"{classes[counts.argmin()]}"
+            f"too few images to hold out {fraction:.0%} of them: no class has two images. "
+            f"Received: {len(y)} images of {len(classes)} classes"
         )
+    least = np.count_nonzero(counts > 1)
+    count = min(max(math.ceil(fraction * len(several)), least), len(several) - least)
     first, second = train_test_split(
-        np.arange(len(y)), test_size=fraction, stratify=y, random_state=seed
+        several, test_size=count, stratify=y[several], random_state=seed
     )
-    return np.sort(first), np.sort(second)
+    # scikit-learn may leave a small class out of a part.
+    first, second = _give_missing(first, second, y)
+    second, first = _give_missing(second, first, y)
+    return np.sort(np.concatenate([first, np.flatnonzero(single)])), np.sort(second)
+
+
+def _give_missing(giver, taker, y):
+    """Moves one image of each class that `taker` lacks."""
+    missing = np.setdiff1d(y[giver], y[taker])
+    moved = np.array([giver[y[giver] == label][0] for label in missing], int)
+    return np.setdiff1d(giver, moved), np.concatenate([taker, moved])
 
 
 def choose_weights_share(count: int) -> float:
@@ -111,12 +144,6 @@ def choose_weights_share(count: int) -> float:
     images are too noisy to decide on. The paper has 0.5.
     """
     return min(max(1 - 1000 / count, 0.5), 0.8)
-
-
-def decode(encoded: tf.Tensor, image_shape: tuple[int, int, int]) -> tf.Tensor:
-    """An encoded image as uint8 pixels of `image_shape`."""
-    image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
-    return _resize(image, image_shape[0])
 
 
 @contextlib.contextmanager
@@ -136,22 +163,13 @@ def naming_unreadable(images: Images | None) -> Iterator[None]:
     except tf.errors.OpError:
         on_disk = images is not None and images.x.dtype.kind in "SUO" and images.x.ndim == 1
         for file in images.x if on_disk else ():
-            _decode_file(file)
+            read_file(file, images.image_shape[-1])
         raise
 
 
-def _resize(image, image_size):
-    """uint8 image or batch of images -> uint8 of `image_size`, with anti-aliasing."""
-    if image.shape[-3:-1] != (image_size, image_size):
-        image = tf.image.resize(image, (image_size, image_size), antialias=True)
-        image = tf.clip_by_value(tf.round(image), 0, 255)
-    return tf.cast(image, tf.uint8)
-
-
-def _hold_out(y, split_name):
-    """Indices of the training or the test set of data that comes without a test set."""
-    train, test = split(y, TEST_FRACTION, seed=0)
-    return train if split_name == "train" else test
+def _hold_out(y):
+    """Indices of the training and the test set of data that comes without a test set."""
+    return split(y, TEST_FRACTION, seed=0)
 
 
 def _digits(split_name, image_size):
@@ -163,17 +181,20 @@ def _digits(split_name, image_size):
             f"the data set `digits` does not fit into memory ({MEMORY_LIMIT / 2**30:.0f} GiB) at "
             f"that size. Received: image_size={image_size}"
         )
-    indices = _hold_out(digits.target, split_name)
+    train, test = _hold_out(digits.target)
+    indices = train if split_name == "train" else test
     x = (digits.images[indices, ..., None] * (255 / 16)).round().astype(np.uint8)
+    names = tuple(str(name) for name in digits.target_names)
     return Images(
-        _resize(tf.constant(x), image_size).numpy(),
+        resize_image(tf.constant(x), image_size, "stretch").numpy(),
         digits.target[indices].astype(np.int32),
-        tuple(str(name) for name in digits.target_names),
+        names,
         (image_size, image_size, 1),
+        description=folders.describe(np.bincount(digits.target), names, len(train), _HELD_OUT),
     )
 
 
-def _tfds(name, split_name, image_size, data_dir, download):
+def _tfds(name, split_name, image_size, data_dir, download, resize):
     import tensorflow_datasets as tfds
 
     try:
@@ -203,15 +224,24 @@ def _tfds(name, split_name, image_size, data_dir, download):
         x, y = _tfds_places(builder, source)
     else:
         dataset = dataset.map(
-            lambda x, y: (_resize(x, image_size), y), num_parallel_calls=_AUTOTUNE
+            lambda x, y: (resize_image(x, image_size, resize), y), num_parallel_calls=_AUTOTUNE
         )
         x, y = _collect(dataset.batch(500).prefetch(2), count, image_shape, f"reading {name}")
     if y.min() < 0:
         raise UserError(f"the split `{source}` of the data set `{name}` has no labels")
+    names = tuple(label.names)
     if test is None:
-        indices = _hold_out(y, split_name)
+        first, second = _hold_out(y)
+        description = folders.describe(np.bincount(y), names, len(first), _HELD_OUT)
+        indices = first if split_name == "train" else second
         x, y = x[indices], y[indices]
-    return Images(x, y, tuple(label.names), image_shape)
+    else:
+        train, held_out = (info.splits[each].num_examples for each in ("train", test))
+        description = (
+            f"{train + held_out:,} images ({train:,} train, {held_out:,} test from the split "
+            f"{test}), {len(names)} classes"
+        )
+    return Images(x, y, names, image_shape, resize, description)
 
 
 def _is_labelled(builder, split_name):
@@ -259,84 +289,46 @@ def _tfds_places(builder, split_name):
     return np.concatenate(places), np.concatenate(labels).astype(np.int32)
 
 
-def _folder(path, split_name, image_size):
-    if not path.is_dir():
-        raise UserError(f"`data` names no folder. Received: data=folder:{path}")
-    train = path / "train"
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    if not train.is_dir():
-        train, test = path, None
-    names, paths, y = _list_classes(train)
+def _folder(path, split_name, image_size, resize):
+    found = folders.scan(path)
+    names = found.train.names
     # Decided on the training set for both, so that they agree.
-    image_shape = (image_size, image_size, _channels(paths, y))
-    if test is not None:
-        test_names, test_paths, test_y = _list_classes(test)
-        if test_names != names:
-            raise UserError(
-                f"{train} and {test} must have the same classes. "
-                f"Received: {', '.join(sorted(set(names) ^ set(test_names)))} in one of them only"
-            )
-        if split_name == "test":
-            paths, y = test_paths, test_y
+    image_shape = (image_size, image_size, 1 if all(map(is_grey, found.train.files)) else 3)
+    own = found.test if found.test and split_name == "test" else found.train
+    paths, y = own.files, own.y
+    counts, source = np.bincount(found.train.y), _HELD_OUT
+    if found.test:
+        counts, source = counts + np.bincount(found.test.y), f"from {found.test_name}"
+        train = len(found.train.y)
     else:
-        indices = _hold_out(y, split_name)
+        first, second = _hold_out(y)
+        train, indices = len(first), first if split_name == "train" else second
         paths, y = paths[indices], y[indices]
+    description = folders.describe(counts, names, train, source, _notes(found))
+    images = Images(paths, y, names, image_shape, resize, description)
     if len(y) * np.prod(image_shape) > MEMORY_LIMIT:
-        return Images(paths, y, names, image_shape)
+        return images
     dataset = tf.data.Dataset.from_tensor_slices((paths, y))
     dataset = dataset.map(
-        lambda file, label: (decode(tf.io.read_file(file), image_shape), label),
+        lambda file, label: (decode_file(file, image_shape, resize), label),
         num_parallel_calls=_AUTOTUNE,
     )
-    with naming_unreadable(Images(paths, y, names, image_shape)):
+    with naming_unreadable(images):
         x, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, f"reading {path}")
-    return Images(x, y, names, image_shape)
+    return images._replace(x=x, y=y)
 
 
-def _list_classes(folder):
-    """Names of the classes, names of the files and class of each file."""
-    import keras
-
-    try:
-        files = keras.utils.image_dataset_from_directory(
-            folder, labels="inferred", batch_size=None, shuffle=False, verbose=False
-        )
-    except ValueError as error:
-        raise UserError(
-            f"the folder {folder} must hold one folder of images for each class: {error}"
-        ) from None
-    names, paths = tuple(files.class_names), np.array(files.file_paths)
-    parts = [pathlib.Path(file).relative_to(folder).parts for file in paths]
-    deep = next((each for each in parts if len(each) > 2), None)
-    if deep:
-        raise UserError(
-            f"the class folder {folder / deep[0]} must hold images. Received: the folder {deep[1]} "
-            "in it (splits are named train and test or val)"
-        )
-    missing = sorted(set(names) - {each[0] for each in parts})
-    if missing or len(names) < 2:
-        raise UserError(
-            f"the folder {folder} must hold images of at least 2 classes, and no empty class. "
-            f"Received: classes {', '.join(names)}; without images: {', '.join(missing) or 'none'}"
-        )
-    return names, paths, np.array([names.index(each[0]) for each in parts], np.int32)
-
-
-def _channels(paths, y):
-    """1 where the first image of every class is grey, else 3."""
-    channels = set()
-    for file in paths[np.unique(y, return_index=True)[1]]:
-        channels.add(_decode_file(file).shape[-1])
-    return 1 if channels == {1} else 3
-
-
-def _decode_file(file):
-    try:
-        return tf.io.decode_image(tf.io.read_file(file), expand_animations=False)
-    except tf.errors.OpError as error:
-        # TensorFlow puts the name of a graph node before the message.
-        message = error.message.rpartition("}} ")[2]
-        raise UserError(f"the image {file} cannot be read: {message}") from None
+def _notes(found):
+    """What of an image folder is not used."""
+    ignored = found.train.ignored + (found.test.ignored if found.test else Counter())
+    notes = []
+    if ignored:
+        count = ignored.total()
+        files = "file" if count == 1 else "files"
+        notes.append(f"{count} {files} ignored: {folders.count_endings(ignored)}")
+    if found.unused:
+        notes.append(f"not used: {', '.join(found.unused)}")
+    return notes
 
 
 def _collect(dataset, count, image_shape, description):
