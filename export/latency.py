@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 import export
 from fpnas_keras import spaces
@@ -30,6 +29,7 @@ from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import LatencyCost, latency_table
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, is_of_package, write_json
+from fpnas_keras.progress import track
 from fpnas_keras.settings import MAX_SEED, Settings, setting
 
 if TYPE_CHECKING:
@@ -387,9 +387,7 @@ def _measure_entries(
         measured.setdefault(name, [])
     written = time.monotonic()
     done = sum(map(len, measured.values()))
-    with tqdm(
-        total=rounds * len(names), initial=done, desc="measuring", unit=" entries"
-    ) as progress:
+    with track(rounds * len(names) - done, "measuring", "entries") as progress:
         try:
             for seed in range(rounds):
                 left = {name: file for name, file in files.items() if len(measured[name]) <= seed}
@@ -497,11 +495,13 @@ def _time_networks(settings, files):
     twice = ({name: [] for name in files}, {name: [] for name in files})
     fresh = 2 * _FRESH_DEVICES[settings.device]
     seconds = settings.seconds_for_networks() / fresh
-    for index in tqdm(range(fresh), desc="measuring networks"):
-        with settings.open_device() as device:
-            times = export.devices.times(device, files, settings.count_rounds(), seconds)
-        for name, each in times.items():
-            twice[index % 2][name] += each
+    with track(fresh, "measuring networks", "passes") as progress:
+        for index in range(fresh):
+            with settings.open_device() as device:
+                times = export.devices.times(device, files, settings.count_rounds(), seconds)
+            for name, each in times.items():
+                twice[index % 2][name] += each
+            progress.update()
     return [
         np.array([export.devices.tenth_percentile(each) for each in times.values()])
         for times in twice

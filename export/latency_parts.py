@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from export import conversion
 from fpnas_keras.architecture import Architecture, Block, Part, Stem
@@ -19,6 +18,7 @@ from fpnas_keras.cost import latency_table
 from fpnas_keras.files import replacing
 from fpnas_keras.method import FactorizedLogits
 from fpnas_keras.networks import NetworkBuilder
+from fpnas_keras.progress import track
 from fpnas_keras.spaces import Space
 
 # Bias of all layers of a part that is timed; see `write_file`.
@@ -62,11 +62,11 @@ def write_files(
         return files
     context = multiprocessing.get_context("spawn")
     workers = min(len(os.sched_getaffinity(0)), len(missing))
-    # The converter logs each file, which would break the progress bar.
+    # The converter logs each file, which would break a progress bar.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with (
         concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
-        tqdm(total=len(missing), desc="converting", unit=" files") as progress,
+        track(len(missing), "converting", "files") as progress,
     ):
         jobs = [pool.submit(write_file, items[name], quantize, files[name]) for name in missing]
         for job in concurrent.futures.as_completed(jobs):

@@ -4,6 +4,8 @@ tensorflow-model-optimization works on models of tf_keras only. So the network i
 tf_keras layers. It gets the weights of the Keras model, is fine-tuned, and is then converted.
 """
 
+import sys
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
@@ -137,7 +139,9 @@ def _fit(model, batches, epochs, learning_rate, callbacks=()):
         loss=tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    model.fit(batches, epochs=epochs, callbacks=list(callbacks))
+    # A bar would fill a log file.
+    verbose = 1 if sys.stderr.isatty() else 2
+    model.fit(batches, epochs=epochs, callbacks=list(callbacks), verbose=verbose)
 
 
 class _OutputOnly(_quantize.QuantizeConfig):

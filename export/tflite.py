@@ -12,7 +12,6 @@ import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import export
 from fpnas_keras import data, networks, runs
@@ -21,6 +20,7 @@ from fpnas_keras.commands import Command, run_command
 from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, replacing, write_json
+from fpnas_keras.progress import track
 from fpnas_keras.settings import MAX_SEED, setting
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def compare(model: "keras.Model", content: bytes, images: "data.Images") -> Comp
     """Runs a model and its file on all images."""
     runner = export.conversion.Runner(content)
     difference, agreed, right = 0.0, 0, np.zeros(2)
-    with tqdm(total=len(images.y), desc="comparing", unit=" images", delay=5) as progress:
+    with track(len(images.y), "comparing", "images") as progress:
         for x, y in data.test_batches(images).as_numpy_iterator():
             expected = model.predict_on_batch(x)
             received = np.stack([runner(image) for image in x])

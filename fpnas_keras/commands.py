@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import logging as stdlib_logging
+import os
 import signal
 import sys
 import textwrap
@@ -42,6 +44,7 @@ class Command(Generic[_Settings]):
         examples: Command lines to begin with, each after a line that says what it is for.
         settings: Class of its settings.
         run: Runs the job and prints its result.
+        needs_tensorflow: Whether the job uses TensorFlow.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Command(Generic[_Settings]):
     examples: Sequence[tuple[str, str]]
     settings: type[_Settings]
     run: Callable[[_Settings], Any]
+    needs_tensorflow: bool = True
 
 
 def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
@@ -74,8 +78,9 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     verbosity = logging.get_verbosity()
     try:
         settings, wanted = _parse(command.settings, arguments)
-        logging.use_absl_handler()
-        logging.set_verbosity(wanted)
+        _set_up_log(wanted)
+        if command.needs_tensorflow and wanted < logging.DEBUG:
+            _import_tensorflow()
         command.run(settings)
         return 0
     except (UserError, OSError) as error:
@@ -90,6 +95,39 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     finally:
         signal.signal(signal.SIGTERM, terminated)
         logging.set_verbosity(verbosity)
+
+
+def _set_up_log(verbosity):
+    """Shows what this program says, and what TensorFlow says only if `verbosity` asks for it."""
+    if verbosity < logging.DEBUG:
+        # Read when TensorFlow is imported, which is later.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        stdlib_logging.getLogger("tensorflow").setLevel(stdlib_logging.ERROR)
+    handler = stdlib_logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    stdlib_logging.basicConfig(handlers=[handler])
+    logging.set_verbosity(verbosity)
+
+
+def _import_tensorflow():
+    """Imports TensorFlow without the lines about GPUs that no setting of it turns off."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(original, 2)
+        os.close(original)
+
+
+class _Formatter(stdlib_logging.Formatter):
+    """The message; "warning: " before one that is more than information."""
+
+    def formatMessage(self, record):
+        mark = "" if record.levelno <= stdlib_logging.INFO else f"{record.levelname.lower()}: "
+        return mark + record.message
 
 
 def _interrupt(number, frame):
@@ -120,7 +158,8 @@ def _help(command):
         "Every command:\n"
         f"  --{FLAG_FILE}=FILE\n      Reads flags from a file, one per line. Flags after this one "
         "override them.\n"
-        "  --verbosity=0\n      1 also shows the traceback of an error. -1 shows only warnings.",
+        "  --verbosity=0\n      1 also shows the traceback of an error, and what TensorFlow "
+        "says. -1 shows only warnings.",
     ]
     return "\n\n".join(sections)
 

@@ -567,7 +567,11 @@ def _make_callbacks(session, search):
         blocks = search.distribution.probabilities()
         return {"step": int(search.step.numpy()), "epoch": epoch + 1, "blocks": blocks}
 
-    callbacks.append(runs.EpochLine(lambda epoch, logs: _epoch_line(search, metrics(epoch, logs))))
+    callbacks.append(
+        runs.Progress(
+            lambda epoch, logs: _epoch_line(search, metrics(epoch, logs)), search.step_cost
+        )
+    )
     if settings.tensorboard:
         folder, flags = run.tensorboard_folder, settings.given()
         histograms = functools.partial(_entry_probabilities, search)
@@ -600,10 +604,11 @@ def _epoch_line(search, row):
     """A row of the metrics for people."""
     cost = f"{format_cost(row['expected_cost'])} {search.cost.unit}"
     if search.cost.target is not None:
-        cost += f" of {format_cost(search.cost.target)}"
+        cost += f" (target {format_cost(search.cost.target)})"
+    phase = "" if row["phase"] == "factorized" else f"{row['phase'].replace('_', '-')}, "
     return (
-        f"{row['phase']}, {row['samples']:.1f} samples a step, entropy {row['entropy']:.1f} nats, "
-        f"expected cost {cost}, loss {row['train_loss']:.3f} (weights part), "
+        f"{phase}entropy {row['entropy']:.1f} nats, expected cost {cost}, "
+        f"{row['samples']:.1f} samples a step, loss {row['train_loss']:.3f} (weights part) and "
         f"{row['validation_loss']:.3f} (architecture part)"
     )
 

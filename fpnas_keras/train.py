@@ -424,7 +424,7 @@ class _Training:
         def line(epoch, logs):
             return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
 
-        callbacks = [runs.StopOnDivergence(), runs.EpochLine(line)]
+        callbacks = [runs.StopOnDivergence(), runs.Progress(line)]
         if self.settings.tensorboard:
             flags = self.settings.given()
             callbacks.append(runs.TensorBoardFile(run.tensorboard_folder, metrics, flags))
@@ -448,7 +448,7 @@ class _Training:
         accuracies = {}
         for name, images in tested.items():
             with data.naming_unreadable(images):
-                accuracies[name] = model.evaluate(_test_batches(images))[1]
+                accuracies[name] = model.evaluate(_test_batches(images), verbose=0)[1]
         self.session.finish(
             data=settings.data,
             seed=settings.seed,

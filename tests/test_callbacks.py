@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from fpnas_keras.runs.callbacks import EpochLine, MetricsFile, StopOnDivergence
+from fpnas_keras.progress import track
+from fpnas_keras.runs.callbacks import MetricsFile, Progress, StopOnDivergence
 
 
 def fit(callbacks, learning_rate=0.1):
@@ -33,13 +34,49 @@ def test_a_diverging_training_ends_with_a_message():
         fit([StopOnDivergence()], learning_rate=1e30)
 
 
+def lines_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "absl"]
+
+
 def test_an_epoch_is_one_line_with_the_time_left(caplog):
     with caplog.at_level("INFO", logger="absl"):
-        fit([EpochLine(lambda epoch, logs: f"{len(logs)} value, {epoch}")])
-    lines = [record.getMessage() for record in caplog.records if record.name == "absl"]
+        fit([Progress(lambda epoch, logs: f"{len(logs)} value, {epoch}")])
+    lines = lines_of(caplog)
     assert [line.split(";")[0] for line in lines] == [
-        "epoch 1/3: 1 value, 0",
-        "epoch 2/3: 1 value, 1",
-        "epoch 3/3: 1 value, 2",
+        "epoch 1 of 3: 1 value, 0",
+        "epoch 2 of 3: 1 value, 1",
+        "epoch 3 of 3: 1 value, 2",
     ]
     assert lines[-1].endswith("; 0:00:00 left")
+
+
+def test_the_time_left_counts_steps_for_what_they_cost(caplog, monkeypatch):
+    """The first two of four epochs of 10 steps are a warm-up, whose steps take 1 s, not 4 s."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress(lambda epoch, logs: "", lambda step: 1 if step < 20 else 4)
+    progress.set_params({"epochs": 4, "steps": 10})
+    with caplog.at_level("INFO", logger="absl"):
+        for epoch in range(4):
+            progress.on_epoch_begin(epoch)
+            for step in range(10):
+                now[0] += (30 if epoch == step == 0 else 0) + (1 if epoch < 2 else 4)
+                progress.on_train_batch_end(step)
+            progress.on_epoch_end(epoch)
+    lefts = [line.split("; ")[1] for line in lines_of(caplog) if "; " in line]
+    assert lefts == ["0:01:30 left", "0:01:20 left", "0:00:40 left", "0:00:00 left"]
+
+
+def test_a_long_epoch_gives_lines_in_a_log_file(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with caplog.at_level("INFO", logger="absl"), track(100, "reading", "images") as progress:
+        for _ in range(100):
+            now[0] += 1
+            progress.update()
+    assert lines_of(caplog) == [
+        "reading: 5 of 100 images, 0:01:35 left",
+        "reading: 35 of 100 images, 0:01:05 left",
+        "reading: 65 of 100 images, 0:00:35 left",
+        "reading: 95 of 100 images, 0:00:05 left",
+    ]

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from fpnas_keras.data import folders
 from fpnas_keras.data.image_files import decode_file, is_grey, read_file, resize_image
 from fpnas_keras.data.settings import RESIZES
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
+from fpnas_keras.progress import track
 
 # Images that take more bytes than this, decoded and resized, stay on the disk.
 MEMORY_LIMIT = 4 * 2**30
@@ -270,7 +270,7 @@ def _tfds_places(builder, split_name):
         return tf.strings.length(record), tf.io.parse_single_example(record, features)[label]
 
     places, labels, split = [], [], info.splits[split_name]
-    with tqdm(total=split.num_examples, desc=f"indexing {info.name}", unit=" images") as progress:
+    with track(split.num_examples, f"indexing {info.name}", "images") as progress:
         for file in map(str, split.filepaths):
             records = tf.data.TFRecordDataset(file, buffer_size=2**24)
             records = records.map(size_and_label, num_parallel_calls=_AUTOTUNE).batch(1000)
@@ -333,7 +333,7 @@ def _notes(found):
 
 def _collect(dataset, count, image_shape, description):
     x, y = np.empty((count, *image_shape), np.uint8), np.empty(count, np.int32)
-    with tqdm(total=count, desc=description, unit=" images", delay=5, mininterval=1) as progress:
+    with track(count, description, "images") as progress:
         for images, labels in dataset.as_numpy_iterator():
             end = progress.n + len(labels)
             x[progress.n : end], y[progress.n : end] = images, labels

@@ -337,6 +337,21 @@ class ArchitectureSearch(keras.Model):
             drawn = self._draw_near_target(count)
         return Samples.unique(drawn) if self.deduplicate else Samples.each(drawn)
 
+    def step_cost(self, step: int) -> float:
+        """About what a step costs, in forward passes of one batch: the warm-up draws less.
+
+        The forward and backward pass of a sample cost as much as three forward passes.
+
+        Args:
+            step: Index of the step. Steps after the warm-up cost what they cost now.
+        """
+        if step < self.warmup_steps:
+            return 3.0 * self.warmup_samples + 1
+        count = self.samples
+        if callable(count):
+            count = int(count(self.distribution.entropy()))
+        return 4.0 * count
+
     def _draw_near_target(self, count):
         """Draws from p(A | cost(A) is within the window), by rejection.
 

@@ -1,5 +1,5 @@
-from .callbacks import EpochLine as EpochLine
 from .callbacks import MetricsFile as MetricsFile
+from .callbacks import Progress as Progress
 from .callbacks import StopOnDivergence as StopOnDivergence
 from .callbacks import TensorBoardFile as TensorBoardFile
 from .checkpoints import Checkpoints as Checkpoints

@@ -1,7 +1,6 @@
 """Keras callbacks of searches and trainings that have a run directory."""
 
 import csv
-import datetime
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from absl import logging
 
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
+from fpnas_keras.progress import format_seconds, track
 
 
 class StopOnDivergence(keras.callbacks.Callback):
@@ -35,39 +35,52 @@ class StopOnDivergence(keras.callbacks.Callback):
                 )
 
 
-class EpochLine(keras.callbacks.Callback):
-    """Logs one line after each epoch, with the time that is left.
+class Progress(keras.callbacks.Callback):
+    """Logs one line after each epoch, with the time that is left, and shows where an epoch is.
 
     Args:
         line: Makes the text of the line from the index of the epoch and its logs.
+        step_cost: What a step costs relative to other steps, from the index of the step in the run.
+            By default all cost the same.
     """
 
-    def __init__(self, line: Callable[[int, dict], str]):
+    def __init__(
+        self,
+        line: Callable[[int, dict], str],
+        step_cost: Callable[[int], float] = lambda step: 1.0,
+    ):
         super().__init__()
         self.line = line
-        self.seconds = []
-        self.message = None
+        self.step_cost = step_cost
+        self.rates = []  # seconds for a cost of 1, in each epoch
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self._log()
-        self.start = time.monotonic()
+        epochs, self.steps = self.params["epochs"], self.params["steps"]
+        self.bar = track(self.steps, f"epoch {epoch + 1} of {epochs}", "steps", 30)
+        self.start, self.first = time.monotonic(), 0
 
-    def on_train_end(self, logs: dict | None = None) -> None:
-        self._log()
-
-    def _log(self):
-        # Not at the end of the epoch: Keras' progress bar has not ended its line by then.
-        if self.message:
-            logging.info("%s", self.message)
-            self.message = None
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.bar.update(1)
+        if not self.rates and batch == 0 and self.steps > 1:
+            # The first step is traced, which is no measure of the others.
+            self.start, self.first = time.monotonic(), 1
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.seconds.append(time.monotonic() - self.start)
-        epochs = self.params["epochs"]
-        # The last few epochs: the first one traces, and later ones draw fewer samples.
-        left = statistics.median(self.seconds[-5:]) * (epochs - epoch - 1)
-        left = datetime.timedelta(seconds=round(left))
-        self.message = f"epoch {epoch + 1}/{epochs}: {self.line(epoch, logs)}; {left} left"
+        self.bar.close()
+        end = (epoch + 1) * self.steps
+        done = self._cost(epoch * self.steps + self.first, end)
+        self.rates.append((time.monotonic() - self.start) / done)
+        # The last few epochs: the load of the machine changes.
+        left = statistics.median(self.rates[-5:]) * self._cost(
+            end, self.params["epochs"] * self.steps
+        )
+        logging.info(
+            "epoch %d of %d: %s; %s left",
+            *(epoch + 1, self.params["epochs"], self.line(epoch, logs), format_seconds(left)),
+        )
+
+    def _cost(self, first, end):
+        return sum(map(self.step_cost, range(first, end)))
 
 
 class MetricsFile(keras.callbacks.Callback):

@@ -118,6 +118,7 @@ class Checkpoints(keras.callbacks.Callback):
                 initial_epoch=self.step // self.steps_per_epoch,
                 steps_per_epoch=self.steps_per_epoch,
                 shuffle=False,
+                verbose=0,  # `Progress` shows it.
                 callbacks=[*files, *callbacks, self],
                 **kwargs,
             )

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.data import Images, choose_weights_share, split, test_batches
 from fpnas_keras.errors import UserError
 from fpnas_keras.method import ArchitectureSearch, Samples
+from fpnas_keras.progress import track
 from fpnas_keras.spaces import Space
 
 # Maximum number of pixels and of images in a batch: 250 images of 28 pixels, or 39 of 224.
@@ -111,7 +111,7 @@ class Evaluation:
         batches = self.batches[first:last]
         parts = np.array_split(entries, -(-len(entries) // _NETWORKS))
         sums = []
-        with tqdm(total=len(entries) * len(batches), desc="ranking", unit=" batches") as progress:
+        with track(len(entries) * len(batches), "ranking", "batches") as progress:
             for part in parts:
                 part_sums = np.zeros((len(part), 2))
                 for x, y in batches:
