@@ -34,9 +34,9 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.settings import setting
 
 RECIPES = {
-    "batch 128, rate 0.1": {},
-    "batch 128, rate 0.2": {"learning_rate": 0.2},
-    "batch 32, rate 0.1": {"batch_size": 32},
+    "batch 128, rate 0.1": {"batch_size": 128, "learning_rate": 0.1},
+    "batch 128, rate 0.2": {"batch_size": 128, "learning_rate": 0.2},
+    "batch 32, rate 0.1": {"batch_size": 32, "learning_rate": 0.1},
 }
 
 

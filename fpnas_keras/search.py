@@ -18,7 +18,12 @@ from fpnas_keras.commands import Command, run_command
 from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, summarize_error
-from fpnas_keras.runs.settings import RunSettings, make_schedule
+from fpnas_keras.runs.settings import (
+    TRAINING_FLAGS,
+    RunSettings,
+    choose_batch_size,
+    make_schedule,
+)
 from fpnas_keras.settings import setting
 
 if TYPE_CHECKING:
@@ -31,7 +36,12 @@ if TYPE_CHECKING:
 
 _SPACE, _COST, _METHOD = "Space", "Cost and target", "Method"
 _TRAINING, _RESULT = "Shared weights and logits", "Result"
-# Default learning rates of the shared weights.
+# Steps of a search whose length is not given, and steps of its epochs.
+_STEPS, _STEPS_PER_EPOCH = 1500, 50
+_BATCH_SIZE = 64
+# Searches whose logits can move less than this are usually undecided at their end.
+_LEAST_REACH = 10
+# Default learning rates of the shared weights for that batch size.
 _LEARNING_RATES = {"sgd": 0.1, "adam": 0.002}
 
 
@@ -214,8 +224,11 @@ class SearchSettings(RunSettings):
         False,
         group=_TRAINING,
     )
-    batch_size: int = setting(
-        "Images in a batch, of each part of the data.", 64, least=2, group=_TRAINING
+    batch_size: int | None = setting(
+        "Images in a batch, of each part of the data. Default: 64, but down to 16 for few images.",
+        None,
+        least=2,
+        group=_TRAINING,
     )
     architecture_batch_size: int | None = setting(
         "Images in a batch of the architecture part. Default: --batch_size. Larger batches reduce "
@@ -233,9 +246,16 @@ class SearchSettings(RunSettings):
         most=0.95,
         group=_TRAINING,
     )
-    epochs: int = setting("Epochs to search.", 30, least=1, basic=True)
+    epochs: int | None = setting(
+        "Epochs to search. Default: as many as make 1,500 steps, or one pass over the weights part "
+        "of the data if that is more.",
+        None,
+        least=1,
+        basic=True,
+    )
     steps_per_epoch: int | None = setting(
-        "Steps in an epoch. Default: one pass over the weights part of the data.",
+        "Steps in an epoch. Default: 50, or with --epochs one pass over the weights part of the "
+        "data.",
         None,
         least=1,
         group=_TRAINING,
@@ -248,7 +268,7 @@ class SearchSettings(RunSettings):
     )
     learning_rate: float | None = setting(
         "Peak learning rate of the shared weights, cosine to 0. Default: 0.1 for sgd and 0.002 "
-        "for adam.",
+        "for adam with batches of 64, scaled by the square root of the batch size.",
         None,
         least=0,
         group=_TRAINING,
@@ -309,13 +329,13 @@ class SearchSettings(RunSettings):
                 f"Received: min_samples={self.min_samples}, max_samples={self.max_samples}"
             )
         coarse_to_fine = self.distribution == "coarse_to_fine"
-        if coarse_to_fine and self.epochs < 2:
+        if coarse_to_fine and self.epochs == 1:
             raise UserError(
                 "--distribution=coarse_to_fine needs at least 2 --epochs. "
                 f"Received: epochs={self.epochs}"
             )
         if self.coarse_epochs is not None and not (
-            coarse_to_fine and self.coarse_epochs < self.epochs
+            coarse_to_fine and (self.epochs is None or self.coarse_epochs < self.epochs)
         ):
             raise UserError(
                 "--coarse_epochs needs --distribution=coarse_to_fine and must be below --epochs. "
@@ -347,6 +367,19 @@ class SearchSettings(RunSettings):
                 "them"
             )
 
+    def _choose(self, count, size):
+        weights = int(count * (self.weights_share or data.choose_weights_share(count)))
+        batch_size = self.batch_size or choose_batch_size(weights, 8, 16, _BATCH_SIZE)
+        batch_size = max(2, min(batch_size, weights))
+        one_pass = max(1, weights // batch_size)
+        steps = self.steps_per_epoch or (one_pass if self.epochs else _STEPS_PER_EPOCH)
+        return super()._choose(count, size) | {
+            "batch_size": batch_size,
+            "steps_per_epoch": steps,
+            "epochs": math.ceil(max(_STEPS, one_pass) / steps),
+            "learning_rate": _LEARNING_RATES[self.optimizer] * math.sqrt(batch_size / _BATCH_SIZE),
+        }
+
     @property
     def epochs_before_joint(self) -> int | None:
         """Epochs with factorized logits, for coarse_to_fine."""
@@ -358,10 +391,7 @@ class SearchSettings(RunSettings):
         """The optimizer of the shared weights for a search of some steps."""
         import keras
 
-        peak = self.learning_rate
-        if peak is None:
-            peak = _LEARNING_RATES[self.optimizer]
-        schedule = make_schedule(peak, steps, int(self.learning_rate_warmup * steps))
+        schedule = make_schedule(self.learning_rate, steps, int(self.learning_rate_warmup * steps))
         clip_norm = self.clip_norm or None
         if self.optimizer == "adam":
             return keras.optimizers.Adam(schedule, global_clipnorm=clip_norm, name="weights_adam")
@@ -460,7 +490,7 @@ def _search_on(
     images: "data.Images",
     space: spaces.Space,
 ) -> "Evaluation":
-    settings = session.settings
+    settings = session.fit_settings(images)
     batches = data.search_batches(
         images,
         batch_size=settings.batch_size,
@@ -473,10 +503,10 @@ def _search_on(
     )
     steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
     search = _make_search(settings, space, steps_per_epoch, strategy)
-    _log_space(search, steps_per_epoch * settings.epochs)
+    _log_space(search, settings, steps_per_epoch * settings.epochs)
     files = {"space": settings.space, "latency_table": settings.latency_table}
     session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    metrics_files, callbacks = _make_callbacks(session, search)
+    metrics_files, callbacks = _make_callbacks(session, settings, search)
     checkpoints.fit(search, batches, settings.epochs, metrics_files, callbacks)
     evaluation = runs.Evaluation(search, images, settings.weights_share)
     _finish(session, evaluation, batches, checkpoints)
@@ -486,8 +516,13 @@ def _search_on(
 def _load_images_and_space(settings):
     if not settings.space.endswith(".py"):  # which may be for these images only
         spaces.get(settings.space)  # A bad space should not wait for the data.
-    images = settings.load_images("train", settings.input_size)
+    images = _load_images(settings)
     return images, spaces.get(settings.space, images.image_shape, len(images.class_names))
+
+
+def _load_images(settings):
+    images = settings.load_images("train", settings.input_size)
+    return images.balanced() if settings.class_weight == "balanced" else images
 
 
 def _make_search(
@@ -538,7 +573,7 @@ def _make_search(
     return search
 
 
-def _log_space(search, steps):
+def _log_space(search, settings, steps):
     logging.info(
         "space %s: %.2e architectures, %d logits, %s to %s %s; %d steps",
         search.space.name,
@@ -549,11 +584,22 @@ def _log_space(search, steps):
         search.cost.unit,
         steps,
     )
+    reach = settings.architecture_learning_rate * (steps - search.warmup_steps)
+    if 0 < reach < _LEAST_REACH:
+        logging.warning(
+            "the search will probably end undecided: `architecture_learning_rate` %g moves the "
+            "logits by at most about %.1f in the %d steps after the warm-up. Raise `epochs`, or "
+            "`architecture_learning_rate` to about %.2g",
+            settings.architecture_learning_rate,
+            reach,
+            steps - search.warmup_steps,
+            settings.architecture_learning_rate * 2 * _LEAST_REACH / reach,
+        )
 
 
-def _make_callbacks(session, search):
+def _make_callbacks(session, settings, search):
     """The files with rows for each epoch, and further callbacks."""
-    settings, run = session.settings, session.run
+    run = session.run
     callbacks = [runs.StopOnDivergence()]
     if settings.epochs_before_joint is not None:
         callbacks.append(method.CoarseToFine(settings.epochs_before_joint))
@@ -666,6 +712,7 @@ def _summarize(
     search = evaluation.search
     entries = search.space.entries.from_choices(search.space.choices(architecture))
     expected_cost = search.space_cost.expected(search.distribution.entry_probabilities())
+    shared = runs.describe_confusion(evaluation.confusion_matrix(entries), evaluation.class_names)
     return {
         "space": search.space.name,
         "input_shape": search.space.input_shape,
@@ -686,6 +733,8 @@ def _summarize(
         "expected_cost": float(expected_cost),
         "found_cost": float(search.space_cost(entries[None])[0]),
         "found_log_prob": float(search.distribution.log_prob(entries)),
+        # Of the result, with the shared weights, on the architecture part.
+        **{f"shared_{name}": value for name, value in shared.items()},
         "derivation_log_prob": derivation.log_prob,
         "derivation_least": derivation.least,
         "derivation_gap": derivation.gap,
@@ -698,7 +747,7 @@ def _rank_and_report(run, settings, evaluation=None):
     """Ranks some architectures and writes the report."""
     if settings.ranked_samples:
         if evaluation is None:  # The search was finished before; its report was not.
-            images = settings.load_images("train", settings.input_size)
+            images = _load_images(settings)
             with data.naming_unreadable(images):
                 evaluation = runs.Evaluation(run.load_search(), images, run.weights_share)
         search = evaluation.search
@@ -758,10 +807,15 @@ def _block_table(architecture):
 
 def _next_commands(run, settings):
     file = shlex.quote(str(run.architecture_file))
+    flags = [settings.data_arguments(), settings.to_arguments(TRAINING_FLAGS)]
+    title = "next, train it"
+    if run.architecture.input_shape[-1] == 3 and not settings.random_flip:
+        title += " (--random_flip is for photos: leave it out where left and right differ)"
+        flags.append("--random_flip")
+    flags.append(f"--output_dir={shlex.quote(str(run.directory) + '_trained')}")
     commands = (
-        "\nnext, train it:\n"
-        f"  python -m fpnas_keras.train --architecture={file} {settings.data_arguments()} "
-        f"--output_dir={shlex.quote(str(run.directory) + '_trained')}"
+        f"\n{title}:\n"
+        f"  python -m fpnas_keras.train --architecture={file} {' '.join(filter(None, flags))}"
     )
     if settings.cost == "latency":
         commands += (

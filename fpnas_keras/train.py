@@ -4,6 +4,7 @@ python -m fpnas_keras.train --architecture=FILE --output_dir=DIR
 """
 
 import dataclasses
+import math
 import pathlib
 import shlex
 import sys
@@ -15,8 +16,8 @@ from fpnas_keras import data, networks, runs
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import replacing
-from fpnas_keras.runs.settings import RunSettings, make_schedule
+from fpnas_keras.files import replacing, write_json
+from fpnas_keras.runs.settings import RunSettings, choose_batch_size, make_schedule
 from fpnas_keras.settings import setting
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 _OPTIMIZER, _AUGMENTATION, _DISTILLATION = "Optimizer", "Augmentation", "Distillation"
 _START = "Start and evaluation"
+# Fewer steps are few, if the number of epochs is not given.
+_LEAST_STEPS = 2000
+_BATCH_SIZE = 128
+# Learning rates for that batch size.
 _DEFAULTS = {
     "sgd": {"learning_rate": 0.1, "weight_decay": 0.001},
     "adamw": {"learning_rate": 0.002, "weight_decay": 0.05},
@@ -42,8 +47,18 @@ class TrainSettings(RunSettings):
     """Settings of a training. Each is a flag of `fpnas train`."""
 
     architecture: str = setting("Architecture file (JSON) to train.", basic=True, path=True)
-    epochs: int = setting("Epochs to train.", 20, least=1, basic=True)
-    batch_size: int = setting("Images in a batch.", 128, least=2, group=_OPTIMIZER)
+    epochs: int | None = setting(
+        "Epochs to train. Default: 20, but up to 200 for few images, until there are 2,000 steps.",
+        None,
+        least=1,
+        basic=True,
+    )
+    batch_size: int | None = setting(
+        "Images in a batch. Default: 128, but down to 16 for few images.",
+        None,
+        least=2,
+        group=_OPTIMIZER,
+    )
     optimizer: str = setting(
         "SGD with Nesterov momentum 0.9, or AdamW.",
         "sgd",
@@ -51,8 +66,8 @@ class TrainSettings(RunSettings):
         group=_OPTIMIZER,
     )
     learning_rate: float | None = setting(
-        "Peak learning rate, cosine to 0. Default: 0.1 for sgd and 0.002 for adamw. Scale it with "
-        "the batch size.",
+        "Peak learning rate, cosine to 0. Default: 0.1 for sgd and 0.002 for adamw with batches of "
+        "128, scaled by the square root of the batch size.",
         None,
         least=0,
         group=_OPTIMIZER,
@@ -177,17 +192,27 @@ class TrainSettings(RunSettings):
         if self.init != "supernet" and self.search_dir is not None:
             raise UserError("--search_dir needs --init=supernet")
 
+    def _choose(self, count, size):
+        batch_size = self.batch_size or choose_batch_size(count, 10, 16, _BATCH_SIZE)
+        batch_size = max(2, min(batch_size, count))
+        epochs = math.ceil(_LEAST_STEPS / max(1, count // batch_size))
+        peak = _DEFAULTS[self.optimizer]["learning_rate"]
+        return super()._choose(count, size) | {
+            "batch_size": batch_size,
+            "epochs": min(max(epochs, 20), 200),
+            "learning_rate": peak * math.sqrt(batch_size / _BATCH_SIZE),
+        }
+
     def make_optimizer(self, steps: int, steps_per_epoch: int) -> "keras.optimizers.Optimizer":
         """The optimizer for a training of some steps."""
         import keras
 
         defaults = _DEFAULTS[self.optimizer]
-        peak = defaults["learning_rate"] if self.learning_rate is None else self.learning_rate
         decay = defaults["weight_decay"] if self.weight_decay is None else self.weight_decay
         self._check_averaging(steps)
         warmup_epochs = min(self.warmup_epochs, self.epochs)
         warmup_steps = min(int(warmup_epochs * steps_per_epoch), steps - 1)
-        schedule = make_schedule(peak, steps, warmup_steps)
+        schedule = make_schedule(self.learning_rate, steps, warmup_steps)
         common = {
             "weight_decay": decay,
             "use_ema": self.ema_momentum > 0,
@@ -274,6 +299,7 @@ class _Training:
         keras.utils.set_random_seed(settings.seed)
         checkpoints = runs.Checkpoints(self.session)
         images, held_out = self._load_training_images()
+        settings = self.settings = self.session.fit_settings(images)
         batches = self._make_batches(images, checkpoints.step)
         network = self._make_network(images, is_new=checkpoints.step == 0)
         steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
@@ -299,6 +325,8 @@ class _Training:
         if settings.validation_split:
             kept, rest = data.split(images.y, settings.validation_split, settings.seed)
             held_out, images = images.part(rest), images.part(kept)
+        if settings.class_weight == "balanced":
+            images = images.balanced()
         count = self.architecture.count()
         logging.info(
             "%s: %s MACs, %s parameters; %d training images",
@@ -441,22 +469,28 @@ class _Training:
         # Save first: the evaluation may fail, and the trained network must not be lost.
         with replacing(run.model_file) as temporary:
             model.save(temporary)
-        model.compile(loss=self._loss(), metrics=["accuracy"], jit_compile=False)
-        tested = {"test_accuracy": self._load_images("test", again=True)}
-        if held_out:
-            tested["val_accuracy"] = held_out
-        accuracies = {}
-        for name, images in tested.items():
-            with data.naming_unreadable(images):
-                accuracies[name] = model.evaluate(_test_batches(images), verbose=0)[1]
+        scores = self._score(model, held_out)
         self.session.finish(
             data=settings.data,
             seed=settings.seed,
             epochs=settings.epochs,
             macs=architecture.macs(),
             params=architecture.params(),
-            **accuracies,
+            **scores,
         )
+
+    def _score(self, model, held_out):
+        """Accuracies on the test images and those held out, and the worst mistakes in a file."""
+        scores, test = {}, self._load_images("test", again=True)
+        for name, images in (("val", held_out), ("test", test)):
+            if images is not None:
+                with data.naming_unreadable(images):
+                    score = runs.score(model, images)
+                described = runs.describe_confusion(score.confusion, images.class_names)
+                for accuracy in ("accuracy", "balanced_accuracy"):
+                    scores[f"{name}_{accuracy}"] = described.pop(accuracy)
+        write_json(self.session.run.mistakes_file, score.mistakes)
+        return scores | described
 
 
 def _test_batches(images):
@@ -467,16 +501,17 @@ def _one_hot(batches, num_classes):
     """Keras smooths labels only where they are one-hot."""
     import tensorflow as tf
 
-    return batches.map(lambda x, y: (x, tf.one_hot(y, num_classes)))
+    return batches.map(lambda x, y, *weights: (x, tf.one_hot(y, num_classes), *weights))
 
 
 def _train_and_print(settings):
     run = run_training(settings)
     summary = run.summary
     accuracies = [
-        f"{name.replace('_', ' ')} {summary[name]:.2%}"
-        for name in ("val_accuracy", "test_accuracy")
-        if name in summary
+        f"{name} accuracy {summary[f'{name}_accuracy']:.2%}"
+        f" (balanced {summary.get(f'{name}_balanced_accuracy', math.nan):.2%})"
+        for name in ("val", "test")
+        if f"{name}_accuracy" in summary
     ]
     print(
         f"\n{', '.join(accuracies)}; {summary['macs']:,} MACs, "
@@ -484,7 +519,7 @@ def _train_and_print(settings):
         f"results: {run.directory}\n"
         "next, write it for the phone:\n"
         f"  python -m export.tflite --model={shlex.quote(str(run.model_file))} "
-        f"{settings.data_arguments()}"
+        f"{settings.data_arguments()} --quantize=int8"
     )
 
 

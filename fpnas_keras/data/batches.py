@@ -30,6 +30,8 @@ def search_batches(
 ) -> tf.data.Dataset:
     """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
 
+    Images that have weights give `((x_t, y_t, weights_t), (x_v, y_v, weights_v))`.
+
     The images are split, stratified, into the weights part (t), which trains the shared weights,
     and the architecture part (v), which the architecture is chosen on.
 
@@ -80,7 +82,9 @@ def train_batches(
     augmentation: Augmentation | None = None,
     first_step: int = 0,
 ) -> tf.data.Dataset:
-    """Batches to train one network with: `(pixels, labels)`. An epoch is one pass over the images.
+    """Batches to train one network with: `(pixels, labels)`, or `(pixels, labels, weights)`.
+
+    An epoch is one pass over the images.
 
     Args:
         images: The images.
@@ -126,12 +130,16 @@ def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int, first_step: int) ->
 
 
 def _in_memory(images):
-    """From indices to float32 pixels and int32 labels."""
+    """From indices to float32 pixels, int32 labels and, if the images have them, weights."""
     # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
-    x, y = tf.constant(images.x), tf.constant(images.y, tf.int32)
+    x, others = tf.constant(images.x), [tf.constant(images.y, tf.int32)]
+    if images.weights is not None:
+        others.append(tf.constant(images.weights, tf.float32))
 
     def read(indices):
-        return _pixels(tf.gather(x, indices), images), tf.gather(y, indices)
+        return _pixels(tf.gather(x, indices), images), *(
+            tf.gather(each, indices) for each in others
+        )
 
     return read
 
@@ -159,10 +167,10 @@ def _augmented(read, augmentation, seed, num_classes=None):
     """From a step to its batch, changed at random by the key (seed, step)."""
 
     def read_augmented(step):
-        x, y = read(step)
+        x, y, *weights = read(step)
         if augmentation.mixes:
             y = tf.one_hot(y, num_classes)
-        return augmentation(x, y, tf.stack([tf.constant(seed, tf.int64), step]))
+        return *augmentation(x, y, tf.stack([tf.constant(seed, tf.int64), step])), *weights
 
     return read_augmented
 

@@ -37,6 +37,8 @@ class Images(NamedTuple):
         image_shape: `(height, width, channels)`.
         resize: How images that are not square become square: "stretch", "crop" or "pad".
         description: What the data holds, in one line.
+        weights: Weight of each image in the loss, float32 of shape `(n,)`. `None`: all count the
+            same.
     """
 
     x: np.ndarray
@@ -45,10 +47,18 @@ class Images(NamedTuple):
     image_shape: tuple[int, int, int]
     resize: str = "stretch"
     description: str = ""
+    weights: np.ndarray | None = None
 
     def part(self, indices: np.ndarray) -> "Images":
         """The images with the given indices, in the order of the indices."""
-        return self._replace(x=self.x[indices], y=self.y[indices])
+        weights = None if self.weights is None else self.weights[indices]
+        return self._replace(x=self.x[indices], y=self.y[indices], weights=weights)
+
+    def balanced(self) -> "Images":
+        """The same images, with weights for which all classes count the same: their mean is 1."""
+        counts = np.bincount(self.y, minlength=len(self.class_names))
+        weights = len(self.y) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        return self._replace(weights=weights[self.y].astype(np.float32))
 
 
 def load(

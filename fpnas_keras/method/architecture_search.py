@@ -249,7 +249,7 @@ class ArchitectureSearch(keras.Model):
 
         Args:
             data: Images and labels of the weights part, and images and labels of the architecture
-                part.
+                part. Each may be followed by weights of the images.
 
         Returns:
             The means of all metrics so far in this epoch.
@@ -492,8 +492,8 @@ class ArchitectureSearch(keras.Model):
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Loss and accuracy of the most probable architecture under the shared weights."""
-        images, labels = data
-        loss, accuracy = tf.unstack(_loss_and_accuracy(labels, self(images)))
+        images, *targets = data
+        loss, accuracy = tf.unstack(_loss_and_accuracy(targets, self(images)))
         # The last batch can be smaller.
         count = tf.shape(images)[0]
         self._track(count, validation_loss=loss, validation_accuracy=accuracy)
@@ -602,25 +602,25 @@ class ArchitectureSearch(keras.Model):
 
         Args:
             samples: The result of `ask`.
-            batch: Images and labels.
+            batch: Images and labels, and maybe weights.
 
         Returns:
             The gradients of `supernet.stem_variables` and `supernet.body_variables`, one after the
             other: sums over the samples, weighted by importance. And loss and accuracy of each
             sample, float32 of shape `(evaluated, 2)`.
         """
-        images, labels = batch
+        images, *targets = batch
         # The stem runs once for all samples. The loop sums the gradients of its features.
         with tf.GradientTape() as tape:
             features = self.supernet.features(images)
-        sums, results = self._sum_gradients(samples, features, labels)
+        sums, results = self._sum_gradients(samples, features, targets)
         feature_gradient, *body_gradients = sums
         feature_gradient = tf.cast(feature_gradient, features.dtype)
         stem = [variable.value for variable in self.supernet.stem_variables]
         stem_gradients = tape.gradient(features, stem, feature_gradient)
         return stem_gradients + body_gradients, results
 
-    def _sum_gradients(self, samples, features, labels):
+    def _sum_gradients(self, samples, features, targets):
         """Sums gradients over the samples, weighted by importance, one sample at a time.
 
         Returns:
@@ -634,7 +634,7 @@ class ArchitectureSearch(keras.Model):
             with tf.GradientTape() as tape:
                 tape.watch(features)
                 logits = self.supernet.logits(features, choices[index])
-                loss_and_accuracy = _loss_and_accuracy(labels, logits)
+                loss_and_accuracy = _loss_and_accuracy(targets, logits)
                 loss = loss_and_accuracy[0]
             score = estimator.log_importance_weights(
                 -loss, samples.counts[index], self.likelihood_scale
@@ -664,15 +664,15 @@ class ArchitectureSearch(keras.Model):
 
         Args:
             samples: The result of `ask`.
-            batch: Images and labels.
+            batch: Images and labels, and maybe weights.
 
         Returns:
             Loss and accuracy of each sample, float32 of shape `(evaluated, 2)`.
         """
-        images, labels = batch
+        images, *targets = batch
         features = self.supernet.features(images)
         return tf.map_fn(
-            lambda choices: _loss_and_accuracy(labels, self.supernet.logits(features, choices)),
+            lambda choices: _loss_and_accuracy(targets, self.supernet.logits(features, choices)),
             self._choices(samples.entries),
             fn_output_signature=tf.TensorSpec((2,)),
             parallel_iterations=1,  # See `_sum_gradients`.
@@ -734,9 +734,17 @@ def _check_choice(name, value, legal):
         raise UserError(f"`{name}` must be one of {', '.join(legal)}. Received: {name}={value!r}")
 
 
-def _loss_and_accuracy(labels, logits):
-    """Mean cross-entropy, which is minus the mean log-likelihood, and accuracy: shape `(2,)`."""
+def _loss_and_accuracy(targets, logits):
+    """Mean cross-entropy, which is minus the mean log-likelihood, and accuracy: shape `(2,)`.
+
+    As in Keras, weights multiply the losses before their mean, and accuracy is a weighted mean.
+    """
+    labels, *weights = targets
     logits = tf.cast(logits, tf.float32)
     loss = keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
     accuracy = keras.metrics.sparse_categorical_accuracy(labels, logits)
-    return tf.stack([tf.reduce_mean(loss), tf.reduce_mean(accuracy)])
+    if not weights:
+        return tf.stack([tf.reduce_mean(loss), tf.reduce_mean(accuracy)])
+    weights = tf.cast(weights[0], tf.float32)
+    accuracy = tf.math.divide_no_nan(tf.reduce_sum(accuracy * weights), tf.reduce_sum(weights))
+    return tf.stack([tf.reduce_mean(loss * weights), accuracy])

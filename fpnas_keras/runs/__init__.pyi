@@ -12,5 +12,7 @@ from .run_directory import SEARCH_METRICS as SEARCH_METRICS
 from .run_directory import RunDirectory as RunDirectory
 from .run_directory import SearchRun as SearchRun
 from .run_directory import TrainingRun as TrainingRun
+from .scores import describe_confusion as describe_confusion
+from .scores import score as score
 from .session import Session as Session
 from .settings import RunSettings as RunSettings

@@ -62,7 +62,8 @@ class Evaluation:
         search: The search.
         weights_share: Share of the images in the weights part.
         images: Number of images to evaluate on.
-        batches: Images and labels.
+        class_names: Names of the classes.
+        batches: Images and labels, and weights if the images have them.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Evaluation:
         _, part = split(images.y, 1 - self.weights_share, seed)
         images = images.part(part)
         self.images = min(count, len(part))
+        self.class_names = images.class_names
         height, width, _ = images.image_shape
         # Batches of almost one size: a much smaller last one would have poor statistics.
         largest = min(max(_PIXELS // (height * width), 1), _IMAGES)
@@ -90,12 +92,32 @@ class Evaluation:
             input_signature=[
                 tf.TensorSpec((None, len(search.space.blocks)), tf.int32),
                 tf.TensorSpec((None, *images.image_shape), tf.uint8),
-                tf.TensorSpec((None,), tf.int32),
+                *(tf.TensorSpec((None,), each.dtype) for each in self.batches[0][1:]),
             ],
         )
 
-    def _evaluate_batch(self, entries, x, y):
-        return self.search.evaluate_samples(Samples.each(entries), (tf.cast(x, tf.float32), y))
+    def _evaluate_batch(self, entries, x, *targets):
+        batch = (tf.cast(x, tf.float32), *targets)
+        return self.search.evaluate_samples(Samples.each(entries), batch)
+
+    def confusion_matrix(self, entries: np.ndarray) -> np.ndarray:
+        """How often each class is taken for each other one by an architecture.
+
+        Args:
+            entries: The architecture, integers of shape `(blocks,)`.
+
+        Returns:
+            int64 of shape `(classes, classes)`: true classes in rows, classes given in columns.
+        """
+        search = self.search
+        choices = search.space.entries.to_choices(entries[None])[0]
+        classes = search.space.num_classes
+        matrix = np.zeros((classes, classes), np.int64)
+        for x, y, *_ in self.batches:
+            logits = search.supernet(tf.cast(x, tf.float32), tf.constant(choices, tf.int32))
+            given = tf.argmax(logits, axis=-1)
+            matrix += tf.math.confusion_matrix(y, given, classes, dtype=tf.int64).numpy()
+        return matrix
 
     def __call__(self, entries: np.ndarray, first: int = 0, last: int | None = None) -> np.ndarray:
         """Loss and accuracy of architectures.
@@ -114,17 +136,17 @@ class Evaluation:
         with track(len(entries) * len(batches), "ranking", "batches") as progress:
             for part in parts:
                 part_sums = np.zeros((len(part), 2))
-                for x, y in batches:
-                    means = self._evaluate(tf.constant(part, tf.int32), x, y).numpy()
-                    part_sums += len(y) * means.astype(np.float64)
+                for batch in batches:
+                    means = self._evaluate(tf.constant(part, tf.int32), *batch).numpy()
+                    part_sums += len(batch[1]) * means.astype(np.float64)
                     progress.update(len(part))
                 sums.append(part_sums)
         return np.concatenate(sums)
 
 
 def _read(images):
-    ((x, y),) = test_batches(images, len(images.y))
-    return tf.cast(x, tf.uint8), tf.cast(y, tf.int32)
+    ((x, *targets),) = test_batches(images, len(images.y))
+    return tf.cast(x, tf.uint8), *targets
 
 
 def choose_finalist(evaluation: Evaluation, finalists: np.ndarray) -> int:
@@ -191,12 +213,14 @@ def rank_by_shared_weights(
     costs = search.space_cost(tf.constant(rows)).numpy()
     log_probs = search.distribution.log_prob(tf.constant(rows)).numpy()
     means = evaluation(rows) / evaluation.images
+    if len(evaluation.batches[0]) == 2:
+        # Sums of float32 means: without weights an accuracy is a whole number of images.
+        means[:, 1] = np.round(means[:, 1] * evaluation.images) / evaluation.images
     ranked = [
         Ranked(
             name,
             architectures[name],
-            # A sum of float32 means: an accuracy is a whole number of images.
-            accuracy=round(accuracy * evaluation.images) / evaluation.images,
+            accuracy=float(accuracy),
             loss=float(loss),
             cost=float(cost),
             log_prob=float(log_prob),

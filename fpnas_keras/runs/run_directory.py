@@ -91,7 +91,7 @@ class RunDirectory:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.directory = pathlib.Path(directory)
+        self.directory = pathlib.Path(directory).expanduser()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.directory)!r})"
@@ -204,6 +204,11 @@ class TrainingRun(RunDirectory):
     def model_file(self) -> pathlib.Path:
         """The trained network."""
         return self.path("model.keras")
+
+    @property
+    def mistakes_file(self) -> pathlib.Path:
+        """The test images that are most wrong, for the report."""
+        return self.path("mistakes.json")
 
     def model(self) -> "keras.Model":
         """The trained network, from pixels 0..255 to logits.

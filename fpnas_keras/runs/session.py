@@ -17,10 +17,12 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+from fpnas_keras.data import Images
 from fpnas_keras.errors import Interrupted, UserError
 from fpnas_keras.files import replacing
 from fpnas_keras.runs.run_directory import RunDirectory
-from fpnas_keras.settings import Settings, flag_values
+from fpnas_keras.runs.settings import RunSettings
+from fpnas_keras.settings import flag_values
 
 # What `files.replacing` leaves behind when its process is killed.
 _TEMPORARY = re.compile(r"\.\d+\..+")
@@ -44,10 +46,11 @@ class Session:
             process is at work in it.
     """
 
-    def __init__(self, run: RunDirectory, settings: Settings, module: str, writes: bool = True):
+    def __init__(self, run: RunDirectory, settings: RunSettings, module: str, writes: bool = True):
         self.run = run
         self.settings = settings
         self.module = module
+        self.chosen = {}
         self.writes = writes
         self._started = time.monotonic(), _cpu_seconds()
         self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}
@@ -113,6 +116,16 @@ class Session:
                 f"`output_dir` {self.run.directory} holds another run; it differs in {names}. "
                 "Choose another directory."
             )
+
+    def fit_settings(self, images: Images) -> RunSettings:
+        """The settings with those that depend on the training images. The summary will have them.
+
+        The settings of the run stay as they were given.
+        """
+        fitted = self.settings.fit_to(images)
+        names = [name for name in fitted.given() if name not in self.settings.given()]
+        self.chosen = {name: getattr(fitted, name) for name in names}
+        return fitted
 
     def begin(self, **files: str | None) -> None:
         """Makes the directory and writes the flag file.
@@ -196,7 +209,9 @@ class Session:
         if not self.writes:
             return
         versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        self.run.write_summary(summary | self.usage() | {"versions": versions})
+        self.run.write_summary(
+            summary | {"chosen": self.chosen} | self.usage() | {"versions": versions}
+        )
         self._remove_checkpoints()
 
     def _remove_checkpoints(self):

@@ -1,17 +1,22 @@
 """Settings that searches and trainings have in common."""
 
 import dataclasses
+import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+from absl import logging
 
 from fpnas_keras import data
 from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
-from fpnas_keras.settings import MAX_SEED, setting
+from fpnas_keras.settings import MAX_SEED, format_flag, setting
 
 if TYPE_CHECKING:
     import keras
 
+# Settings of a search that its training should have too.
+TRAINING_FLAGS = ("batch_size", "random_crop", "random_flip", "class_weight")
 _CHECKPOINT_EVERY = re.compile(r"([1-9][0-9]{0,8})(s?)")
 
 
@@ -25,10 +30,10 @@ class RunSettings(DataSettings):
         basic=True,
         may_change=True,
     )
-    random_crop: int = setting(
-        "Pixels that a training image may move in each direction. About an eighth of the size of "
-        "small images.",
-        2,
+    random_crop: int | None = setting(
+        "Pixels that a training image may move in each direction. Default: a sixteenth of the "
+        "image size, at least 2.",
+        None,
         least=0,
         group="Augmentation",
     )
@@ -36,6 +41,13 @@ class RunSettings(DataSettings):
         "Mirror half of the training images left to right. For photos; not for digits or text.",
         False,
         basic=True,
+    )
+    class_weight: str = setting(
+        "balanced: images of small classes count more in the loss, so that all classes count the "
+        "same.",
+        "none",
+        choices=("none", "balanced"),
+        group="Augmentation",
     )
     checkpoint_every: str = setting(
         "How often a checkpoint is saved: seconds (60s) or steps (500). A kill loses what was done "
@@ -62,6 +74,23 @@ class RunSettings(DataSettings):
                 f"steps (500). Received: checkpoint_every={self.checkpoint_every}"
             )
 
+    def fit_to(self, images: "data.Images") -> Self:
+        """These settings, with a value for each one that depends on the training images.
+
+        Args:
+            images: The training images.
+        """
+        values = self._choose(len(images.y), images.image_shape[0])
+        chosen = {name: value for name, value in values.items() if getattr(self, name) is None}
+        if chosen:
+            flags = " ".join(format_flag(name, value) for name, value in chosen.items())
+            logging.info("chosen for %d training images: %s", len(images.y), flags)
+        return dataclasses.replace(self, **chosen)
+
+    def _choose(self, count, size):
+        """Values for `count` images of `size` pixels, by the names of the settings."""
+        return {"random_crop": min(max(2, size // 16), size - 1)}
+
     def make_augmentation(self, size: int, **others: float) -> "data.Augmentation":
         """What changes the training images.
 
@@ -83,6 +112,11 @@ class RunSettings(DataSettings):
         """Seconds and steps between two checkpoints; one of them is infinite."""
         number, is_seconds = _CHECKPOINT_EVERY.fullmatch(self.checkpoint_every).groups()
         return (int(number), float("inf")) if is_seconds else (float("inf"), int(number))
+
+
+def choose_batch_size(count: int, batches: int, least: int, most: int) -> int:
+    """The largest power of 2 that gives an epoch of `count` images so many batches."""
+    return min(max(2 ** int(math.log2(max(count // batches, 1))), least), most)
 
 
 def make_schedule(
