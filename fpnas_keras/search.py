@@ -681,12 +681,13 @@ def _finish(session, evaluation, batches, checkpoints):
         verbose=0,
         return_dict=True,
     )
-    mode = {f"mode_{name}": value for name, value in mode.items()}
+    mode = {f"mode_validation_{name}": value for name, value in mode.items()}
     mode["mode_macs"] = search.derive(budget=None).macs()
     if session.writes:
         architecture.save(run.architecture_file)
         summary = _summarize(settings, evaluation, derivation, architecture)
-        session.finish(**summary, finalists=finalists, **mode)
+        command = _train_command(run, settings, architecture.input_shape[-1] == 3)
+        session.finish(**summary, finalists=finalists, **mode, next=command)
 
 
 def _choose(settings, evaluation, most_probable):
@@ -768,12 +769,8 @@ def _describe_result(run, settings):
     """The result of a finished search, and what to type next."""
     summary = run.summary
     sections = [_block_table(run.architecture)]
-    initial = summary.get("initial_entropy", math.inf)  # earlier versions did not have it
-    if summary["entropy"] > initial / 2:
-        sections.append(
-            f"The search is undecided: entropy {summary['entropy']:.1f} nats of {initial:.1f} at "
-            "its start. Use more --epochs or a larger --architecture_learning_rate."
-        )
+    if run.verdict:
+        sections.append(run.verdict)
     cost = ""
     if summary["cost"] == "latency":
         cost = f", {format_cost(summary['found_cost'])} ms by {settings.latency_table}"
@@ -805,18 +802,22 @@ def _block_table(architecture):
     return "\n".join(lines)
 
 
-def _next_commands(run, settings):
-    file = shlex.quote(str(run.architecture_file))
+def _train_command(run, settings, is_colored):
     flags = [settings.data_arguments(), settings.to_arguments(TRAINING_FLAGS)]
-    title = "next, train it"
-    if run.architecture.input_shape[-1] == 3 and not settings.random_flip:
-        title += " (--random_flip is for photos: leave it out where left and right differ)"
+    if is_colored and not settings.random_flip:
         flags.append("--random_flip")
     flags.append(f"--output_dir={shlex.quote(str(run.directory) + '_trained')}")
-    commands = (
-        f"\n{title}:\n"
-        f"  python -m fpnas_keras.train --architecture={file} {' '.join(filter(None, flags))}"
-    )
+    file = shlex.quote(str(run.architecture_file))
+    return f"python -m fpnas_keras.train --architecture={file} {' '.join(filter(None, flags))}"
+
+
+def _next_commands(run, settings):
+    file = shlex.quote(str(run.architecture_file))
+    is_colored = run.architecture.input_shape[-1] == 3
+    title = "next, train it"
+    if is_colored and not settings.random_flip:
+        title += " (--random_flip is for photos: leave it out where left and right differ)"
+    commands = f"\n{title}:\n  {_train_command(run, settings, is_colored)}"
     if settings.cost == "latency":
         commands += (
             "\nmeasure it on the device:\n"

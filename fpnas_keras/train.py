@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from fpnas_keras import data, networks, runs
+from fpnas_keras import data, networks, report, runs
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.errors import UserError
@@ -477,7 +477,12 @@ class _Training:
             macs=architecture.macs(),
             params=architecture.params(),
             **scores,
+            next=_export_command(self.session.run, settings),
         )
+        try:
+            report.write_report(self.session.run.directory)
+        except (UserError, OSError) as error:  # The model is there all the same.
+            logging.warning("no report: %s", error)
 
     def _score(self, model, held_out):
         """Accuracies on the test images and those held out, and the worst mistakes in a file."""
@@ -517,8 +522,14 @@ def _train_and_print(settings):
         f"\n{', '.join(accuracies)}; {summary['macs']:,} MACs, "
         f"{summary['params']:,} parameters; {summary['wall_seconds']:.0f} s\n"
         f"results: {run.directory}\n"
-        "next, write it for the phone:\n"
-        f"  python -m export.tflite --model={shlex.quote(str(run.model_file))} "
+        + (f"report: {run.report}\n" if run.report.exists() else "")
+        + f"next, write it for the phone:\n  {_export_command(run, settings)}"
+    )
+
+
+def _export_command(run, settings):
+    return (
+        f"python -m export.tflite --model={shlex.quote(str(run.model_file))} "
         f"{settings.data_arguments()} --quantize=int8"
     )
 

@@ -517,7 +517,7 @@ def test_evaluate_weighs_a_smaller_last_batch():
 
     def loss(part):
         logs = search.evaluate(x[part], y[part], batch_size=20, verbose=0, return_dict=True)
-        return logs["validation_loss"]
+        return logs["loss"]
 
     expected = (2 * loss(slice(20)) + loss(slice(20, 30))) / 3
     assert loss(slice(30)) == pytest.approx(expected, rel=1e-5)

@@ -348,7 +348,7 @@ def test_training_and_export_follow_the_printed_commands(trained):
         (["--warmup_steps=4"], "`coarse_epochs` must reach beyond the 4 steps of the warm-up"),
         (
             ["--train_images=9000"],
-            "`train_images` must be below the 1437 training images",
+            "below the 1437 training images of digits",
         ),
         (["--warmup_steps=6"], "`warmup_steps` must be below the 6 steps of the search"),
         (["--samples=1"], "`samples` must be at least 2"),

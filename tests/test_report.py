@@ -394,7 +394,7 @@ def test_bad_metrics_are_refused_by_column(run, change, message):
 
 
 def test_directory_that_holds_no_search(tmp_path):
-    with pytest.raises(ValueError, match=r"`search_dir` must be .* lacks flags.txt"):
+    with pytest.raises(ValueError, match=r"must be a run directory.* lacks flags.txt"):
         write_report(tmp_path)
 
 
@@ -402,7 +402,7 @@ def test_command_line(unfinished):
     """One run that is a search and one that is none, side by side."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "fpnas_keras.report", f"--search_dir={directory}"],
+            [sys.executable, "-m", "fpnas_keras.report", f"--run_dir={directory}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -414,7 +414,7 @@ def test_command_line(unfinished):
     assert [each.returncode for each in processes] == [0, 1], stderr
     assert stdout == f"{unfinished / 'report.html'}\n"
     assert "Traceback" not in other_stderr and other_stdout == ""
-    assert other_stderr.strip().splitlines()[-1].startswith("error: `search_dir` must be")
+    assert other_stderr.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_import_loads_neither_keras_nor_matplotlib():

@@ -27,7 +27,7 @@ JOBS = {
     SearchSettings: {"output_dir": "x"},
     TrainSettings: {"output_dir": "x", "architecture": "a.json"},
     RankSettings: {"search_dir": "x"},
-    ReportSettings: {"search_dir": "x"},
+    ReportSettings: {"run_dir": "x"},
     TfliteSettings: {"model": "m.keras"},
     LatencySettings: {"space": "mobile_mini", "output": "t.json"},
 }

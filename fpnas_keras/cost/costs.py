@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
 
 from fpnas_keras.architecture import Part, count_part
 from fpnas_keras.cost import latency_table, published_tables
@@ -84,10 +86,34 @@ class LatencyCost(Cost):
     unit = "ms"
 
     def __init__(self, table: str | os.PathLike, target: float | None = None):
-        super().__init__(target)
         is_published = pathlib.Path(table).suffix in published_tables.SUFFIXES
         module = published_tables if is_published else latency_table
-        self._entries, self._names = module.load(table)
+        self._set_table(module.load(table), is_published, target)
+
+    def _set_table(self, entries, is_published, target):
+        super().__init__(target)
+        self._entries, self._is_published = entries, is_published
+        self._names = published_tables.find_names(entries) if is_published else latency_table.names
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The latency table as JSON, for `from_table`."""
+        return {"entries": dict(self._entries), "is_published": self._is_published}
+
+    @classmethod
+    def from_table(
+        cls, entries: Mapping[str, float], is_published: bool, target: float | None = None
+    ) -> Self:
+        """Makes the cost from the content of a latency table, as `table` gives it.
+
+        Args:
+            entries: The milliseconds of each entry by name.
+            is_published: Whether the names are those of a published table.
+            target: Maximum latency of the architecture, in milliseconds. `None` sets no target.
+        """
+        cost = cls.__new__(cls)
+        cost._set_table(entries, is_published, target)
+        return cost
 
     def __call__(self, part: Part) -> float:
         return math.fsum(self._entries[name] for name in self._names(part))

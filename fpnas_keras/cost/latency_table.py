@@ -22,14 +22,14 @@ DEVICE_KEYS = ("kind", "name", "threads")
 Names = Callable[[Part], list[str]]
 
 
-def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
+def load(path: str | os.PathLike) -> Mapping[str, float]:
     """Reads a finished `.json` table.
 
     Args:
         path: The file.
 
     Returns:
-        The milliseconds of each entry by name, and `names`.
+        The milliseconds of each entry by name.
 
     Raises:
         UserError: If the file is not a latency table, or not a complete one; the message names
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
             f"the latency table {path} is not finished: run the command that measured it again to "
             "continue"
         )
-    return table["entries"], names
+    return table["entries"]
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:

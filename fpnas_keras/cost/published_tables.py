@@ -29,7 +29,7 @@ from fpnas_keras.errors import UserError
 SUFFIXES = (".yaml", ".yml", ".csv")
 
 
-def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
+def load(path: str | os.PathLike) -> Mapping[str, float]:
     """Reads a published table.
 
     Args:
@@ -37,8 +37,7 @@ def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
             `name` and `mean`.
 
     Returns:
-        The milliseconds of each entry by name, and a function that gives the names of the entries
-        of a part.
+        The milliseconds of each entry by name.
 
     Raises:
         UserError: If the file is not such a table; the message names the file.
@@ -53,7 +52,8 @@ def load(path: str | os.PathLike) -> tuple[Mapping[str, float], Names]:
             raise UserError("it must hold an object `name: {mean: milliseconds}` for each entry")
         entries = {str(name): row["mean"] for name, row in rows.items()}
         check_entries(entries, "`mean`")
-        return entries, _find_format(entries)
+        find_names(entries)
+        return entries
     except OSError as error:
         raise UserError(f"cannot read the latency table {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -77,8 +77,12 @@ def _read_csv(text):
     return result
 
 
-def _find_format(entries):
-    """The function that gives the names of a part in a table with these entries."""
+def find_names(entries: Mapping[str, float]) -> Names:
+    """The function that gives the names of the entries of a part, in a table with these entries.
+
+    Raises:
+        UserError: If no entry has a name of a known table.
+    """
     blocks = [name for name in entries if name.startswith(("MBConv-", "expanded_conv-"))]
     if any(name.startswith("MBConv-") for name in blocks):
         return _once_for_all_one_size

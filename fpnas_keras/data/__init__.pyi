@@ -1,3 +1,4 @@
+from .arrays import to_images as to_images
 from .augmentation import Augmentation as Augmentation
 from .batches import search_batches as search_batches
 from .batches import test_batches as test_batches

@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import Cost, MacsCost, SpaceCost, format_cost
+from fpnas_keras.data import Augmentation, Images, search_batches, to_images
 from fpnas_keras.errors import UserError
-from fpnas_keras.method import estimator, replicas
+from fpnas_keras.method import configs, estimator, replicas
 from fpnas_keras.method.choices import COST_PENALTIES, DISTRIBUTIONS, STARTS
 from fpnas_keras.method.derivation import Derivation, most_probable
 from fpnas_keras.method.distributions import BlockLogits, FactorizedLogits, JointLogits
@@ -27,12 +28,28 @@ _LOGITS = dict(
 )
 # Draws for each sample near the target. In a wide space few architectures are near it.
 _DRAWS_PER_SAMPLE = 64
-_METRICS = (
-    *("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
-    *("entropy", "samples", "evaluated", "expected_cost", "cost_coefficient"),
+# Whether each metric of an epoch gets better as it rises or falls, for callbacks.
+_METRICS = {
+    "train_loss": "min",
+    "train_accuracy": "max",
+    "validation_loss": "min",
+    "validation_accuracy": "max",
+    "entropy": "min",
+    "samples": "min",
+    "evaluated": "min",
+    "expected_cost": "min",
+    "cost_coefficient": "min",
+}
+# Of `evaluate`. `fit` puts "val_" before them.
+_TEST_METRICS = {"loss": "min", "accuracy": "max"}
+_PLAIN_ARGUMENTS = (
+    *("space", "samples", "cost", "cost_window", "cost_coefficient", "cost_penalty"),
+    *("warmup_steps", "warmup_samples", "likelihood_scale", "control_variate", "stratified"),
+    "deduplicate",
 )
 
 
+@keras.saving.register_keras_serializable("fpnas_keras")
 class ArchitectureSearch(keras.Model):
     """Learns a distribution over the architectures of a space, and shared weights.
 
@@ -137,7 +154,9 @@ class ArchitectureSearch(keras.Model):
         _check_choice("start", start, STARTS)
         self.space = space
         self.samples = samples
-        self.cost = cost or MacsCost()
+        self._cost = cost or MacsCost()
+        # For `get_config`.
+        self._names = (distribution, start)
         self.cost_coefficient = cost_coefficient
         self.cost_penalty = cost_penalty
         self.cost_window = cost_window
@@ -158,6 +177,50 @@ class ArchitectureSearch(keras.Model):
         self._add_state(seed)
         self.architecture_optimizer = None
         self.built = True
+
+    @property
+    def cost(self) -> Cost:
+        """The cost, with the target of the search. It cannot be replaced."""
+        return self._cost
+
+    @cost.setter
+    def cost(self, value):
+        raise UserError(
+            "the `cost` of a search cannot be replaced: its tables and traces are made for it. "
+            "Make a new `ArchitectureSearch` with the cost and give it the weights of this one. "
+            f"Received: cost={value}"
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the search, for `save`. A loaded search has no strategy."""
+        distribution, start = self._names
+        arguments = {name: getattr(self, name) for name in _PLAIN_ARGUMENTS}
+        return configs.to_config(
+            arguments
+            | {"name": self.name, "distribution": distribution, "start": start}
+            | {"recompute": self.supernet.recompute, "seed": int(self.seed.numpy())}
+        )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ArchitectureSearch":
+        """Makes a search from `get_config`."""
+        return cls(**configs.from_config(config))
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """The arguments of `compile`, for `save`."""
+        if self.architecture_optimizer is None:
+            return {}
+        optimizers = {
+            "optimizer": self.optimizer,
+            "architecture_optimizer": self.architecture_optimizer,
+        }
+        serialize = keras.saving.serialize_keras_object
+        return {name: serialize(each) for name, each in optimizers.items()}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles the search from `get_compile_config`."""
+        deserialize = keras.saving.deserialize_keras_object
+        self.compile(**{name: deserialize(each) for name, each in config.items()})
 
     def _assign_start(self, name):
         """Assigns the distribution at the start of the search. Returns its expected cost."""
@@ -188,7 +251,7 @@ class ArchitectureSearch(keras.Model):
         self.cost_integral = self.add_weight(
             name="cost_integral", shape=(), initializer="zeros", trainable=False, autocast=False
         )
-        self._trackers = {name: keras.metrics.Mean(name=name) for name in _METRICS}
+        self._trackers = {name: keras.metrics.Mean(name=name) for name in _METRICS | _TEST_METRICS}
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -244,6 +307,97 @@ class ArchitectureSearch(keras.Model):
         choices = tf.constant(self.space.entries.choices.reshape(-1, len(VARIABLES)))
         return tf.gather(choices, entries + self.space.entries.offsets)
 
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: str | int = "auto",
+        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        *,
+        class_weight: dict[int, float] | None = None,
+        sample_weight: Any = None,
+        steps_per_epoch: int | None = None,
+        weights_share: float | None = None,
+        augmentation: Augmentation | None = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Searches, as `keras.Model.fit` trains.
+
+        Images are split into the weights part and the architecture part as `data.search_batches`
+        does. For callbacks with `mode="auto"` the metrics of a search have directions: losses,
+        entropy and cost should fall, accuracies should rise.
+
+        Args:
+            x: One of
+
+                * batches of `data.search_batches`: `((x_t, y_t), (x_v, y_v))`
+                * pixels 0..255, an array of shape `(n,) + input_shape`
+                * `data.Images`
+                * a `tf.data.Dataset` or `keras.utils.PyDataset` of images, labels and maybe
+                  weights, which is read into memory.
+            y: Index of the class of each image, or one-hot rows, if `x` is an array.
+            batch_size: Images of each part in a batch. Default: 64.
+            epochs: Epochs.
+            verbose: As in Keras.
+            callbacks: As in Keras.
+            class_weight: Weight of each class in the loss.
+            sample_weight: Weight of each image in the loss.
+            steps_per_epoch: Steps in an epoch. Default: one pass over the weights part.
+            weights_share: As for `data.search_batches`.
+            augmentation: As for `data.search_batches`.
+            **kwargs: Further arguments of `keras.Model.fit`. `validation_data` is evaluated with
+                the most probable architecture and the shared weights.
+
+        Returns:
+            The history, with the metrics of each epoch.
+
+        Raises:
+            UserError: When the images or labels do not fit the space.
+
+        Example:
+
+        ```python
+        search.compile("sgd", "adam")
+        history = search.fit(x, y, batch_size=64, epochs=30)
+        ```
+        """
+        for callback in callbacks or ():
+            _set_direction(callback)
+        given = {"y": y, "batch_size": batch_size, "class_weight": class_weight}
+        given |= {"sample_weight": sample_weight, "weights_share": weights_share}
+        given |= {"augmentation": augmentation}
+        if not _is_search_batches(x):
+            _refuse(kwargs, "validation_split", "validation_data=(x, y) takes images apart")
+            x = self._make_batches(x, steps_per_epoch=steps_per_epoch, **given)
+            steps_per_epoch = None
+        else:
+            for name, value in given.items():
+                if value is not None:
+                    raise UserError(
+                        f"`{name}` must not be given: the batches `x` of `search_batches` have it"
+                    )
+        return super().fit(
+            x,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            steps_per_epoch=steps_per_epoch,
+            **{"shuffle": False} | kwargs,  # The batches have their order.
+        )
+
+    def _make_batches(self, x, y, class_weight, sample_weight, batch_size, **kwargs):
+        shape, classes = self.space.input_shape, self.space.num_classes
+        if not isinstance(x, Images):
+            x = to_images(x, y, sample_weight, class_weight, shape, classes)
+        elif (x.image_shape, len(x.class_names)) != (shape, classes):
+            raise UserError(
+                f"`x` must have images of {shape} and {classes} classes. "
+                f"Received: images of {x.image_shape} and {len(x.class_names)} classes"
+            )
+        return search_batches(x, batch_size=batch_size or 64, seed=int(self.seed.numpy()), **kwargs)
+
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """Updates the weights on the first batch and the logits on the second.
 
@@ -269,7 +423,7 @@ class ArchitectureSearch(keras.Model):
             loss, accuracy = tf.unstack(results, axis=1)
             self._track(samples.counts, **{f"{part}_loss": loss, f"{part}_accuracy": accuracy})
         self._track(**self.tell(samples, -validation[:, 0]))
-        return {name: tracker.result() for name, tracker in self._trackers.items()}
+        return {name: self._trackers[name].result() for name in _METRICS}
 
     def _evaluate_on_replicas(self, samples, train_batch, validation_batch):
         """Computes `weight_gradients` and `evaluate_samples` on all replicas together.
@@ -496,9 +650,8 @@ class ArchitectureSearch(keras.Model):
         loss, accuracy = tf.unstack(_loss_and_accuracy(targets, self(images)))
         # The last batch can be smaller.
         count = tf.shape(images)[0]
-        self._track(count, validation_loss=loss, validation_accuracy=accuracy)
-        names = ("validation_loss", "validation_accuracy")
-        return {name: self._trackers[name].result() for name in names}
+        self._track(count, loss=loss, accuracy=accuracy)
+        return {name: self._trackers[name].result() for name in _TEST_METRICS}
 
     def derive(
         self,
@@ -717,6 +870,24 @@ def _check_numbers(samples, control_variate, warmup_steps, warmup_samples, cost_
             "`cost_coefficient` must be a `CostController` or a number of at least 0. "
             f"Received: cost_coefficient={cost_coefficient}"
         )
+
+
+def _set_direction(callback):
+    """Sets the mode of a callback that monitors a metric of a search: Keras does not know it."""
+    name = getattr(callback, "monitor", None)
+    mode = (_METRICS | {f"val_{each}": value for each, value in _TEST_METRICS.items()}).get(name)
+    if mode is not None and getattr(callback, "mode", None) == "auto":
+        callback.mode = mode
+
+
+def _is_search_batches(x):
+    spec = getattr(x, "element_spec", None)
+    return isinstance(spec, tuple) and all(isinstance(each, tuple) for each in spec)
+
+
+def _refuse(arguments, name, way):
+    if arguments.get(name):
+        raise UserError(f"`{name}` cannot be given: {way}. Received: {name}={arguments[name]}")
 
 
 def _check_target(cost, space_cost):

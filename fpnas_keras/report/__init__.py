@@ -1,6 +1,6 @@
-"""The report of a search: a page and plots, made from the files of its run directory alone.
+"""The report of a search or a training: a page and plots, made from its files alone.
 
-python -m fpnas_keras.report --search_dir=runs/x
+python -m fpnas_keras.report --run_dir=runs/x
 """
 
 import lazy_loader

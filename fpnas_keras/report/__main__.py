@@ -1,6 +1,6 @@
-"""Writes the report of a search.
+"""Writes the report of a search or a training.
 
-python -m fpnas_keras.report --search_dir=runs/x
+python -m fpnas_keras.report --run_dir=runs/x
 """
 
 import dataclasses
@@ -15,18 +15,20 @@ from fpnas_keras.settings import Settings, setting
 class ReportSettings(Settings):
     """Settings of a report. Each is a flag of `fpnas report`."""
 
-    search_dir: str = setting(
-        "Run directory of a search, finished or not. report.html and report/ are written into it.",
+    run_dir: str = setting(
+        "Run directory of a search or a training, finished or not. report.html and report/ are "
+        "written into it.",
         basic=True,
     )
 
 
 COMMAND = Command(
     name="fpnas report",
-    summary="Writes the report of a search, which may still be running.",
-    examples=(("A search", "fpnas report --search_dir=runs/mine"),),
+    summary="Writes the report of a search or a training, which may still be running.",
+    examples=(("A search", "fpnas report --run_dir=runs/mine"),),
     settings=ReportSettings,
-    run=lambda settings: print(report.write_report(settings.search_dir)),
+    run=lambda settings: print(report.write_report(settings.run_dir)),
+    needs_tensorflow=False,
 )
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fpnas_keras.report.heat_maps import draw_heat_maps
-from fpnas_keras.report.themes import PIXELS_PER_INCH, Theme
-from fpnas_keras.runs.run_directory import PHASES, SearchRun
+from fpnas_keras.report.themes import PIXELS_PER_INCH
+from fpnas_keras.runs.run_directory import PHASES, SearchRun, TrainingRun
 
 # Up to this number of epochs, a marker shows each epoch. A single epoch draws no line.
 _MAX_MARKED_EPOCHS = 12
@@ -26,15 +26,18 @@ _GROUPS = {
 }
 
 
-def available_plots(run: SearchRun) -> dict[str, Callable[[SearchRun, Theme], Figure]]:
+def available_plots(run: SearchRun | TrainingRun) -> dict[str, Callable[..., Figure]]:
     """The plots that can be drawn from the files of a run directory.
 
     Args:
-        run: The search.
+        run: The search or the training.
 
     Returns:
         The functions that draw the plots, by the name of the plot. It is also the name of its file.
+        Their arguments are the run and a theme.
     """
+    if isinstance(run, TrainingRun):
+        return {"curves": _draw_curves}
     plots = {"entropy": _draw_entropy, "cost": _draw_cost, "loss": _draw_loss}
     ranking = run.ranking
     if ranking and ranking["architectures"]:
@@ -51,6 +54,20 @@ def to_data_uri(figure: Figure) -> str:
     with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", dpi=2 * PIXELS_PER_INCH, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_curves(run, theme):
+    figure = Figure((7.4, 3.4), facecolor=theme.ground)
+    panels = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.9, bottom=0.14, wspace=0.16)
+    for axes, name in zip(panels, ("loss", "accuracy")):
+        labels = {name: "training", f"val_{name}": "held out"}
+        for (column, label), color in zip(labels.items(), (theme.first, theme.second)):
+            if column in run.epochs[-1]:
+                axes.plot(run.column("epoch"), run.column(column), color=color, label=label)
+        _finish_panel(run, theme, axes, name)
+        axes.set_xlabel("epoch", color=theme.muted, fontsize=8.5)
+    return figure
 
 
 def _draw_entropy(run, theme):

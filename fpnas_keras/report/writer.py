@@ -1,30 +1,31 @@
-"""Writes the report of a search into its run directory."""
+"""Writes the report of a search or a training into its run directory."""
 
 import os
 import pathlib
 
 from fpnas_keras.files import replacing
-from fpnas_keras.report.page import Plot, make_page
+from fpnas_keras.report import search_page, training_page
+from fpnas_keras.report.parts import Plot
 from fpnas_keras.report.plots import available_plots, to_data_uri
 from fpnas_keras.report.themes import DARK, LIGHT, PIXELS_PER_INCH
-from fpnas_keras.runs.run_directory import SearchRun
+from fpnas_keras.runs.run_directory import SearchRun, TrainingRun
 
 
 def write_report(directory: str | os.PathLike) -> pathlib.Path:
     """Writes `report.html` and the plots in `report/` into a run directory.
 
-    The report is made from the files of the directory alone. It leaves out what an unfinished
-    search has not written yet. The page needs no other file and no network.
+    The report is made from the files of the directory alone. It leaves out what an unfinished run
+    has not written yet. The page needs no other file and no network.
 
     Args:
-        directory: The run directory of a search, finished or not.
+        directory: The run directory of a search or a training, finished or not.
 
     Returns:
         Path of the page.
 
     Raises:
-        UserError: When the directory is not the run directory of a search, or when one of its
-            files is not valid. The message names the file. Nothing is written then.
+        UserError: When the directory is not a run directory, or when one of its files is not
+            valid. The message names the file. Nothing is written then.
         OSError: When a file cannot be read or written.
 
     Example:
@@ -35,7 +36,10 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
     page = write_report("runs/quickstart")
     ```
     """
-    run = SearchRun(directory)
+    run = TrainingRun(directory)
+    module = training_page
+    if not run.is_training:
+        run, module = SearchRun(directory), search_page
     run.check()
     figures = {
         name: (draw(run, LIGHT), draw(run, DARK)) for name, draw in available_plots(run).items()
@@ -48,7 +52,7 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
         )
         for name, (light, dark) in figures.items()
     }
-    page = make_page(run, plots)
+    page = module.make_page(run, plots)
     run.plot_folder.mkdir(exist_ok=True)
     for name, (light, _) in figures.items():
         with replacing(run.plot_folder / f"{name}.png") as temporary:

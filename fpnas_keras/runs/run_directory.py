@@ -106,6 +106,11 @@ class RunDirectory:
         return self.path("flags.txt")
 
     @property
+    def chosen_file(self) -> pathlib.Path:
+        """The flags that were not given and that the run has chosen for its images."""
+        return self.path("chosen.txt")
+
+    @property
     def metrics_file(self) -> pathlib.Path:
         """A CSV file with one row after each epoch."""
         return self.path("metrics.csv")
@@ -145,10 +150,46 @@ class RunDirectory:
         file = self.architecture_file
         return Architecture.load(file) if file.is_file() else None
 
-    def write_flags(self, lines: Sequence[str]) -> None:
-        """Writes the flag file."""
-        with replacing(self.flag_file) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    @property
+    def report(self) -> pathlib.Path:
+        """The page about the run."""
+        return self.path("report.html")
+
+    @property
+    def plot_folder(self) -> pathlib.Path:
+        """The plots of the report as PNG files."""
+        return self.path("report")
+
+    @property
+    def planned_epochs(self) -> int:
+        """The flag `--epochs`."""
+        return self._number("epochs", int)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the metrics, float64. Values that no plot can show become NaN."""
+        values = np.array([row[name] for row in self.epochs], float)
+        return np.where(np.abs(values) < 1e300, values, np.nan)
+
+    def check(self) -> None:
+        """Raises `UserError` unless the directory holds a run, finished or not."""
+        for file in (self.flag_file, self.metrics_file):
+            if not file.is_file():
+                raise UserError(
+                    f"{self.directory} must be a run directory, with flags.txt and metrics.csv. "
+                    f"It lacks {file.name}"
+                )
+        self._check_flags()
+
+    @property
+    def next_command(self) -> str:
+        """The command that follows a finished run, or an empty text."""
+        return str((self.summary or {}).get("next", ""))
+
+    def write_flags(self, given: Sequence[str], chosen: Sequence[str] = ()) -> None:
+        """Writes the flag file, and the file of the flags that were chosen."""
+        for path, lines in ((self.chosen_file, chosen), (self.flag_file, given)):
+            with replacing(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def flag_lines(self) -> list[str]:
         """The lines of the flag file, read leniently: to be compared with those of another run."""
@@ -168,6 +209,13 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot read {self.flag_file}: {error.strerror}") from None
 
+    @functools.cached_property
+    def chosen(self) -> dict[str, str]:
+        """The flags that the run has chosen for its images, by name, as text."""
+        if not self.chosen_file.is_file():  # of an earlier version
+            return {}
+        return flag_values(self.chosen_file.read_text("utf-8", errors="replace").splitlines())
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes the summary, which finishes the run."""
         write_json(self.summary_file, summary)
@@ -183,13 +231,31 @@ class RunDirectory:
             return None
         return read_json(self.summary_file, "a summary", self._checked_summary)
 
+    def _flag(self, name: str) -> str:
+        value = (self.chosen | self.flags).get(name)
+        if value is None:
+            raise UserError(f"{self.flag_file} must hold the flags of a run. It lacks --{name}")
+        return value
+
+    def _number(self, name: str, kind: Callable[[str], float]) -> float:
+        value = self._flag(name)
+        try:
+            number = kind(value)
+            if 0 < number < math.inf:
+                return number
+        except ValueError:
+            pass
+        raise UserError(
+            f"--{name} in {self.flag_file} must be a number above 0. Received: --{name}={value}"
+        )
+
     def _checked_summary(self, summary: Any) -> dict[str, Any]:
         check_fields(summary, "the summary")
         return summary
 
 
 class TrainingRun(RunDirectory):
-    """What a training left in its run directory.
+    """What a training left in its run directory. Unfinished trainings can be read as well.
 
     Example:
 
@@ -209,6 +275,54 @@ class TrainingRun(RunDirectory):
     def mistakes_file(self) -> pathlib.Path:
         """The test images that are most wrong, for the report."""
         return self.path("mistakes.json")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the directory holds a training, and not a search."""
+        return self.flag_file.is_file() and "architecture" in self.flags
+
+    @functools.cached_property
+    def epochs(self) -> list[dict[str, float]]:
+        """The rows of the metrics: step, epoch, loss, accuracy and others, as numbers.
+
+        Raises:
+            UserError: When no epoch has ended yet, or the file is damaged.
+        """
+        with self.metrics_file.open(newline="", encoding="utf-8") as file:
+            try:
+                rows = [
+                    {name: float(cell) for name, cell in row.items()}
+                    for row in csv.DictReader(file)
+                ]
+                if not all({"step", "epoch", "loss", "accuracy"} <= row.keys() for row in rows):
+                    raise UserError("it lacks a column")
+            except (TypeError, ValueError, csv.Error) as error:
+                raise UserError(
+                    f"{self.metrics_file} is not the metrics of a training: {error}"
+                ) from None
+        if not rows:
+            raise UserError(f"{self.metrics_file}: no epoch has ended yet")
+        return rows
+
+    @property
+    def mistakes(self) -> list[dict[str, Any]]:
+        """The test images that are most wrong, the worst first; empty before the end."""
+        if not self.mistakes_file.is_file():
+            return []
+        return read_json(self.mistakes_file, "a list of mistakes", _checked_mistakes)
+
+    @property
+    def exports(self) -> dict[str, dict[str, Any]]:
+        """The reports of the `.tflite` files beside the model, by the name of the file."""
+        found = {}
+        for path in sorted(self.directory.glob("*_report.json")):
+            name = path.name.removesuffix("_report.json") + ".tflite"
+            found[name] = read_json(path, "a report of an export", _checked_export)
+        return found
+
+    def _check_flags(self):
+        for name in ("architecture", "data", "epochs"):
+            self._flag(name)
 
     def model(self) -> "keras.Model":
         """The trained network, from pixels 0..255 to logits.
@@ -250,20 +364,26 @@ class SearchRun(RunDirectory):
         return self.path("ranking.json")
 
     @property
-    def report(self) -> pathlib.Path:
-        """The page about the search."""
-        return self.path("report.html")
-
-    @property
-    def plot_folder(self) -> pathlib.Path:
-        """The plots of the report as PNG files."""
-        return self.path("report")
-
-    @property
     def latency_table(self) -> pathlib.Path | None:
         """The run's copy of the latency table, `None` where the search has none."""
         tables = sorted(self.directory.glob("latency_table.*"))
         return tables[0] if tables else None
+
+    @property
+    def verdict(self) -> str:
+        """Whether a finished search has decided, in words; empty before the end."""
+        summary = self.summary
+        if not summary or "initial_entropy" not in summary:  # which earlier versions did not have
+            return ""
+        left = (
+            f"{summary['entropy']:.1f} of {summary['initial_entropy']:.1f} nats of entropy are left"
+        )
+        if summary["entropy"] > summary["initial_entropy"] / 2:
+            return (
+                f"The search is undecided: {left}. Use more --epochs or a larger "
+                "--architecture_learning_rate."
+            )
+        return f"The search is decided: {left}."
 
     @property
     def cost_kind(self) -> str:
@@ -285,11 +405,6 @@ class SearchRun(RunDirectory):
         """Share of the images in the weights part of a finished search. It was 0.5 before 0.3."""
         return self.summary.get("weights_share", 0.5)
 
-    @property
-    def planned_epochs(self) -> int:
-        """The flag `--epochs`."""
-        return self._number("epochs", int)
-
     @functools.cached_property
     def cost(self) -> Cost:
         """The cost of the search. MACs where the copy of the latency table is gone."""
@@ -306,11 +421,6 @@ class SearchRun(RunDirectory):
             UserError: When no epoch has ended yet, or the file is damaged.
         """
         return _read_metrics(self.metrics_file)
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of the metrics, float64. Values that no plot can show become NaN."""
-        values = np.array([row[name] for row in self.epochs], float)
-        return np.where(np.abs(values) < 1e300, values, np.nan)
 
     @property
     def phases(self) -> list[tuple[str, int, int]]:
@@ -430,14 +540,7 @@ class SearchRun(RunDirectory):
             ) from None
         return search
 
-    def check(self) -> None:
-        """Raises `UserError` unless the directory holds a search, finished or not."""
-        for file in (self.flag_file, self.metrics_file):
-            if not file.is_file():
-                raise UserError(
-                    "`search_dir` must be the run directory of a search, with flags.txt and "
-                    f"metrics.csv. Received: {self.directory}, which lacks {file.name}"
-                )
+    def _check_flags(self):
         for name in ("space", "data", "cost", "epochs"):
             self._flag(name)
         if self.cost_kind not in UNITS:
@@ -445,23 +548,6 @@ class SearchRun(RunDirectory):
                 f"--cost in {self.flag_file} must be one of {', '.join(UNITS)}. "
                 f"Received: {self.cost_kind}"
             )
-
-    def _flag(self, name: str) -> str:
-        if name not in self.flags:
-            raise UserError(f"{self.flag_file} must hold the flags of a search. It lacks --{name}")
-        return self.flags[name]
-
-    def _number(self, name: str, kind: Callable[[str], float]) -> float:
-        value = self._flag(name)
-        try:
-            number = kind(value)
-            if 0 < number < math.inf:
-                return number
-        except ValueError:
-            pass
-        raise UserError(
-            f"--{name} in {self.flag_file} must be a number above 0. Received: --{name}={value}"
-        )
 
     def _checked_summary(self, summary: Any) -> dict[str, Any]:
         check_fields(summary, "the summary", **_SUMMARY_OF_SEARCH)
@@ -476,6 +562,22 @@ def _checked_for_loading(summary):
     if summary["cost"] not in COSTS:
         raise UserError(f"`cost` must be one of {', '.join(COSTS)}. Received: {summary['cost']}")
     return summary
+
+
+def _checked_mistakes(data):
+    if not isinstance(data, list):
+        raise UserError("it must be a list")
+    for each in data:
+        check_fields(each, "a mistake", true=str, given=str, probability=float, image=str)
+        if not each["image"].startswith("data:image/png;base64,"):
+            raise UserError("`image` must be a PNG as a data URL")
+    return data
+
+
+def _checked_export(data):
+    numbers = {"bytes": int, "tflite_accuracy": float, "agreement": float}
+    check_fields(data, "the report", quantize=str, host_milliseconds=float, **numbers)
+    return data
 
 
 def _read_metrics(path):

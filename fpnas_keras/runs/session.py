@@ -50,7 +50,7 @@ class Session:
         self.run = run
         self.settings = settings
         self.module = module
-        self.chosen = {}
+        self._chosen = []
         self.writes = writes
         self._started = time.monotonic(), _cpu_seconds()
         self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}
@@ -118,13 +118,12 @@ class Session:
             )
 
     def fit_settings(self, images: Images) -> RunSettings:
-        """The settings with those that depend on the training images. The summary will have them.
+        """The settings with those that depend on the training images, which `begin` writes down.
 
         The settings of the run stay as they were given.
         """
-        fitted = self.settings.fit_to(images)
-        names = [name for name in fitted.given() if name not in self.settings.given()]
-        self.chosen = {name: getattr(fitted, name) for name in names}
+        fitted, given = self.settings.fit_to(images), self.settings.to_flags()
+        self._chosen = [flag for flag in fitted.to_flags() if flag not in given]
         return fitted
 
     def begin(self, **files: str | None) -> None:
@@ -149,7 +148,7 @@ class Session:
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink()
             if not self.run.flag_file.exists():
-                self.run.write_flags(self.settings.to_flags())
+                self.run.write_flags(self.settings.to_flags(), self._chosen)
         for name, file in files.items():
             if file is not None:
                 self._keep(name, pathlib.Path(file))
@@ -209,9 +208,7 @@ class Session:
         if not self.writes:
             return
         versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        self.run.write_summary(
-            summary | {"chosen": self.chosen} | self.usage() | {"versions": versions}
-        )
+        self.run.write_summary(summary | self.usage() | {"versions": versions})
         self._remove_checkpoints()
 
     def _remove_checkpoints(self):

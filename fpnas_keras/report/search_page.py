@@ -1,24 +1,19 @@
-"""The page of the report: the values and texts that `templates/report.html` shows."""
+"""The page of a search: the values and texts that `templates/search.html` shows."""
 
-import math
 import pathlib
-from typing import NamedTuple
 
-import jinja2
-
-from fpnas_keras.architecture import Head, Stem, expanded_filters
 from fpnas_keras.cost import format_cost
 from fpnas_keras.errors import UserError
-from fpnas_keras.report.themes import DARK, LIGHT
+from fpnas_keras.report.parts import (
+    Plot,
+    describe_network,
+    format_duration,
+    format_totals,
+    list_flags,
+    render,
+)
 from fpnas_keras.runs.run_directory import PHASES, SearchRun
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("fpnas_keras.report"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 # Labels of the keys of summary.json that do not explain themselves.
 _LABELS = {
     "num_classes": "classes",
@@ -38,6 +33,9 @@ _LABELS = {
     "derivation_gap": "log p of the optimum minus that, at most (nats)",
     "macs": "MACs of the derived network",
     "params": "parameters of the derived network",
+    "shared_accuracy": "accuracy of the derived network, with the shared weights",
+    "shared_balanced_accuracy": "its mean over the classes",
+    "shared_class_accuracy": "its accuracy for each class",
     "mode_validation_loss": "loss of the most probable network, with the shared weights",
     "mode_validation_accuracy": "accuracy of the most probable network, with the shared weights",
     "mode_macs": "MACs of the most probable network, without a cost limit",
@@ -54,20 +52,6 @@ _PHASE_NOTES = {
 }
 
 
-class Plot(NamedTuple):
-    """A plot as the page shows it.
-
-    Attributes:
-        light: Data URI of the picture for a light page.
-        dark: Data URI of the picture for a dark page.
-        width: Width in CSS pixels.
-    """
-
-    light: str
-    dark: str
-    width: int
-
-
 def make_page(run: SearchRun, plots: dict[str, Plot]) -> str:
     """Makes the page of a search.
 
@@ -79,14 +63,13 @@ def make_page(run: SearchRun, plots: dict[str, Plot]) -> str:
         The page as HTML. It refers to no other file.
     """
     name = pathlib.Path(run.flags["space"]).stem
-    return _TEMPLATES.get_template("report.html").render(
+    return render(
+        "search.html",
+        run,
         title=f"Search of {name}",
-        data=run.flags["data"],
-        directory=run.directory.resolve().name,
-        light=LIGHT,
-        dark=DARK,
-        unfinished=not run.finished,
-        missing=_missing(run),
+        notice=_notice(run),
+        verdict=run.verdict,
+        command=run.next_command,
         tiles=_tiles(run),
         sections={
             "progress": _progress(run, plots),
@@ -94,19 +77,27 @@ def make_page(run: SearchRun, plots: dict[str, Plot]) -> str:
             "ranking": _ranking(run, plots),
             "probabilities": _probabilities(run, plots),
             "totals": _totals(run),
-            "flags": sorted(run.flags.items()),
+            "flags": list_flags(run),
         },
     )
 
 
-def _missing(run):
-    """What the run directory lacks: pairs of content and file name."""
+def _notice(run):
+    """What is not on the page, or an empty text."""
     contents = (
         ("the derived network", "architecture.json", run.architecture),
         ("accuracy against cost", "ranking.json", run.ranking),
         ("the probability of each choice", "probabilities.jsonl", run.probabilities),
     )
-    return [(what, file) for what, file, content in contents if not content]
+    texts = []
+    if not run.finished:
+        texts.append(
+            "The search is not finished. This page shows its state after the last complete epoch."
+        )
+    missing = [f"{what} (no {file})" for what, file, content in contents if not content]
+    if missing:
+        texts.append(f"Not on this page: {', '.join(missing)}.")
+    return " ".join(texts)
 
 
 def _tiles(run):
@@ -118,19 +109,28 @@ def _tiles(run):
             _cost_tile(run, "expected cost", last["expected_cost"]),
             ("samples", f"{last['total_samples']:,}", ""),
             ("steps", f"{last['step']:,}", epochs),
-            ("time", _format_duration(last["seconds"]), ""),
+            ("time", format_duration(last["seconds"]), ""),
         ]
     else:
         evaluated = f"{summary['total_evaluated']:,} evaluated"
-        cpu_time = f"{_format_duration(summary['cpu_seconds'])} of CPU time"
+        cpu_time = f"{format_duration(summary['cpu_seconds'])} of CPU time"
         tiles = [
             _cost_tile(run, "derived network", summary["found_cost"]),
             ("samples", f"{summary['total_samples']:,}", evaluated),
             ("steps", f"{summary['steps']:,}", epochs),
-            ("time", _format_duration(summary["wall_seconds"]), cpu_time),
+            ("time", format_duration(summary["wall_seconds"]), cpu_time),
             ("peak memory", f"{summary['peak_memory_mb'] / 1000:.1f} GB", ""),
+            *_accuracy_tile(summary),
         ]
     return [dict(zip(("label", "value", "note"), tile)) for tile in tiles]
+
+
+def _accuracy_tile(summary):
+    if "shared_accuracy" not in summary:  # of an earlier version
+        return []
+    balanced = f"balanced {summary['shared_balanced_accuracy']:.1%}"
+    note = f"of the derived network, on the architecture part; {balanced}"
+    return [("accuracy with the shared weights", f"{summary['shared_accuracy']:.1%}", note)]
 
 
 def _cost_tile(run, label, cost):
@@ -182,50 +182,7 @@ def _network(run):
         raise UserError(
             f"architecture.json in {run.directory} has a part that its latency table lacks: {error}"
         ) from None
-    total, largest = sum(costs), max(costs)
-    names = ["stem", *(f"block {index}" for index in range(len(parts) - 2)), "head"]
-    return {
-        "total": format_cost(total),
-        "unit": run.cost.unit,
-        "num_classes": f"{architecture.num_classes:,}",
-        "parts": [
-            {
-                "name": name,
-                "shape": " \u00d7 ".join(map(str, (*part.size, part.channels))),
-                "description": _describe(part),
-                "skipped": getattr(part.layers, "skip", False),
-                "cost": format_cost(cost),
-                "bar": f"{100 * cost / (largest or 1):.1f}%",
-                "share": f"{cost / (total or 1):.1%}",
-            }
-            for name, part, cost in zip(names, parts, costs)
-        ],
-    }
-
-
-def _describe(part):
-    """What a part computes, in words."""
-    layers = part.layers
-    if isinstance(layers, Head):
-        dense = f", dense layer of {layers.dense_units} units" if layers.dense_units else ""
-        return (
-            f"1\u00d71 convolution to {layers.filters} channels, {layers.activation}, "
-            f"average pooling{dense}"
-        )
-    stride = f", stride {layers.strides}" if layers.strides > 1 else ""
-    kernel = f"{layers.kernel_size}\u00d7{layers.kernel_size}"
-    if isinstance(layers, Stem):
-        return f"{kernel} convolution{stride}, {layers.activation}"
-    if layers.skip:
-        return "skipped" if part.keeps_shape else f"skipped, with a 1\u00d71 projection{stride}"
-    if layers.expansion != 1:
-        expanded = expanded_filters(part.channels, layers.expansion)
-        kernel += f", expansion {layers.expansion:g} ({expanded} channels)"
-    attention = ", squeeze-excite" if layers.splits == 1 else ""
-    if layers.splits > 1:
-        attention = f", split-attention over {layers.splits} splits"
-    residual = ", residual connection" if part.keeps_shape else ""
-    return f"{kernel}, {layers.activation}{attention}{stride}{residual}"
+    return describe_network(architecture, costs, run.cost.unit)
 
 
 def _ranking(run, plots):
@@ -293,37 +250,4 @@ def _list_choices(choices):
 
 def _totals(run):
     """Labels and values of the summary. Empty for an unfinished search."""
-    return [
-        (_LABELS.get(key, key.replace("_", " ")), _format_value(value))
-        for key, value in (run.summary or {}).items()
-    ]
-
-
-def _format_value(value):
-    """A value of the summary, for people."""
-    if isinstance(value, list):
-        return " x ".join(map(_format_scalar, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_format_scalar(each)}" for key, each in value.items())
-    return _format_scalar(value)
-
-
-def _format_scalar(value):
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    if isinstance(value, int):
-        digits = str(abs(value))
-        return f"{value:,}" if len(digits) < 15 else f"{digits[0]}.{digits[1]}e{len(digits) - 1}"
-    if isinstance(value, float):
-        return format_cost(value)
-    return value if isinstance(value, str) else "..."
-
-
-def _format_duration(seconds):
-    if not math.isfinite(seconds):
-        return f"{seconds} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return format_totals(run.summary or {}, _LABELS)
