@@ -12,6 +12,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 import export
 from fpnas_keras import data, networks, runs
@@ -21,6 +22,7 @@ from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, replacing, write_json
 from fpnas_keras.progress import track
+from fpnas_keras.report import write_report
 from fpnas_keras.settings import MAX_SEED, setting
 
 if TYPE_CHECKING:
@@ -125,12 +127,26 @@ class TfliteExport(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A file and its Keras model on the same images."""
+    """A file and its Keras model on the same images.
+
+    Attributes:
+        max_difference: Largest difference of a logit.
+        agreement: Share of the images that both give the same class.
+        keras_accuracy: Accuracy of the Keras model.
+        tflite_accuracy: Accuracy of the file.
+        keras_balanced_accuracy: Mean of the accuracies of the classes that have images.
+        tflite_balanced_accuracy: The same of the file.
+        class_changes: Accuracy of the file minus that of the Keras model, for each class that has
+            images.
+    """
 
     max_difference: float
     agreement: float
     keras_accuracy: float
     tflite_accuracy: float
+    keras_balanced_accuracy: float
+    tflite_balanced_accuracy: float
+    class_changes: dict[str, float]
 
 
 def export_tflite(**settings: Any) -> TfliteExport:
@@ -187,25 +203,44 @@ def run_export(settings: TfliteSettings) -> TfliteExport:
     write_json(report_file, report)
     with replacing(output) as temporary:
         temporary.write_bytes(content)
+    _report_with_training(pathlib.Path(settings.model).parent)
     return TfliteExport(output, labels, report_file, report)
+
+
+def _report_with_training(model_folder):
+    """Makes the report of the training again, if there is one: it has a section of the files."""
+    if runs.TrainingRun(model_folder).report.is_file():
+        try:
+            write_report(model_folder)
+        except (UserError, OSError) as error:  # The file is there all the same.
+            logging.warning("no report: %s", error)
 
 
 def compare(model: "keras.Model", content: bytes, images: "data.Images") -> Comparison:
     """Runs a model and its file on all images."""
     runner = export.conversion.Runner(content)
-    difference, agreed, right = 0.0, 0, np.zeros(2)
+    classes = len(images.class_names)
+    difference, agreed, right = 0.0, 0, np.zeros((2, classes))
     with track(len(images.y), "comparing", "images") as progress:
         for x, y in data.test_batches(images).as_numpy_iterator():
             expected = model.predict_on_batch(x)
             received = np.stack([runner(image) for image in x])
             # np.maximum keeps a NaN, max() would drop it.
             difference = float(np.maximum(difference, np.abs(expected - received).max()))
-            classes = np.stack([expected.argmax(-1), received.argmax(-1)])
-            agreed += int((classes[0] == classes[1]).sum())
-            right += (classes == y).sum(axis=-1)
+            given = np.stack([expected.argmax(-1), received.argmax(-1)])
+            agreed += int((given[0] == given[1]).sum())
+            right += [np.bincount(y[each == y], minlength=classes) for each in given]
             progress.update(len(y))
-    accuracies = right / len(images.y)
-    return Comparison(difference, agreed / len(images.y), *accuracies.tolist())
+    counts = np.bincount(images.y, minlength=classes)
+    shares = right[:, counts > 0] / counts[counts > 0]
+    names = [name for name, count in zip(images.class_names, counts) if count]
+    return Comparison(
+        difference,
+        agreed / len(images.y),
+        *(right.sum(axis=1) / len(images.y)).tolist(),
+        *shares.mean(axis=1).tolist(),
+        dict(zip(names, (shares[1] - shares[0]).tolist())),
+    )
 
 
 def _convert(settings, model):
@@ -322,7 +357,9 @@ def _export_and_print(settings):
     report = exported.report
     print(
         f"\n{exported.path}: {report['bytes']:,} bytes; test accuracy "
-        f"{report['tflite_accuracy']:.2%} (Keras {report['keras_accuracy']:.2%}), same class for "
+        f"{report['tflite_accuracy']:.2%} (Keras {report['keras_accuracy']:.2%}), balanced "
+        f"{report['tflite_balanced_accuracy']:.2%} ({report['keras_balanced_accuracy']:.2%}), same "
+        "class for "
         f"{report['agreement']:.2%}, largest difference of a logit "
         f"{report['max_difference']:.1e}; {report['host_milliseconds']:.3g} ms an image on one "
         "thread of this machine\n"

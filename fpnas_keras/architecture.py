@@ -7,6 +7,8 @@ FLOPS. Batch normalizations, activations, pooling and the gates of attention do 
 """
 
 import dataclasses
+import html
+import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -202,6 +204,23 @@ class Architecture:
         if self.space is not None and not isinstance(self.space, str):
             raise UserError(f"`space` must be a name or null. Received: space={self.space!r}")
 
+    def __repr__(self) -> str:
+        count = self.count()
+        return (
+            f"Architecture(space={self.space!r}, input_shape={self.input_shape}, num_classes="
+            f"{self.num_classes}, {len(self.blocks)} blocks, {count.macs:,} MACs, "
+            f"{count.params:,} parameters)"
+        )
+
+    def __str__(self) -> str:
+        rows = [["block", "stride", "filters", "kernel", "expansion", "activation", "splits"]]
+        rows += [[str(index), *_block_cells(block)] for index, block in enumerate(self.blocks)]
+        return format_table(rows)
+
+    def _repr_html_(self) -> str:
+        """The table of a notebook."""
+        return f"<p>{html.escape(repr(self))}</p><pre>{html.escape(str(self))}</pre>"
+
     def build(self, bn_momentum: float = 0.9) -> "keras.Model":
         """Builds the network with fresh weights.
 
@@ -216,6 +235,10 @@ class Architecture:
         from fpnas_keras.networks import build_network
 
         return build_network(self, bn_momentum=bn_momentum)
+
+    def fit_to(self, input_shape: tuple[int, int, int], num_classes: int) -> "Architecture":
+        """The same stem, blocks and head for other images and classes."""
+        return dataclasses.replace(self, input_shape=tuple(input_shape), num_classes=num_classes)
 
     def parts(self) -> list[Part]:
         """Stem, blocks and head, each with the shape of its input."""
@@ -298,6 +321,21 @@ def count_part(part: Part) -> Count:
     if isinstance(part.layers, Stem):
         return _count_stem(part)
     return _count_block(part) if isinstance(part.layers, Block) else _count_head(part)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts as a table with aligned columns."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _block_cells(block):
+    cells = [str(block.strides), str(block.filters)]
+    if block.skip:
+        return [*cells, "skip"]
+    kernel = f"{block.kernel_size}x{block.kernel_size}"
+    return [*cells, kernel, f"{block.expansion:g}", block.activation, str(block.splits)]
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:

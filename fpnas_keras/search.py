@@ -587,13 +587,11 @@ def _log_space(search, settings, steps):
     reach = settings.architecture_learning_rate * (steps - search.warmup_steps)
     if 0 < reach < _LEAST_REACH:
         logging.warning(
-            "the search will probably end undecided: `architecture_learning_rate` %g moves the "
-            "logits by at most about %.1f in the %d steps after the warm-up. Raise `epochs`, or "
-            "`architecture_learning_rate` to about %.2g",
-            settings.architecture_learning_rate,
-            reach,
+            "the search will probably end undecided: its %d steps after the warm-up are few for "
+            "`architecture_learning_rate` %g. Raise `epochs`, until there are about %d",
             steps - search.warmup_steps,
-            settings.architecture_learning_rate * 2 * _LEAST_REACH / reach,
+            settings.architecture_learning_rate,
+            math.ceil(2 * _LEAST_REACH / settings.architecture_learning_rate),
         )
 
 
@@ -768,7 +766,7 @@ def _search_and_print(settings):
 def _describe_result(run, settings):
     """The result of a finished search, and what to type next."""
     summary = run.summary
-    sections = [_block_table(run.architecture)]
+    sections = [str(run.architecture)]
     if run.verdict:
         sections.append(run.verdict)
     cost = ""
@@ -787,19 +785,6 @@ def _describe_result(run, settings):
         + _next_commands(run, settings)
     )
     return "\n" + "\n\n".join(sections)
-
-
-def _block_table(architecture):
-    lines = [f"{'block':>5} {'stride':>6} {'filters':>7} kernel expansion activation splits"]
-    for index, block in enumerate(architecture.blocks):
-        line = f"{index:5} {block.strides:6} {block.filters:7} "
-        if block.skip:
-            lines.append(line + "skip")
-        else:
-            kernel = f"{block.kernel_size}x{block.kernel_size}"
-            line += f"{kernel:6} {block.expansion:<9g} {block.activation:10} {block.splits}"
-            lines.append(line)
-    return "\n".join(lines)
 
 
 def _train_command(run, settings, is_colored):

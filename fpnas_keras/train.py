@@ -10,6 +10,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import logging
 
 from fpnas_keras import data, networks, report, runs
@@ -47,6 +48,13 @@ class TrainSettings(RunSettings):
     """Settings of a training. Each is a flag of `fpnas train`."""
 
     architecture: str = setting("Architecture file (JSON) to train.", basic=True, path=True)
+    input_size: int | None = setting(
+        "Height and width in pixels that images are resized to. Default: those of the "
+        "architecture.",
+        None,
+        least=1,
+        group=_START,
+    )
     epochs: int | None = setting(
         "Epochs to train. Default: 20, but up to 200 for few images, until there are 2,000 steps.",
         None,
@@ -132,9 +140,10 @@ class TrainSettings(RunSettings):
     teacher: str | None = setting(
         "Network whose logits are learned beside the labels (distillation): a .keras file; an "
         "architecture (.json) with --teacher_weights; or the name of a network of "
-        "keras.applications. (Without --teacher_weights that one has ImageNet's 1,000 classes in "
-        "ImageNet's order.) Train the teacher with --label_smoothing=0: smoothed labels spoil what "
-        "it teaches (arXiv:1906.02629).",
+        "keras.applications. One with other classes, such as ImageNet's, gets a new head, which is "
+        "fitted to the training images: this is what helps most with few images. Train a teacher "
+        "of the same classes with --label_smoothing=0: smoothed labels spoil what it teaches "
+        "(arXiv:1906.02629).",
         None,
         group=_DISTILLATION,
         path=True,
@@ -273,7 +282,8 @@ def run_training(settings: TrainSettings) -> "TrainingRun":
     session = runs.Session(run, settings, "fpnas_keras.train")
     with session.working():
         architecture = Architecture.load(settings.architecture)
-        if run.architecture not in (None, architecture):
+        known = run.architecture
+        if known is not None and known != architecture.fit_to(known.input_shape, known.num_classes):
             raise UserError(
                 f"`output_dir` {run.directory} holds a run of another architecture. The file may "
                 f"have changed: {settings.architecture}. Choose another directory."
@@ -299,13 +309,14 @@ class _Training:
         keras.utils.set_random_seed(settings.seed)
         checkpoints = runs.Checkpoints(self.session)
         images, held_out = self._load_training_images()
+        images = self._teach(images)
         settings = self.settings = self.session.fit_settings(images)
         batches = self._make_batches(images, checkpoints.step)
         network = self._make_network(images, is_new=checkpoints.step == 0)
         steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
         self._warn_of_few_steps(steps_per_epoch)
         model = self._compile(network, steps_per_epoch)
-        self._begin()
+        self._begin(images)
         rows, callbacks = self._make_callbacks(checkpoints)
         with data.naming_unreadable(images), data.naming_unreadable(held_out):
             checkpoints.fit(
@@ -320,11 +331,8 @@ class _Training:
 
     def _load_training_images(self):
         """The images to train on, and those held out or `None`."""
+        images, held_out = self._split(self._load_images("train"))
         settings = self.settings
-        images, held_out = self._load_images("train"), None
-        if settings.validation_split:
-            kept, rest = data.split(images.y, settings.validation_split, settings.seed)
-            held_out, images = images.part(rest), images.part(kept)
         if settings.class_weight == "balanced":
             images = images.balanced()
         count = self.architecture.count()
@@ -337,14 +345,54 @@ class _Training:
         )
         return images, held_out
 
-    def _load_images(self, split, again=False):
-        return self.settings.load_images_for(
-            f"the architecture {self.settings.architecture}",
-            self.architecture.input_shape,
-            self.architecture.num_classes,
-            split,
-            again,
+    def _teach(self, images):
+        """The training images with the logits of a teacher that has other classes."""
+        settings = self.settings
+        self._is_taught = settings.teacher is not None and runs.is_foreign(
+            settings.teacher, settings.teacher_weights, self.architecture.num_classes
         )
+        if not self._is_taught:
+            return images
+        if settings.mix_up or settings.cut_mix:
+            raise UserError(
+                "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
+                f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
+            )
+        file = self.session.run.teacher_file
+        if file.is_file():
+            return images._replace(logits=np.load(file, allow_pickle=False))
+        features = runs.load_features(settings.teacher, settings.teacher_weights)
+        height, width = features.input_shape[1:3]
+        if height != width:
+            raise UserError(f"the teacher must take square images. Received: {height} x {width}")
+        seen, _ = self._split(settings.load_images("train", height, again=True))
+        with data.naming_unreadable(seen):
+            logits = runs.fit_head(runs.compute_features(features, seen), seen.y, settings.seed)
+        return images._replace(logits=logits)
+
+    def _split(self, images):
+        """The images to train on, and those held out or `None`."""
+        settings = self.settings
+        if not settings.validation_split:
+            return images, None
+        kept, rest = data.split(images.y, settings.validation_split, settings.seed)
+        return images.part(kept), images.part(rest)
+
+    def _load_images(self, split, again=False):
+        """The images, which the architecture then fits."""
+        settings, own = self.settings, self.architecture
+        size = settings.input_size or own.input_shape[0]
+        images = settings.load_images(split, size, again)
+        fitted = own.fit_to(images.image_shape, len(images.class_names))
+        if fitted != own:
+            logging.info(
+                "%s was made for images of %s and %d classes; it is trained for images of %s and "
+                "%d classes",
+                *(settings.architecture, own.input_shape, own.num_classes),
+                *(fitted.input_shape, fitted.num_classes),
+            )
+            self.architecture = fitted
+        return images
 
     def _make_batches(self, images, first_step):
         settings = self.settings
@@ -357,7 +405,9 @@ class _Training:
         batches = data.train_batches(
             images, settings.batch_size, settings.seed, augmentation, first_step
         )
-        return batches if augmentation.mixes else _one_hot(batches, len(images.class_names))
+        if augmentation.mixes or self._is_taught:
+            return batches
+        return _one_hot(batches, len(images.class_names))
 
     def _make_network(self, images, is_new):
         """The network with the weights to start from."""
@@ -388,7 +438,7 @@ class _Training:
             ) from None
         search.supernet.give_weights(network)
         plain = data.train_batches(images, settings.batch_size, settings.seed)
-        networks.recalibrate(network, (x for x, _ in plain.take(_RECALIBRATION_BATCHES)))
+        networks.recalibrate(network, (x for x, *_ in plain.take(_RECALIBRATION_BATCHES)))
 
     def _warn_of_few_steps(self, steps_per_epoch):
         if steps_per_epoch < _FEW_STEPS_PER_EPOCH:
@@ -401,10 +451,11 @@ class _Training:
 
     def _compile(self, network, steps_per_epoch):
         """The model to fit, the network or a distiller of it, with all its variables."""
+        import keras
         import tensorflow as tf
 
         settings, architecture, model = self.settings, self.architecture, network
-        if settings.teacher:
+        if settings.teacher and not self._is_taught:
             teacher = networks.load_teacher(
                 settings.teacher,
                 settings.teacher_weights,
@@ -417,7 +468,7 @@ class _Training:
         model.compile(
             optimizer=settings.make_optimizer(steps_per_epoch * settings.epochs, steps_per_epoch),
             loss=self._loss(),
-            metrics=["accuracy"],
+            metrics=[keras.metrics.MeanMetricWrapper(_accuracy, name="accuracy")],
             jit_compile=False,  # XLA takes 8 times as long on CPUs.
         )
         # Variables of optimizer and metrics, which a checkpoint holds too.
@@ -430,16 +481,25 @@ class _Training:
     def _loss(self):
         import keras
 
+        settings = self.settings
+        if self._is_taught:
+            return networks.DistillationLoss(
+                settings.temperature, settings.distillation_weight, settings.label_smoothing
+            )
         return keras.losses.CategoricalCrossentropy(
-            from_logits=True, label_smoothing=self.settings.label_smoothing
+            from_logits=True, label_smoothing=settings.label_smoothing
         )
 
-    def _begin(self):
+    def _begin(self, images):
         settings = self.settings
         teacher = settings.teacher
         if teacher is not None and not pathlib.Path(teacher).is_file():
             teacher = None  # a name of keras.applications
         self.session.begin(teacher=teacher, teacher_weights=settings.teacher_weights)
+        file = self.session.run.teacher_file
+        if images.logits is not None and not file.is_file():
+            with replacing(file) as temporary:
+                np.save(temporary, images.logits)
         self.architecture.save(self.session.run.architecture_file)
 
     def _make_callbacks(self, checkpoints):
@@ -465,7 +525,7 @@ class _Training:
         model.set_weights(network.get_weights())
         if settings.ema_momentum or steps < _FEW_STEPS:
             some = batches.repeat().take(_RECALIBRATION_BATCHES)
-            networks.recalibrate(model, (x for x, _ in some))
+            networks.recalibrate(model, (x for x, *_ in some))
         # Save first: the evaluation may fail, and the trained network must not be lost.
         with replacing(run.model_file) as temporary:
             model.save(temporary)
@@ -496,6 +556,14 @@ class _Training:
                     scores[f"{name}_{accuracy}"] = described.pop(accuracy)
         write_json(self.session.run.mistakes_file, score.mistakes)
         return scores | described
+
+
+def _accuracy(y_true, y_pred):
+    """Accuracy for labels that may have a teacher's logits behind them."""
+    import keras
+
+    classes = y_pred.shape[-1]
+    return keras.metrics.categorical_accuracy(y_true[:, :classes], y_pred)
 
 
 def _test_batches(images):

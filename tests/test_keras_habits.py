@@ -219,3 +219,32 @@ def test_clones_start_again(small):
 def test_the_cost_cannot_be_replaced(small):
     with pytest.raises(ValueError, match="`cost` of a search cannot be replaced"):
         make_search(small).cost = fpnas.ParamsCost(1000)
+
+
+def test_architectures_and_spaces_are_shown_as_tables(tiny_space):
+    architecture = tiny_space.architecture([block.entries[-1] for block in tiny_space.blocks])
+    assert repr(architecture) == (
+        f"Architecture(space='tiny', input_shape=(8, 8, 1), num_classes=3, 6 blocks, "
+        f"{architecture.macs():,} MACs, {architecture.params():,} parameters)"
+    )
+    head, *rows = str(architecture).splitlines()
+    assert head.split() == [
+        "block",
+        "stride",
+        "filters",
+        *["kernel", "expansion", "activation"],
+    ] + ["splits"]
+    assert len(rows) == len(architecture.blocks)
+    assert rows[0].split() == ["0", "2", "8", "5x5", "3", "hard_silu", "1"]
+    assert str(architecture) in architecture._repr_html_()
+    assert repr(tiny_space).startswith("Space(name='tiny', input_shape=(8, 8, 1), num_classes=3")
+    assert len(str(tiny_space).splitlines()) == 1 + len(tiny_space.blocks)
+    assert "kernel_size 3, 5" in str(tiny_space)
+    assert "kernel_size 3, 5" in tiny_space._repr_html_()
+
+
+def test_one_budget_and_a_list_of_budgets_give_the_same(small):
+    search = make_search(small)
+    budget = search.cost.target
+    assert search.derive() == search.derive(budget) == search.derive([budget])[0]
+    assert search.derivation().least == pytest.approx(0.95 * budget)

@@ -424,3 +424,105 @@ def test_import_loads_neither_keras_nor_matplotlib():
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.stdout == "[]\n", process.stderr
+
+
+def write_training(directory, finished=True, classes=3, **changes):
+    """The run directory of a training, written by hand."""
+    directory.mkdir(parents=True)
+    flags = {"architecture": "runs/mine/architecture.json", "data": "folder:photos", "epochs": "2"}
+    lines = "".join(f"--{name}={value}\n" for name, value in flags.items())
+    (directory / "flags.txt").write_text(lines)
+    (directory / "chosen.txt").write_text("--batch_size=16\n")
+    rows = "step,epoch,accuracy,loss,val_accuracy,val_loss,seconds\n"
+    rows += "10,1,0.5,1.25,0.4,1.5,2.5\n20,2,0.75,0.5,0.6,1.0,5.0\n"
+    (directory / "metrics.csv").write_text(rows)
+    ARCHITECTURE.save(directory / "architecture.json")
+    names = [f"class <{index}>" for index in range(classes)]
+    matrix = np.diag([9] * classes)
+    matrix[0, 1] = 3
+    image = "data:image/png;base64,iVBORw0KGgo="
+    mistake = {"true": names[0], "given": names[1], "probability": 0.875, "image": image}
+    (directory / "mistakes.json").write_text(json.dumps([mistake] if finished else []))
+    summary = {
+        "test_accuracy": 0.9,
+        "test_balanced_accuracy": 0.8125,
+        "macs": 1_234_567,
+        "params": 7_654,
+        "wall_seconds": 61.0,
+        "class_accuracy": dict.fromkeys(names, 0.75),
+        "confusion_matrix": matrix.tolist(),
+        "next": "python -m export.tflite --model=x",
+    }
+    if finished:
+        (directory / "summary.json").write_text(json.dumps(summary | changes))
+        export = {"quantize": "int8", "bytes": 12_345, "tflite_accuracy": 0.89}
+        export |= {"agreement": 0.97, "host_milliseconds": 1.5}
+        export["class_changes"] = {names[0]: -0.05, names[1]: 0.01}
+        (directory / "model_int8_report.json").write_text(json.dumps(export))
+    return directory
+
+
+def test_a_training_has_a_report(tmp_path):
+    text = words(page(write_training(tmp_path / "run")))
+    for shown in (
+        "Training of mine/architecture.json",
+        "test accuracy 90.00%",
+        "mean over the classes 81.25%",
+        "MACs 1,234,567",
+        "time 1 min 1 s",
+        "Next: python -m export.tflite --model=x",
+        "class <0> 75.0%",
+        "class <0> 9 3 0",
+        "class <0> taken for class <1> (88%)",
+        "model_int8.tflite int8 12,345 89.00% 97.00% 1.5 class <0> -5.0%",
+        "batch_size 16 (chosen for the images)",
+    ):
+        assert shown in text, shown
+    assert sorted(path.name for path in (tmp_path / "run" / "report").iterdir()) == [
+        "accuracy.png",
+        "loss.png",
+    ]
+
+
+def test_many_classes_are_shown_as_their_confusions(tmp_path):
+    text = words(page(write_training(tmp_path / "run", classes=40)))
+    assert "The most frequent confusions of 40 classes." in text
+    assert "class <0> class <1> 3" in text
+
+
+def test_a_training_that_is_not_finished_has_a_report(tmp_path):
+    text = words(page(write_training(tmp_path / "run", finished=False)))
+    assert "The training is not finished." in text
+    assert "epochs 2 of 2" in text
+    assert "Test images" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.csv", "step,epoch,loss\n1,1,2\n", "is not the metrics of a training"),
+        ("metrics.csv", "step,epoch,loss,accuracy\n", "no epoch has ended yet"),
+        ("metrics.csv", "step,epoch,loss,accuracy\n1,1,x,2\n", "is not the metrics of a training"),
+        ("mistakes.json", '[{"true": 1}]', "mistakes.json is not a list of mistakes"),
+        ("model_int8_report.json", "{}", "is not a report of an export"),
+        ("summary.json", "[]", "summary.json"),
+    ],
+)
+def test_damaged_files_of_a_training_are_refused_by_name(tmp_path, file, content, message):
+    directory = write_training(tmp_path / "run")
+    (directory / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_report(directory)
+
+
+def test_the_verdict_and_the_next_command_are_on_the_page_of_a_search(tmp_path):
+    directory = write_run(tmp_path)
+    for entropy, verdict in (
+        (15.0, "is undecided: 15.0 of 25.0"),
+        (5.0, "is decided: 5.0 of 25.0"),
+    ):
+        summary = SUMMARY | {"entropy": entropy, "initial_entropy": 25.0, "next": "python -m x"}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        text = words(page(directory))
+        assert f"The search {verdict} nats of entropy are left" in text
+        assert "Next: python -m x" in text

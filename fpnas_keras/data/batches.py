@@ -132,7 +132,7 @@ def _epochs(batch: Callable[[tf.Tensor], tuple], steps: int, first_step: int) ->
 def _in_memory(images):
     """From indices to float32 pixels, int32 labels and, if the images have them, weights."""
     # One copy in TensorFlow's memory, captured by the graph instead of copied into it.
-    x, others = tf.constant(images.x), [tf.constant(images.y, tf.int32)]
+    x, others = tf.constant(images.x), [_labels(images)]
     if images.weights is not None:
         others.append(tf.constant(images.weights, tf.float32))
 
@@ -142,6 +142,13 @@ def _in_memory(images):
         )
 
     return read
+
+
+def _labels(images):
+    labels = tf.constant(images.y, tf.int32)
+    if images.logits is None:
+        return labels
+    return tf.concat([tf.one_hot(labels, len(images.class_names)), images.logits], axis=1)
 
 
 def _reader(read, part, batch_size, seed):
@@ -179,18 +186,14 @@ def _pixels(x, images):
     """float32 pixels of a batch of images, of file names or of TFRecords."""
     if x.dtype == tf.string:
         shape, resize = images.image_shape, images.resize
-
-        def read(place):
-            if x.shape.rank == 1:
-                return decode_file(place, shape, resize)
-            return decode(_read_record(place), shape, resize)
-
-        x = tf.ensure_shape(tf.map_fn(read, x, fn_output_signature=tf.uint8), (None, *shape))
+        decoded = decode_file if x.shape.rank == 1 else _decode_record
+        x = tf.map_fn(lambda place: decoded(place, shape, resize), x, fn_output_signature=tf.uint8)
+        x = tf.ensure_shape(x, (None, *shape))
     return tf.cast(x, tf.float32)
 
 
-def _read_record(place):
-    """The encoded image in the TFRecord at (file, "offset:length:key")."""
+def _decode_record(place, image_shape, resize):
+    """The image in the TFRecord at (file, "offset:length:key")."""
 
     def read(place):
         path, rest = (each.decode() for each in place)
@@ -200,4 +203,5 @@ def _read_record(place):
             example = tf.train.Example.FromString(file.read(int(length)))
         return example.features.feature[key].bytes_list.value[0]
 
-    return tf.ensure_shape(tf.numpy_function(read, [place], tf.string), ())
+    encoded = tf.ensure_shape(tf.numpy_function(read, [place], tf.string), ())
+    return decode(encoded, image_shape, resize)

@@ -39,6 +39,9 @@ class Images(NamedTuple):
         description: What the data holds, in one line.
         weights: Weight of each image in the loss, float32 of shape `(n,)`. `None`: all count the
             same.
+        logits: Logits of a teacher for each image, float32 of shape `(n, classes)`, or `None`.
+            Batches then have labels of shape `(batch, 2 * classes)`: the one-hot label and the
+            logits.
     """
 
     x: np.ndarray
@@ -48,11 +51,15 @@ class Images(NamedTuple):
     resize: str = "stretch"
     description: str = ""
     weights: np.ndarray | None = None
+    logits: np.ndarray | None = None
 
     def part(self, indices: np.ndarray) -> "Images":
         """The images with the given indices, in the order of the indices."""
-        weights = None if self.weights is None else self.weights[indices]
-        return self._replace(x=self.x[indices], y=self.y[indices], weights=weights)
+        names = ("x", "y", "weights", "logits")
+        columns = {name: getattr(self, name) for name in names}
+        return self._replace(
+            **{name: each[indices] for name, each in columns.items() if each is not None}
+        )
 
     def balanced(self) -> "Images":
         """The same images, with weights for which all classes count the same: their mean is 1."""

@@ -657,7 +657,7 @@ class ArchitectureSearch(keras.Model):
         self,
         budget: float | Sequence[float] | str | None = "target",
         seconds: float = 60.0,
-        least_share: float = 0.0,
+        least_share: float = 0.95,
     ) -> Architecture | list[Architecture]:
         """The most probable architecture, or the most probable one within a budget.
 
@@ -666,9 +666,8 @@ class ArchitectureSearch(keras.Model):
                 if it has one. `None` is no budget. A list of budgets gives a list of architectures.
             seconds: Time limit for the proof that no architecture within the budget is more
                 probable. After it, the best architecture so far is returned, with a warning.
-            least_share: Smallest share of the budget to use, 0 to 1. Without it, much of the
-                budget can stay unused if the search is still undecided about large blocks. The
-                command uses 0.95.
+            least_share: Smallest share of the budget to use, 0 to 1. With 0, much of the budget can
+                stay unused if the search is still undecided about large blocks.
 
         Returns:
             The architecture, or one architecture for each budget.
@@ -693,7 +692,7 @@ class ArchitectureSearch(keras.Model):
         self,
         budget: float | str | None = "target",
         seconds: float = 60.0,
-        least_share: float = 0.0,
+        least_share: float = 0.95,
     ) -> Derivation:
         """Derives an architecture as `derive` does, and reports what has been proven.
 
@@ -731,7 +730,7 @@ class ArchitectureSearch(keras.Model):
         return limit, least
 
     def finalists(
-        self, count: int, budget: float | str | None = "target", least_share: float = 0.0
+        self, count: int, budget: float | str | None = "target", least_share: float = 0.95
     ) -> np.ndarray:
         """Architectures to choose the result from: likely ones within the budget.
 

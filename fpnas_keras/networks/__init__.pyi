@@ -1,4 +1,7 @@
 from .conventions import check_floatx as check_floatx
+from .distillation import IMAGENET_CLASSES as IMAGENET_CLASSES
+from .distillation import DistillationLoss as DistillationLoss
+from .distillation import load_application as load_application
 from .distillation import load_teacher as load_teacher
 from .distillation import make_distiller as make_distiller
 from .plain_network import NetworkBuilder as NetworkBuilder

@@ -13,7 +13,7 @@ from fpnas_keras.files import summarize_error
 from fpnas_keras.networks.conventions import DATA_FORMAT, check_floatx
 from fpnas_keras.networks.plain_network import load_model
 
-_IMAGENET_CLASSES = 1000
+IMAGENET_CLASSES = 1000
 
 
 def make_distiller(
@@ -41,6 +41,42 @@ def make_distiller(
     return keras.distillation.Distiller(
         teacher, student, loss, student_loss_weight=1 - distillation_weight
     )
+
+
+@keras.saving.register_keras_serializable("fpnas_keras")
+class DistillationLoss(keras.losses.Loss):
+    """The loss of `make_distiller`, for a teacher whose logits are known for every image.
+
+    The labels hold the shares of the classes and then the teacher's logits: float32 of shape
+    `(batch, 2 * classes)`. Labels without logits, of shape `(batch, classes)`, have the loss of the
+    labels alone.
+
+    Args:
+        temperature: As for `make_distiller`.
+        distillation_weight: As for `make_distiller`.
+        label_smoothing: Part of each label that is spread over all classes.
+    """
+
+    def __init__(self, temperature: float, distillation_weight: float, label_smoothing: float):
+        super().__init__(name="distillation")
+        self.temperature = temperature
+        self.distillation_weight = distillation_weight
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true: keras.KerasTensor, y_pred: keras.KerasTensor) -> keras.KerasTensor:
+        """The loss of each image."""
+        classes = y_pred.shape[-1]
+        labels = keras.losses.categorical_crossentropy(
+            y_true[:, :classes], y_pred, from_logits=True, label_smoothing=self.label_smoothing
+        )
+        if y_true.shape[-1] == classes:
+            return labels
+        taught = keras.ops.softmax(y_true[:, classes:] / self.temperature)
+        divergence = keras.losses.kl_divergence(
+            taught, keras.ops.softmax(y_pred / self.temperature)
+        )
+        weight = self.distillation_weight
+        return (1 - weight) * labels + weight * self.temperature**2 * divergence
 
 
 def load_teacher(
@@ -116,37 +152,51 @@ def _load_weights(model, weights, teacher):
         raise UserError(message) from None
 
 
-def _load_application(name, weights, input_shape, num_classes):
-    """A network of `keras.applications` behind its resizing and preprocessing."""
-    _check_application(name, weights, input_shape[-1], num_classes)
+def load_application(
+    name: str, weights: str | None, num_classes: int = IMAGENET_CLASSES
+) -> tuple[keras.Model, keras.layers.Layer]:
+    """Loads a network of `keras.applications`.
+
+    Args:
+        name: Its name.
+        weights: A `.weights.h5` file. Without it the network has the weights of ImageNet, which
+            Keras downloads.
+        num_classes: Number of its classes.
+
+    Returns:
+        The network, from its own input to logits, and the layer that makes its input of pixels
+        0..255.
+
+    Raises:
+        UserError: When there is no such network, or when its weights cannot be loaded.
+    """
+    if name not in application_names():
+        raise UserError(
+            "`teacher` must be a .keras file, an architecture (.json) or one of keras.applications "
+            f"({', '.join(application_names())}). Received: teacher={name}"
+        )
     build = getattr(keras.applications, name)
     network = _build_application(build, weights, num_classes)
     if weights is not None:
         _load_weights(network, weights, name)
+    return network, _Preprocessing(build, name="preprocessing")
+
+
+def _load_application(name, weights, input_shape, num_classes):
+    """A network of `keras.applications` behind its resizing and preprocessing."""
+    if input_shape[-1] not in (1, 3):
+        raise UserError(
+            f"the teacher {name} is for images of 1 or 3 channels. "
+            f"Received: channels={input_shape[-1]}"
+        )
+    network, preprocessing = load_application(name, weights, num_classes)
     images = keras.Input(input_shape, name="image")
     x = images
     if input_shape[-1] == 1:
         x = keras.layers.Concatenate(name="grey_to_rgb")([x, x, x])
     height, width = network.input_shape[1:3]
     x = keras.layers.Resizing(height, width, data_format=DATA_FORMAT, name="resizing")(x)
-    return keras.Model(images, network(_Preprocessing(build, name="preprocessing")(x)))
-
-
-def _check_application(name, weights, channels, num_classes):
-    if name not in application_names():
-        raise UserError(
-            "`teacher` must be a .keras file, an architecture (.json) or one of keras.applications "
-            f"({', '.join(application_names())}). Received: teacher={name}"
-        )
-    if channels not in (1, 3):
-        raise UserError(
-            f"the teacher {name} is for images of 1 or 3 channels. Received: channels={channels}"
-        )
-    if weights is None and num_classes != _IMAGENET_CLASSES:
-        raise UserError(
-            f"the teacher {name} has ImageNet's {_IMAGENET_CLASSES} classes without "
-            f"`teacher_weights`. Received: num_classes={num_classes}"
-        )
+    return keras.Model(images, network(preprocessing(x)))
 
 
 def _build_application(build, weights, num_classes):

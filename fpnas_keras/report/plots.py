@@ -1,6 +1,7 @@
 """The plots of the report, each in a light and a dark theme."""
 
 import base64
+import functools
 import io
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ def available_plots(run: SearchRun | TrainingRun) -> dict[str, Callable[..., Fig
         Their arguments are the run and a theme.
     """
     if isinstance(run, TrainingRun):
-        return {"curves": _draw_curves}
+        return {name: functools.partial(_draw_curve, name) for name in ("loss", "accuracy")}
     plots = {"entropy": _draw_entropy, "cost": _draw_cost, "loss": _draw_loss}
     ranking = run.ranking
     if ranking and ranking["architectures"]:
@@ -56,17 +57,16 @@ def to_data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _draw_curves(run, theme):
-    figure = Figure((7.4, 3.4), facecolor=theme.ground)
-    panels = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.06, right=0.98, top=0.9, bottom=0.14, wspace=0.16)
-    for axes, name in zip(panels, ("loss", "accuracy")):
-        labels = {name: "training", f"val_{name}": "held out"}
-        for (column, label), color in zip(labels.items(), (theme.first, theme.second)):
-            if column in run.epochs[-1]:
-                axes.plot(run.column("epoch"), run.column(column), color=color, label=label)
-        _finish_panel(run, theme, axes, name)
-        axes.set_xlabel("epoch", color=theme.muted, fontsize=8.5)
+def _draw_curve(name, run, theme):
+    """Draws a metric of a training over its epochs."""
+    figure = Figure((4, 2.6), facecolor=theme.ground)
+    axes = figure.add_axes((0.11, 0.17, 0.85, 0.72))
+    labels = {name: "training", f"val_{name}": "held out"}
+    for (column, label), color in zip(labels.items(), (theme.first, theme.second)):
+        if column in run.epochs[-1]:
+            axes.plot(run.column("epoch"), run.column(column), color=color, label=label)
+    _finish_panel(run, theme, axes, name)
+    axes.set_xlabel("epoch", color=theme.muted, fontsize=8.5)
     return figure
 
 

@@ -39,7 +39,7 @@ def make_page(run: TrainingRun, plots: dict[str, Plot]) -> str:
     Returns:
         The page as HTML. It refers to no other file.
     """
-    name = pathlib.Path(run.flags["architecture"])
+    name = "/".join(pathlib.Path(run.flags["architecture"]).parts[-2:])
     summary = run.summary or {}
     notice = ""
     if not run.finished:
@@ -47,7 +47,7 @@ def make_page(run: TrainingRun, plots: dict[str, Plot]) -> str:
     return render(
         "training.html",
         run,
-        title=f"Training of {name.parent.name}/{name.name}",
+        title=f"Training of {name}",
         notice=notice,
         verdict="",
         command=run.next_command,
@@ -56,7 +56,9 @@ def make_page(run: TrainingRun, plots: dict[str, Plot]) -> str:
             "progress": _progress(run, plots),
             "classes": _classes(summary),
             "confusion": _confusion(summary),
-            "mistakes": run.mistakes,
+            "mistakes": [
+                each | {"probability": f"{each['probability']:.0%}"} for each in run.mistakes
+            ],
             "network": _network(run),
             "exports": [_export_row(file, each) for file, each in run.exports.items()],
             "totals": format_totals(summary, _LABELS),
@@ -82,12 +84,11 @@ def _tiles(run, summary):
 def _progress(run, plots):
     first, last = run.epochs[0], run.epochs[-1]
     return {
-        "plot": plots["curves"],
         "held_out": "val_loss" in last,
-        "alt": (
-            f"Loss from {first['loss']:.3g} to {last['loss']:.3g}, accuracy from "
-            f"{first['accuracy']:.3g} to {last['accuracy']:.3g}."
-        ),
+        "plots": [
+            (plot, f"{name} from {first[name]:.3g} to {last[name]:.3g}")
+            for name, plot in plots.items()
+        ],
     }
 
 

@@ -272,6 +272,11 @@ class TrainingRun(RunDirectory):
         return self.path("model.keras")
 
     @property
+    def teacher_file(self) -> pathlib.Path:
+        """Logits of a teacher of other classes for the training images."""
+        return self.path("teacher_logits.npy")
+
+    @property
     def mistakes_file(self) -> pathlib.Path:
         """The test images that are most wrong, for the report."""
         return self.path("mistakes.json")

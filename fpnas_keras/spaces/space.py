@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import itertools
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from fpnas_keras.architecture import (
     Part,
     Stem,
     check_image_shape,
+    format_table,
     output_size,
 )
 from fpnas_keras.errors import UserError
@@ -81,6 +83,28 @@ class Space:
                 f"the space `{self.name}` must have 1 to {MAX_BLOCKS} blocks. "
                 f"Received: {self.num_blocks} blocks"
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"Space(name={self.name!r}, input_shape={self.input_shape}, num_classes="
+            f"{self.num_classes}, {self.num_blocks} blocks, {self.num_architectures:.2e} "
+            "architectures)"
+        )
+
+    def __str__(self) -> str:
+        rows = [["block", "repeats", "stride", "choices"]]
+        for index, block in enumerate(self.blocks):
+            choices = "; ".join(
+                f"{name} {', '.join(map(str, getattr(block, name)))}"
+                for name in VARIABLES
+                if len(getattr(block, name)) > 1 or name == "filters"
+            )
+            rows.append([str(index), str(block.repeats), str(block.strides), choices])
+        return format_table(rows)
+
+    def _repr_html_(self) -> str:
+        """The table of a notebook."""
+        return f"<p>{html.escape(repr(self))}</p><pre>{html.escape(str(self))}</pre>"
 
     @property
     def num_blocks(self) -> int:
