@@ -31,6 +31,14 @@ class RankSettings(Settings):
     """Settings of a ranking. Each is a flag of `fpnas rank`."""
 
     search_dir: str = setting("Directory of a finished search.", basic=True)
+    budget: float | None = setting(
+        "Maximum cost of the architectures, in the unit of the search's cost. The derived one is "
+        "derived anew, and all others are drawn within it. Default: the derived one is that of the "
+        "search, and the others cost whatever the distribution gives.",
+        None,
+        least=0,
+        basic=True,
+    )
     samples: int = setting(
         "Architectures to draw from the search's distribution, beside the derived one and those of "
         "--architectures. Equal ones are ranked once, so that fewer may come out.",
@@ -47,6 +55,13 @@ class RankSettings(Settings):
         "Maximum number of images of the architecture part to evaluate on. More images are less "
         "noisy: with n images, the standard error of an accuracy p is sqrt(p * (1 - p) / n).",
         5000,
+        least=2,
+        group=_IMAGES,
+    )
+    batch_size: int | None = setting(
+        "Images in a batch, about. Batch normalization uses the statistics of each. Default: up to "
+        "500, as many as the memory allows.",
+        None,
         least=2,
         group=_IMAGES,
     )
@@ -112,15 +127,22 @@ def run_ranking(settings: RankSettings) -> "list[Ranked]":
     run = runs.SearchRun(settings.search_dir)
     search = run.load_search()
     images_settings = settings.find_images(run)
-    architectures = {"derived": Architecture.load(run.architecture_file)}
+    if settings.budget is None:
+        architectures = {"derived": Architecture.load(run.architecture_file)}
+    else:
+        architectures = {"derived": search.derive(settings.budget)}
     architectures |= {path: Architecture.load(path) for path in settings.architectures}
     if settings.samples:
-        architectures |= runs.draw_architectures(search, settings.samples, settings.seed)
+        architectures |= runs.draw_architectures(
+            search, settings.samples, settings.seed, settings.budget
+        )
     images = images_settings.load_images_for(
         f"the search {run.directory}", search.space.input_shape, search.space.num_classes, "train"
     )
     with data.naming_unreadable(images):
-        evaluation = runs.Evaluation(search, images, run.weights_share, settings.evaluation_images)
+        evaluation = runs.Evaluation(
+            search, images, run.weights_share, settings.evaluation_images, settings.batch_size
+        )
     ranked = runs.rank_by_shared_weights(evaluation, architectures)
     run.write_ranking(ranked, search.cost.unit)
     run.write_pareto_front(ranked)
@@ -140,7 +162,7 @@ def _rank_and_print(settings):
     print("\n".join(f"  {run.pareto_file(each)}" for each in front))
     if run.report.exists():
         print(f"report: {run.report}")
-    target = math.inf if run.target is None else run.target
+    target = settings.budget or run.target or math.inf
     # The derived network is within the target, but for the rounding of sums of milliseconds.
     best = next((each for each in ranked if each.cost <= target), ranked[0])
     file = run.pareto_file(best)

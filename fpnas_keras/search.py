@@ -23,6 +23,7 @@ from fpnas_keras.runs.settings import (
     RunSettings,
     choose_batch_size,
     make_schedule,
+    scale_rate,
 )
 from fpnas_keras.settings import setting
 
@@ -187,8 +188,8 @@ class SearchSettings(RunSettings):
     )
     warmup_steps: int | None = setting(
         "Steps at the start that train the shared weights alone. Default: a fifth of all steps, "
-        "at most 300. Under untrained weights the smallest networks look best, because they learn "
-        "first. Raise it when the networks are large or learn slowly.",
+        "at most 300; with --init none. Under untrained weights the smallest networks look best, "
+        "because they learn first. Raise it when the networks are large or learn slowly.",
         None,
         least=0,
         group=_METHOD,
@@ -294,6 +295,13 @@ class SearchSettings(RunSettings):
         least=0,
         group=_TRAINING,
     )
+    init: str | None = setting(
+        "Directory of a finished search of the same space whose shared weights this search starts "
+        "from, such as for another --target. The distribution starts anew. Default: random "
+        "weights.",
+        None,
+        group=_TRAINING,
+    )
     strategy: str = setting(
         "How the samples of a step are distributed: none (one replica), over all GPUs of this "
         "machine (mirrored), or over all machines that TF_CONFIG names (multiworker; --output_dir "
@@ -367,6 +375,16 @@ class SearchSettings(RunSettings):
                 "them"
             )
 
+    def way_out(self, differing: set[str]) -> str:
+        """What to do where a directory holds a run with other values of these settings."""
+        if differing != {"target"}:
+            return ""
+        return (
+            f"For another target, `fpnas rank --search_dir={self.output_dir} "
+            f"--budget={self.target:g}` finds the best networks without a search, and "
+            f"--init={self.output_dir} with another --output_dir goes on from its weights. "
+        )
+
     def _choose(self, count, size):
         weights = int(count * (self.weights_share or data.choose_weights_share(count)))
         batch_size = self.batch_size or choose_batch_size(weights, 8, 16, _BATCH_SIZE)
@@ -377,7 +395,7 @@ class SearchSettings(RunSettings):
             "batch_size": batch_size,
             "steps_per_epoch": steps,
             "epochs": math.ceil(max(_STEPS, one_pass) / steps),
-            "learning_rate": _LEARNING_RATES[self.optimizer] * math.sqrt(batch_size / _BATCH_SIZE),
+            "learning_rate": scale_rate(_LEARNING_RATES[self.optimizer], batch_size, _BATCH_SIZE),
         }
 
     @property
@@ -406,7 +424,9 @@ class SearchSettings(RunSettings):
             UserError: When the warm-up leaves no steps for the search.
         """
         steps = steps_per_epoch * self.epochs
-        warmup_steps = min(300, steps // 5) if self.warmup_steps is None else self.warmup_steps
+        warmup_steps = self.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = 0 if self.init else min(300, steps // 5)
         if warmup_steps >= steps:
             raise UserError(
                 f"`warmup_steps` must be below the {steps} steps of the search (`epochs` times "
@@ -455,7 +475,7 @@ def run_search(settings: SearchSettings) -> "SearchRun":
     session = runs.Session(run, settings, "fpnas_keras.search", writes=chief)
     with session.working():
         evaluation = None
-        searches = not run.finished
+        searches = session.has_work
         if searches:
             evaluation = _search(session)
         # A report of the unfinished search may be there already.
@@ -504,6 +524,8 @@ def _search_on(
     steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
     search = _make_search(settings, space, steps_per_epoch, strategy)
     _log_space(search, settings, steps_per_epoch * settings.epochs)
+    if settings.init and checkpoints.step == 0:
+        _give_weights(runs.SearchRun(settings.init).load_search(), search)
     files = {"space": settings.space, "latency_table": settings.latency_table}
     session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
     metrics_files, callbacks = _make_callbacks(session, settings, search)
@@ -571,6 +593,14 @@ def _make_search(
         ),
     )
     return search
+
+
+def _give_weights(source, search):
+    """Copies the shared weights of another search."""
+    if dataclasses.replace(source.space, name=search.space.name) != search.space:
+        raise UserError(f"`init` must be a search of the same space. Received: {source.space!r}")
+    for variable, other in zip(search.supernet.variables, source.supernet.variables, strict=True):
+        variable.assign(other)
 
 
 def _log_space(search, settings, steps):

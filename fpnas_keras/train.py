@@ -18,7 +18,12 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, write_json
-from fpnas_keras.runs.settings import RunSettings, choose_batch_size, make_schedule
+from fpnas_keras.runs.settings import (
+    RunSettings,
+    choose_batch_size,
+    make_schedule,
+    scale_rate,
+)
 from fpnas_keras.settings import setting
 
 if TYPE_CHECKING:
@@ -209,7 +214,7 @@ class TrainSettings(RunSettings):
         return super()._choose(count, size) | {
             "batch_size": batch_size,
             "epochs": min(max(epochs, 20), 200),
-            "learning_rate": peak * math.sqrt(batch_size / _BATCH_SIZE),
+            "learning_rate": scale_rate(peak, batch_size, _BATCH_SIZE),
         }
 
     def make_optimizer(self, steps: int, steps_per_epoch: int) -> "keras.optimizers.Optimizer":
@@ -288,7 +293,7 @@ def run_training(settings: TrainSettings) -> "TrainingRun":
                 f"`output_dir` {run.directory} holds a run of another architecture. The file may "
                 f"have changed: {settings.architecture}. Choose another directory."
             )
-        if not run.finished:
+        if session.has_work:
             _Training(session, architecture).run()
     return run
 

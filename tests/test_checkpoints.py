@@ -226,14 +226,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(begin, monkeypatch):
     ]
 
 
-def test_a_finished_run_has_no_checkpoints(begin):
-    session, _ = saved(begin)
+def test_a_finished_run_keeps_its_last_checkpoint(begin):
+    session, (older, newer) = saved(begin)
+    content = older.read_bytes()
     session.finish()
-    assert not session.run.checkpoint_folder.exists()
-    session.run.checkpoint_folder.mkdir()  # as when a kill comes in between
+    assert list(session.run.checkpoint_folder.iterdir()) == [newer]
+    older.write_bytes(content)  # as when a kill comes in between
     session.close()
     assert Session(session.run, session.settings, "module").run.finished
-    assert not session.run.checkpoint_folder.exists()
+    assert list(session.run.checkpoint_folder.iterdir()) == [newer]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(begin):

@@ -90,6 +90,8 @@ def test_search_leaves_a_run_directory(searched):
     directory, stdout = searched
     assert sorted(path.name for path in directory.iterdir()) == [
         "architecture.json",
+        "checkpoints",
+        "chosen.txt",
         "flags.txt",
         "metrics.csv",
         "probabilities.jsonl",
@@ -514,7 +516,7 @@ def test_a_full_disk_ends_in_one_line(search, tmp_path):
     assert_refused(result, "File too large")
     names = {path.name for path in (tmp_path / "run").rglob("*") if ".tfevents." not in path.name}
     rows = {"metrics.csv", "probabilities.jsonl"}
-    assert names == {"flags.txt", "space.json", "checkpoints", "tensorboard"} | rows
+    assert names == {"flags.txt", "chosen.txt", "space.json", "checkpoints", "tensorboard"} | rows
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

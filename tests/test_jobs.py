@@ -1,6 +1,7 @@
 """Searches, trainings, rankings and exports called from Python: any number in one process."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from helpers import SMALL_SPACE, run_process
 
 import export
 import fpnas_keras as fpnas
+from fpnas_keras.search import SearchSettings
+from fpnas_keras.train import TrainSettings
 
 pytestmark = pytest.mark.xdist_group("jobs")  # one search for all
 
@@ -210,3 +213,162 @@ def test_public_names_are_loaded_when_used():
         assert getattr(export, name) is not None
     with pytest.raises(AttributeError, match="nonesuch"):
         _ = fpnas.nonesuch
+
+
+def rows_of(run):
+    return [{name: row[name] for name in row if name != "seconds"} for row in run.epochs]
+
+
+def test_a_finished_search_goes_on_with_more_epochs(settings, tmp_path):
+    directory = tmp_path / "run"
+    first = fpnas.search_architecture(**settings, output_dir=directory)
+    before = rows_of(first)
+    again = fpnas.search_architecture(**settings | {"epochs": 4}, output_dir=directory)
+    assert rows_of(again)[:2] == before
+    assert [row["step"] for row in again.epochs] == [3, 6, 9, 12]
+    assert again.summary["steps"] == 12
+    assert again.flags["epochs"] == "4"
+    # Nothing is to be done again, and fewer epochs are another run.
+    content = again.summary_file.read_bytes()
+    fpnas.search_architecture(**settings | {"epochs": 4}, output_dir=directory)
+    assert again.summary_file.read_bytes() == content
+    with pytest.raises(fpnas.UserError, match="differs in --epochs"):
+        fpnas.search_architecture(**settings | {"epochs": 3}, output_dir=directory)
+    for file in again.checkpoint_folder.iterdir():
+        file.unlink()
+    with pytest.raises(fpnas.UserError, match="its last checkpoint is gone"):
+        fpnas.search_architecture(**settings | {"epochs": 5}, output_dir=directory)
+    assert again.summary_file.read_bytes() == content
+
+
+def test_another_target_needs_no_new_search(searched, settings, tmp_path):
+    with pytest.raises(fpnas.UserError, match=r"fpnas rank --search_dir=.* --budget=50000.*--init"):
+        fpnas.search_architecture(**settings | {"target": 50_000}, output_dir=searched.directory)
+    copy = shutil.copytree(searched.directory, tmp_path / "copy")
+    ranked = fpnas.rank_architectures(search_dir=copy, samples=4, budget=50_000, batch_size=50)
+    assert len(ranked) > 2
+    assert all(0.95 * 50_000 <= each.cost <= 50_000 for each in ranked)
+    derived = next(each for each in ranked if each.name == "derived")
+    assert derived.architecture == searched.load_search().derive(50_000)
+    other = fpnas.search_architecture(
+        **settings
+        | {"target": 50_000, "init": str(copy), "learning_rate": 0.0, "warmup_steps": None},
+        output_dir=tmp_path / "other",
+    )
+    assert {row["phase"] for row in other.epochs} == {"factorized"}  # no warm-up
+    one, two = searched.load_search().supernet, other.load_search().supernet
+    for a, b in zip(one.variables, two.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert other.architecture.macs() <= 50_000
+
+
+def test_weights_of_another_space_are_refused(searched, settings, tmp_path):
+    changes = {"init": str(searched.directory), "space": "mobile_mini", "target": 500_000}
+    with pytest.raises(fpnas.UserError, match="`init` must be a search of the same space"):
+        fpnas.search_architecture(**settings | changes, output_dir=tmp_path / "run")
+
+
+def test_a_finished_training_goes_on_with_more_epochs(searched, tmp_path):
+    settings = {
+        "architecture": searched.architecture_file,
+        "train_images": 200,
+        "batch_size": 50,
+        "output_dir": tmp_path / "trained",
+    }
+    first = fpnas.train_architecture(**settings, epochs=1)
+    accuracy = first.epochs[0]["accuracy"]
+    again = fpnas.train_architecture(**settings, epochs=3)
+    assert [row["epoch"] for row in again.epochs] == [1, 2, 3]
+    assert again.epochs[0]["accuracy"] == accuracy
+    assert again.summary["epochs"] == 3
+
+
+def test_a_search_that_will_end_undecided_says_so_first(settings, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        fpnas.search_architecture(**settings, output_dir=tmp_path / "run")
+    first = next(record for record in caplog.records if record.levelname == "WARNING")
+    assert "will probably end undecided: its 4 steps after the warm-up are few" in first.message
+    assert "until there are about 667" in first.message
+
+
+@pytest.mark.parametrize(
+    ("count", "search", "train"),
+    [
+        (80, (16, 50, 30, 0.05), (16, 200, 0.1 / 8**0.5)),
+        (216, (16, 50, 30, 0.05), (16, 154, 0.1 / 8**0.5)),
+        (800, (32, 50, 30, 0.1 / 2**0.5), (64, 167, 0.1 / 2**0.5)),
+        (8000, (64, 50, 30, 0.1), (128, 33, 0.1)),
+        (80_000, (64, 50, 30, 0.1), (128, 20, 0.1)),
+        (400_000, (64, 50, 100, 0.1), (128, 20, 0.1)),
+    ],
+)
+def test_settings_fit_the_number_of_images(count, search, train):
+    x = np.zeros((count, 0, 0, 3), np.uint8)  # only its size counts
+    images = fpnas.data.Images(x, np.zeros(count, np.int32), ("a",), (64, 64, 3))
+    fitted = SearchSettings(output_dir="x").fit_to(images)
+    received = (fitted.batch_size, fitted.steps_per_epoch, fitted.epochs, fitted.learning_rate)
+    assert received == pytest.approx(search, rel=1e-3)
+    fitted = TrainSettings(architecture="x", output_dir="x").fit_to(images)
+    assert (fitted.batch_size, fitted.epochs, fitted.learning_rate) == pytest.approx(
+        train, rel=1e-3
+    )
+    assert fitted.random_crop == 4
+
+
+def test_given_settings_stay_and_the_others_follow(caplog):
+    images = fpnas.data.Images(
+        np.zeros((400, 0, 0, 1), np.uint8), np.zeros(400, np.int32), ("a",), (28, 28, 1)
+    )
+    given = {"batch_size": 8, "epochs": 7, "random_crop": 0}
+    with caplog.at_level("INFO", logger="absl"):
+        fitted = SearchSettings(output_dir="x", **given).fit_to(images)
+    assert {name: getattr(fitted, name) for name in given} == given
+    assert fitted.steps_per_epoch == 25  # one pass over half of the images
+    assert fitted.learning_rate == pytest.approx(0.1 / 8**0.5, rel=1e-3)
+    assert caplog.records[-1].getMessage() == (
+        "chosen for 400 training images: --steps_per_epoch=25 --learning_rate=0.03536"
+    )
+
+
+def test_classes_of_unequal_size(tmp_path, searched, caplog):
+    """The weights balance the classes, in a search and in a training."""
+    rng = np.random.default_rng(0)
+    for label, count in enumerate([40, 8, 8]):
+        for index in range(count):
+            path = tmp_path / "photos" / f"class {label}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 80, (16, 16, 3)) + 80 * label
+            keras.utils.save_img(path, pixels, scale=False)
+    with caplog.at_level("WARNING", logger="absl"):
+        run = fpnas.train_architecture(
+            architecture=searched.architecture_file,
+            data=f"folder:{tmp_path}/photos",
+            class_weight="balanced",
+            epochs=2,
+            output_dir=tmp_path / "trained",
+        )
+    assert "classes of unequal size: 40 images of class 0" not in caplog.text  # of the train part
+    assert "32 images of class 0, 6 of class 1" in caplog.text
+    summary = run.summary
+    assert run.architecture.input_shape == (16, 16, 3)  # the images decide
+    assert run.architecture.num_classes == 3
+    shares = summary["class_accuracy"]
+    assert list(shares) == ["class 0", "class 1", "class 2"]
+    assert summary["test_balanced_accuracy"] == pytest.approx(np.mean(list(shares.values())))
+    matrix = np.array(summary["confusion_matrix"])
+    assert matrix.sum(axis=1).tolist() == [8, 2, 2]
+    assert np.trace(matrix) / 12 == pytest.approx(summary["test_accuracy"])
+    assert "Accuracy of each class" in run.report.read_text()
+
+
+def test_balanced_weights():
+    images = fpnas.data.Images(
+        np.zeros((6, 2, 2, 1), np.uint8),
+        np.array([0, 0, 0, 1, 1, 2], np.int32),
+        ("a", "b", "c", "d"),
+        (2, 2, 1),
+    ).balanced()
+    np.testing.assert_allclose(images.weights, [2 / 3] * 3 + [1] * 2 + [2])
+    assert images.weights.mean() == pytest.approx(1)
+    (_, y, weights), *_ = fpnas.data.test_batches(images.part(np.array([5, 0])))
+    assert (y.numpy().tolist(), weights.numpy().tolist()) == ([2, 0], [2, pytest.approx(2 / 3)])

@@ -730,7 +730,11 @@ class ArchitectureSearch(keras.Model):
         return limit, least
 
     def finalists(
-        self, count: int, budget: float | str | None = "target", least_share: float = 0.95
+        self,
+        count: int,
+        budget: float | str | None = "target",
+        least_share: float = 0.95,
+        seed: int | None = None,
     ) -> np.ndarray:
         """Architectures to choose the result from: likely ones within the budget.
 
@@ -738,13 +742,14 @@ class ArchitectureSearch(keras.Model):
             count: Number of architectures.
             budget: As for `derive`, but only one.
             least_share: As for `derive`.
+            seed: Seed of the draws. Default: that of the search.
 
         Returns:
             Entries, int32 of shape `(n, blocks)`, drawn from the distribution, all different. If
             few architectures are within the budget, `n` is below `count`.
         """
         limit, least = self._limits(budget, least_share)
-        seed = int(self.seed.numpy())
+        seed = int(self.seed.numpy()) if seed is None else seed
         return self.distribution.draw_within(self.space_cost, least, limit, count, seed)
 
     def weight_gradients(

@@ -72,6 +72,7 @@ class Evaluation:
         images: Images,
         weights_share: float | None = None,
         count: int = 5000,
+        batch_size: int | None = None,
     ):
         self.search = search
         seed = int(search.seed.numpy())
@@ -82,7 +83,7 @@ class Evaluation:
         self.class_names = images.class_names
         height, width, _ = images.image_shape
         # Batches of almost one size: a much smaller last one would have poor statistics.
-        largest = min(max(_PIXELS // (height * width), 1), _IMAGES)
+        largest = batch_size or min(max(_PIXELS // (height * width), 1), _IMAGES)
         order = np.random.default_rng(seed).permutation(len(images.y))[: self.images]
         parts = np.array_split(order, -(-self.images // largest))
         # Bytes take a quarter of the memory of floats.
@@ -183,10 +184,21 @@ def choose_finalist(evaluation: Evaluation, finalists: np.ndarray) -> int:
 
 
 def draw_architectures(
-    search: ArchitectureSearch, count: int, seed: int
+    search: ArchitectureSearch, count: int, seed: int, budget: float | None = None
 ) -> dict[str, Architecture]:
-    """Architectures drawn from the distribution of a search, each once: at most `count`."""
-    architectures = search.distribution.draw_architectures(count, seed)
+    """Architectures drawn from the distribution of a search, each once: at most `count`.
+
+    Args:
+        search: The search.
+        count: Their number.
+        seed: Seed of the draws.
+        budget: Largest cost; they cost at least 95% of it. `None`: any cost.
+    """
+    if budget is None:
+        architectures = search.distribution.draw_architectures(count, seed)
+    else:
+        choices = search.space.entries.to_choices(search.finalists(count, budget, seed=seed))
+        architectures = map(search.space.architecture, choices)
     return {f"sample {index}": each for index, each in enumerate(architectures)}
 
 

@@ -132,7 +132,7 @@ class RunDirectory:
 
     @property
     def checkpoint_folder(self) -> pathlib.Path:
-        """The checkpoints. The folder is there while the run lasts."""
+        """The checkpoints. The last one stays when the run is finished."""
         return self.path("checkpoints")
 
     @property
@@ -190,6 +190,8 @@ class RunDirectory:
         for path, lines in ((self.chosen_file, chosen), (self.flag_file, given)):
             with replacing(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        for name in ("flags", "chosen"):  # which may have been read before
+            self.__dict__.pop(name, None)
 
     def flag_lines(self) -> list[str]:
         """The lines of the flag file, read leniently: to be compared with those of another run."""
@@ -385,8 +387,8 @@ class SearchRun(RunDirectory):
         )
         if summary["entropy"] > summary["initial_entropy"] / 2:
             return (
-                f"The search is undecided: {left}. Use more --epochs or a larger "
-                "--architecture_learning_rate."
+                f"The search is undecided: {left}. Raise --epochs: the command then goes on from "
+                "here."
             )
         return f"The search is decided: {left}."
 

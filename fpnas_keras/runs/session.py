@@ -33,7 +33,8 @@ class Session:
 
     The flags are written first and `summary.json` last. Only one process at a time works in a
     directory. If the directory holds an unfinished run with the same flags, this process
-    continues it.
+    continues it. If only `epochs` is different, and higher, it goes on with the run, finished or
+    not.
 
     Args:
         run: The run directory.
@@ -51,6 +52,7 @@ class Session:
         self.settings = settings
         self.module = module
         self._chosen = []
+        self._goes_on = False
         self.writes = writes
         self._started = time.monotonic(), _cpu_seconds()
         self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}
@@ -74,6 +76,11 @@ class Session:
                 raise
             if self.run.finished:
                 self._remove_checkpoints()  # A kill may have prevented it.
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the run is not at its end."""
+        return self._goes_on or not self.run.finished
 
     def _acquire(self):
         # Held until `close`, or until the process ends, however it ends. Nothing is left behind.
@@ -110,12 +117,28 @@ class Session:
         if self.run.finished:  # maybe by an earlier version, which did not have all flags
             differing = differing - (self.settings.defaults() - flag_values(theirs).keys())
         differing = differing - self.settings.may_change()
-        if differing:
+        if differing == {"epochs"} and self._has_more_epochs():
+            self._goes_on = True
+        elif differing:
             names = ", ".join(f"--{name}" for name in sorted(differing))
             raise UserError(
                 f"`output_dir` {self.run.directory} holds another run; it differs in {names}. "
-                "Choose another directory."
+                f"{self.settings.way_out(differing)}Choose another directory."
             )
+
+    def _has_more_epochs(self):
+        try:
+            planned = self.run.planned_epochs
+        except UserError:  # of a damaged flag file
+            return False
+        if self.settings.epochs is None or self.settings.epochs <= planned:
+            return False
+        if self.run.finished and not any(self.run.checkpoint_folder.glob("*")):
+            raise UserError(
+                f"the run in `output_dir` {self.run.directory} cannot go on: it is finished and "
+                "its last checkpoint is gone. Choose another directory."
+            )
+        return True
 
     def fit_settings(self, images: Images) -> RunSettings:
         """The settings with those that depend on the training images, which `begin` writes down.
@@ -140,7 +163,14 @@ class Session:
         if self.writes:
             self.run.directory.mkdir(parents=True, exist_ok=True)
             self._take()
-            if self.run.finished:
+            if self._goes_on:
+                logging.info(
+                    "going on with %s: %d epochs instead of %d",
+                    *(self.run.directory, self.settings.epochs, self.run.planned_epochs),
+                )
+                self.run.summary_file.unlink(missing_ok=True)
+                self.run.write_flags(self.settings.to_flags(), self._chosen)
+            elif self.run.finished:
                 raise UserError(
                     f"another process has just finished `output_dir` {self.run.directory}"
                 )
@@ -212,8 +242,16 @@ class Session:
         self._remove_checkpoints()
 
     def _remove_checkpoints(self):
+        """Removes all checkpoints but the last, from which the run can go on."""
         if self.writes and self.run.checkpoint_folder.is_dir():
-            shutil.rmtree(self.run.checkpoint_folder)
+            files = sorted(self.run.checkpoint_folder.iterdir(), key=_step_of)
+            for file in files[:-1]:
+                file.unlink()
+
+
+def _step_of(file):
+    digits = re.findall(r"\d+", file.name)
+    return int(digits[0]) if digits and not _TEMPORARY.fullmatch(file.name) else -1
 
 
 def _cpu_seconds():

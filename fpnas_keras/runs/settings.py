@@ -108,6 +108,10 @@ class RunSettings(DataSettings):
             )
         return data.Augmentation(self.random_crop, self.random_flip, **others)
 
+    def way_out(self, differing: set[str]) -> str:
+        """What to do where a directory holds a run with other values of these settings."""
+        return ""
+
     def checkpoint_interval(self) -> tuple[float, float]:
         """Seconds and steps between two checkpoints; one of them is infinite."""
         number, is_seconds = _CHECKPOINT_EVERY.fullmatch(self.checkpoint_every).groups()
@@ -117,6 +121,17 @@ class RunSettings(DataSettings):
 def choose_batch_size(count: int, batches: int, least: int, most: int) -> int:
     """The largest power of 2 that gives an epoch of `count` images so many batches."""
     return min(max(2 ** int(math.log2(max(count // batches, 1))), least), most)
+
+
+def scale_rate(peak: float, batch_size: int, usual: int) -> float:
+    """A learning rate for a batch size: in proportion to its square root, with 4 digits.
+
+    Args:
+        peak: The learning rate for the usual batch size.
+        batch_size: The batch size.
+        usual: The usual batch size.
+    """
+    return float(f"{peak * math.sqrt(batch_size / usual):.4g}")
 
 
 def make_schedule(
