@@ -167,6 +167,7 @@ def phases(settings: FewPhotosSettings, runs: harness.Runs) -> Iterator[dict[str
             "train_images": None,
             "random_flip": True,
             **({} if settings.smoke else {"batch_size": None, "epochs": None}),
+            "learning_rate": None,
         }
         for count, folder in folders.items()
     }

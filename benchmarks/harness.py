@@ -348,6 +348,9 @@ class Runs:
             **changes: Settings of `fpnas train` that differ from those of the benchmark.
         """
         values = {
+            # What earlier rows were measured with, whatever the defaults of the command are now.
+            **({} if "optimizer" in changes else {"learning_rate": 0.1}),
+            "batch_size": 128,
             **self._common(name),
             "architecture": architecture,
             "epochs": self.settings.train_epochs,

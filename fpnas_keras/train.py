@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 _OPTIMIZER, _AUGMENTATION, _DISTILLATION = "Optimizer", "Augmentation", "Distillation"
 _START = "Start and evaluation"
-# Fewer steps are few, if the number of epochs is not given.
-_LEAST_STEPS = 2000
+# What a training sees, all epochs together, if their number is not given.
+_LEAST_IMAGES = 100_000
 _BATCH_SIZE = 128
 # Learning rates for that batch size.
 _DEFAULTS = {
-    "sgd": {"learning_rate": 0.1, "weight_decay": 0.001},
+    "sgd": {"learning_rate": 0.2, "weight_decay": 0.001},
     "adamw": {"learning_rate": 0.002, "weight_decay": 0.05},
 }
 # Number of batches on which the statistics of batch norms are estimated again. It is necessary if
@@ -61,13 +61,14 @@ class TrainSettings(RunSettings):
         group=_START,
     )
     epochs: int | None = setting(
-        "Epochs to train. Default: 20, but up to 200 for few images, until there are 2,000 steps.",
+        "Epochs to train. Default: 20, but up to 200 for few images, until it has seen 100,000.",
         None,
         least=1,
         basic=True,
     )
     batch_size: int | None = setting(
-        "Images in a batch. Default: 128, but down to 16 for few images.",
+        "Images in a batch. Default: 128, but down to 16 for few images, so that an epoch has 200 "
+        "steps.",
         None,
         least=2,
         group=_OPTIMIZER,
@@ -79,7 +80,7 @@ class TrainSettings(RunSettings):
         group=_OPTIMIZER,
     )
     learning_rate: float | None = setting(
-        "Peak learning rate, cosine to 0. Default: 0.1 for sgd and 0.002 for adamw with batches of "
+        "Peak learning rate, cosine to 0. Default: 0.2 for sgd and 0.002 for adamw with batches of "
         "128, scaled by the square root of the batch size.",
         None,
         least=0,
@@ -207,9 +208,9 @@ class TrainSettings(RunSettings):
             raise UserError("--search_dir needs --init=supernet")
 
     def _choose(self, count, size):
-        batch_size = self.batch_size or choose_batch_size(count, 10, 16, _BATCH_SIZE)
+        batch_size = self.batch_size or choose_batch_size(count, 200, 16, _BATCH_SIZE)
         batch_size = max(2, min(batch_size, count))
-        epochs = math.ceil(_LEAST_STEPS / max(1, count // batch_size))
+        epochs = math.ceil(_LEAST_IMAGES / count)
         peak = _DEFAULTS[self.optimizer]["learning_rate"]
         return super()._choose(count, size) | {
             "batch_size": batch_size,
