@@ -60,7 +60,7 @@ class RankSettings(Settings):
     )
     batch_size: int | None = setting(
         "Images in a batch, about. Batch normalization uses the statistics of each. Default: up to "
-        "500, as many as the memory allows.",
+        "250, as many as the memory allows.",
         None,
         least=2,
         group=_IMAGES,
@@ -93,7 +93,8 @@ class RankSettings(Settings):
         given = {name: value for name, value in self.given().items() if name in DATA_FLAGS}
         if "data" in given:
             # Other data has a place of its own.
-            return DataSettings(**{"train_images": theirs.train_images} | given)
+            kept = {"train_images": theirs.train_images, "resize": theirs.resize}
+            return DataSettings(**kept | given)
         return dataclasses.replace(theirs, **given)
 
 
@@ -139,6 +140,8 @@ def run_ranking(settings: RankSettings) -> "list[Ranked]":
     images = images_settings.load_images_for(
         f"the search {run.directory}", search.space.input_shape, search.space.num_classes, "train"
     )
+    if run.flags.get("class_weight") == "balanced":
+        images = images.balanced()
     with data.naming_unreadable(images):
         evaluation = runs.Evaluation(
             search, images, run.weights_share, settings.evaluation_images, settings.batch_size
@@ -169,7 +172,7 @@ def _rank_and_print(settings):
     print(
         "next, train one of them:\n  python -m fpnas_keras.train "
         f"--architecture={shlex.quote(str(file))} {settings.find_images(run).data_arguments()} "
-        f"--output_dir={shlex.quote(f'{run.directory}_{file.stem}')}"
+        f"{run.training_arguments()}--output_dir={shlex.quote(f'{run.directory}_{file.stem}')}"
     )
 
 

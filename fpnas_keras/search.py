@@ -528,7 +528,7 @@ def _search_on(
         _give_weights(runs.SearchRun(settings.init).load_search(), search)
     files = {"space": settings.space, "latency_table": settings.latency_table}
     session.begin(**{name: file for name, file in files.items() if file not in spaces.names()})
-    metrics_files, callbacks = _make_callbacks(session, settings, search)
+    metrics_files, callbacks = _make_callbacks(session, settings, search, checkpoints.step)
     checkpoints.fit(search, batches, settings.epochs, metrics_files, callbacks)
     evaluation = runs.Evaluation(search, images, settings.weights_share)
     _finish(session, evaluation, batches, checkpoints)
@@ -625,7 +625,7 @@ def _log_space(search, settings, steps):
         )
 
 
-def _make_callbacks(session, settings, search):
+def _make_callbacks(session, settings, search, first_step):
     """The files with rows for each epoch, and further callbacks."""
     run = session.run
     callbacks = [runs.StopOnDivergence()]
@@ -643,7 +643,9 @@ def _make_callbacks(session, settings, search):
 
     callbacks.append(
         runs.Progress(
-            lambda epoch, logs: _epoch_line(search, metrics(epoch, logs)), search.step_cost
+            lambda epoch, logs: _epoch_line(search, metrics(epoch, logs)),
+            search.cost_of_steps,
+            first_step,
         )
     )
     if settings.tensorboard:

@@ -146,10 +146,10 @@ class TrainSettings(RunSettings):
     teacher: str | None = setting(
         "Network whose logits are learned beside the labels (distillation): a .keras file; an "
         "architecture (.json) with --teacher_weights; or the name of a network of "
-        "keras.applications. One with other classes, such as ImageNet's, gets a new head, which is "
-        "fitted to the training images: this is what helps most with few images. Train a teacher "
-        "of the same classes with --label_smoothing=0: smoothed labels spoil what it teaches "
-        "(arXiv:1906.02629).",
+        "keras.applications. One with another number of classes, such as ImageNet's, gets a new "
+        "head, which is fitted to the training images: this is what helps most with few images. "
+        "Train a teacher of the same classes with --label_smoothing=0: smoothed labels spoil what "
+        "it teaches (arXiv:1906.02629).",
         None,
         group=_DISTILLATION,
         path=True,
@@ -296,6 +296,8 @@ def run_training(settings: TrainSettings) -> "TrainingRun":
             )
         if session.has_work:
             _Training(session, architecture).run()
+        elif not run.report.exists():  # A kill came before it.
+            _write_report(run)
     return run
 
 
@@ -373,7 +375,9 @@ class _Training:
             raise UserError(f"the teacher must take square images. Received: {height} x {width}")
         seen, _ = self._split(settings.load_images("train", height, again=True))
         with data.naming_unreadable(seen):
-            logits = runs.fit_head(runs.compute_features(features, seen), seen.y, settings.seed)
+            logits = runs.fit_head(
+                runs.compute_features(features, seen), seen.y, seen.class_names, settings.seed
+            )
         return images._replace(logits=logits)
 
     def _split(self, images):
@@ -449,9 +453,9 @@ class _Training:
     def _warn_of_few_steps(self, steps_per_epoch):
         if steps_per_epoch < _FEW_STEPS_PER_EPOCH:
             logging.warning(
-                "an epoch has %d steps of %d images, which trains little: lower `batch_size`, or "
+                "an epoch has %d %s of %d images, which trains little: lower `batch_size`, or "
                 "raise `epochs`",
-                steps_per_epoch,
+                *(steps_per_epoch, "step" if steps_per_epoch == 1 else "steps"),
                 self.settings.batch_size,
             )
 
@@ -462,6 +466,12 @@ class _Training:
 
         settings, architecture, model = self.settings, self.architecture, network
         if settings.teacher and not self._is_taught:
+            if settings.class_weight == "balanced":
+                raise UserError(
+                    "--class_weight=balanced needs a --teacher with another number of classes, or "
+                    "none: Keras' distillation has no weights. "
+                    f"Received: teacher={settings.teacher}"
+                )
             teacher = networks.load_teacher(
                 settings.teacher,
                 settings.teacher_weights,
@@ -518,7 +528,7 @@ class _Training:
         def line(epoch, logs):
             return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())
 
-        callbacks = [runs.StopOnDivergence(), runs.Progress(line)]
+        callbacks = [runs.StopOnDivergence(), runs.Progress(line, first_step=checkpoints.step)]
         if self.settings.tensorboard:
             flags = self.settings.given()
             callbacks.append(runs.TensorBoardFile(run.tensorboard_folder, metrics, flags))
@@ -545,10 +555,7 @@ class _Training:
             **scores,
             next=_export_command(self.session.run, settings),
         )
-        try:
-            report.write_report(self.session.run.directory)
-        except (UserError, OSError) as error:  # The model is there all the same.
-            logging.warning("no report: %s", error)
+        _write_report(self.session.run)
 
     def _score(self, model, held_out):
         """Accuracies on the test images and those held out, and the worst mistakes in a file."""
@@ -562,6 +569,13 @@ class _Training:
                     scores[f"{name}_{accuracy}"] = described.pop(accuracy)
         write_json(self.session.run.mistakes_file, score.mistakes)
         return scores | described
+
+
+def _write_report(run):
+    try:
+        report.write_report(run.directory)
+    except (UserError, OSError) as error:  # The model is there all the same.
+        logging.warning("no report: %s", error)
 
 
 def _accuracy(y_true, y_pred):

@@ -54,7 +54,10 @@ def test_the_time_left_counts_steps_for_what_they_cost(caplog, monkeypatch):
     """The first two of four epochs of 10 steps are a warm-up, whose steps take 1 s, not 4 s."""
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = Progress(lambda epoch, logs: "", lambda step: 1 if step < 20 else 4)
+    progress = Progress(
+        lambda epoch, logs: "",
+        lambda first, end: sum(1 if step < 20 else 4 for step in range(first, end)),
+    )
     progress.set_params({"epochs": 4, "steps": 10})
     with caplog.at_level("INFO", logger="absl"):
         for epoch in range(4):

@@ -106,7 +106,6 @@ def fit(checkpoints, model, batches, session, callbacks):
         epochs=EPOCHS,
         files=[metrics_file],
         callbacks=list(callbacks),
-        verbose=0,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from fpnas_keras import data
+from fpnas_keras.data import image_files
 
 
 def write_image(path, value, size=(9, 7), channels=3):
@@ -184,7 +185,7 @@ def test_pixels_of_all_kinds_are_those_of_pillow(tmp_path, make, suffix):
     np.testing.assert_array_equal(data.read_image(path, (32, 32, 3)), expected)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
 def test_16_bits_are_not_nearly_black(tmp_path, suffix):
     deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
     path = saved(tmp_path / f"deep{suffix}", PIL.Image.fromarray(deep))
@@ -369,3 +370,25 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert len(data.load("folder:~/photos", "train", 8).y) == 8
     settings = data.DataSettings(data="folder:~/photos", data_dir="~/sets")
     assert settings.data_dir == str(tmp_path / "sets")
+
+
+def test_an_unknown_resize_of_one_image(tmp_path):
+    path = saved(tmp_path / "image.png", picture())
+    with pytest.raises(ValueError, match=r"`resize` must be stretch, crop, pad\. Received"):
+        data.read_image(path, (8, 8, 3), "Crop")
+
+
+def test_photos_of_200_million_pixels_are_opened(tmp_path):
+    """Only the header is read here: it takes a second to write such a file, and more to read it."""
+    path = saved(tmp_path / "huge.png", PIL.Image.new("1", (16_320, 12_240)))
+    assert image_files.is_grey(str(path))
+
+
+def test_training_images_are_of_all_classes(tmp_path):
+    for name, count in (("ant", 1), ("bee", 50), ("cat", 50)):
+        for index in range(count):
+            write_image(tmp_path / name / f"{index}.png", 1)
+    settings = data.DataSettings(data=f"folder:{tmp_path}", train_images=20)
+    images = settings.load_images("train", 8)
+    assert np.bincount(images.y).tolist()[0] == 1
+    assert len(images.y) == 21

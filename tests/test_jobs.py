@@ -236,7 +236,7 @@ def test_a_finished_search_goes_on_with_more_epochs(settings, tmp_path):
         fpnas.search_architecture(**settings | {"epochs": 3}, output_dir=directory)
     for file in again.checkpoint_folder.iterdir():
         file.unlink()
-    with pytest.raises(fpnas.UserError, match="its last checkpoint is gone"):
+    with pytest.raises(fpnas.UserError, match="its last checkpoint is gone or damaged"):
         fpnas.search_architecture(**settings | {"epochs": 5}, output_dir=directory)
     assert again.summary_file.read_bytes() == content
 
@@ -372,3 +372,77 @@ def test_balanced_weights():
     assert images.weights.mean() == pytest.approx(1)
     (_, y, weights), *_ = fpnas.data.test_batches(images.part(np.array([5, 0])))
     assert (y.numpy().tolist(), weights.numpy().tolist()) == ([2, 0], [2, pytest.approx(2 / 3)])
+
+
+def test_a_run_is_not_continued_on_other_images(searched, tmp_path):
+    image = np.zeros((16, 16, 3))
+    for name in ("a", "b"):
+        for index in range(10):
+            path = tmp_path / "photos" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keras.utils.save_img(path, image, scale=False)
+    settings = {
+        "architecture": searched.architecture_file,
+        "data": f"folder:{tmp_path}/photos",
+        "output_dir": tmp_path / "trained",
+    }
+    run = fpnas.train_architecture(**settings, epochs=1)
+    content = {path: path.read_bytes() for path in run.directory.iterdir() if path.is_file()}
+    (tmp_path / "photos" / "a" / "0.png").rename(tmp_path / "photos" / "b" / "10.png")
+    with pytest.raises(fpnas.UserError, match="16 then, 16 now"):
+        fpnas.train_architecture(**settings, epochs=2)
+    # Nothing of the finished run is lost.
+    assert content == {
+        path: path.read_bytes() for path in run.directory.iterdir() if path.is_file()
+    }
+    assert run.finished
+
+
+def test_a_run_does_not_go_on_from_a_damaged_checkpoint(searched, tmp_path):
+    settings = {
+        "architecture": searched.architecture_file,
+        "train_images": 200,
+        "output_dir": tmp_path / "trained",
+    }
+    run = fpnas.train_architecture(**settings, epochs=1)
+    (checkpoint,) = run.checkpoint_folder.iterdir()
+    checkpoint.write_bytes(b"damaged")
+    with pytest.raises(fpnas.UserError, match="its last checkpoint is gone or damaged"):
+        fpnas.train_architecture(**settings, epochs=2)
+    assert run.finished
+
+
+def test_what_was_chosen_stays_when_a_run_goes_on(settings, tmp_path):
+    """With more epochs given, one pass would be an epoch."""
+    given = settings | {"steps_per_epoch": None, "epochs": None, "batch_size": None}
+    settings = SearchSettings(**given, output_dir=tmp_path / "run")
+    images = settings.load_images("train", 16)
+    session = fpnas.runs.Session(fpnas.runs.SearchRun(tmp_path / "run"), settings, "module")
+    fitted = session.fit_settings(images)
+    assert (fitted.steps_per_epoch, fitted.epochs) == (50, 30)
+    session.begin()
+    session.close()
+    more = SearchSettings(**given | {"epochs": 60}, output_dir=tmp_path / "run")
+    session = fpnas.runs.Session(fpnas.runs.SearchRun(tmp_path / "run"), more, "module")
+    assert session.has_work
+    fitted = session.fit_settings(images)
+    assert (fitted.steps_per_epoch, fitted.epochs) == (50, 60)
+
+
+def test_a_directory_with_nothing_but_the_first_files_is_new(settings, tmp_path):
+    (tmp_path / "chosen.txt").write_text("--batch_size=16\n")
+    (tmp_path / "images.json").write_text("{}")
+    given = SearchSettings(**settings, output_dir=tmp_path)
+    fpnas.runs.Session(fpnas.runs.SearchRun(tmp_path), given, "module").close()
+
+
+def test_balanced_classes_and_a_teacher_of_the_same_classes(searched, tmp_path):
+    model = searched.architecture.build()
+    model.save(tmp_path / "teacher.keras")
+    with pytest.raises(fpnas.UserError, match="--class_weight=balanced needs a --teacher with"):
+        fpnas.train_architecture(
+            architecture=searched.architecture_file,
+            teacher=tmp_path / "teacher.keras",
+            class_weight="balanced",
+            output_dir=tmp_path / "run",
+        )

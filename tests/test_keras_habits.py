@@ -248,3 +248,45 @@ def test_one_budget_and_a_list_of_budgets_give_the_same(small):
     budget = search.cost.target
     assert search.derive() == search.derive(budget) == search.derive([budget])[0]
     assert search.derivation().least == pytest.approx(0.95 * budget)
+
+
+def test_fit_goes_on_in_the_order_of_the_images(small, images):
+    search, seen = make_search(small), []
+    whole = fpnas.data.search_batches(*images, batch_size=4)
+    expected = [pixels.numpy() for (pixels, _), _ in whole]
+    step = search.train_step
+
+    def train_step(data):
+        seen.append(data[0][0].numpy())
+        return step(data)
+
+    search.train_step = train_step
+    search.compile(run_eagerly=True)
+    for _ in range(3):
+        search.fit(*images, batch_size=4, steps_per_epoch=1, verbose=0)
+    np.testing.assert_array_equal(seen, expected)
+
+
+def test_images_have_their_labels_and_weights(small, images):
+    x, y = images
+    data = fpnas.data.Images(x, y.astype(np.int32), tuple("abc"), (8, 8, 1))
+    make_search(small).fit(data, batch_size=4, steps_per_epoch=1, verbose=0)
+    with pytest.raises(ValueError, match="the images `x` have labels"):
+        make_search(small).fit(data, class_weight={0: 1}, verbose=0)
+    with pytest.raises(ValueError, match="`x` must have images of"):
+        make_search(small).fit(data._replace(class_names=tuple("ab")), verbose=0)
+
+
+def test_one_hot_labels_are_evaluated(small, images):
+    x, y = images[0].astype(np.float32), images[1]
+    search = make_search(small)
+    expected = search.evaluate(x, y, verbose=0)
+    received = search.evaluate(x, keras.utils.to_categorical(y, 3), verbose=0)
+    assert received == pytest.approx(expected)
+
+
+def test_steps_cost_what_they_draw(small):
+    search = make_search(small, warmup_steps=10, samples=4)
+    assert search.cost_of_steps(0, 10) == 10 * 7
+    assert search.cost_of_steps(8, 12) == 2 * 7 + 2 * 16
+    assert search.cost_of_steps(12, 15) == 3 * 16

@@ -9,6 +9,7 @@ from fpnas_keras import data, runs
 from fpnas_keras.networks import DistillationLoss, make_distiller
 
 CLASSES = 3
+NAMES = ("dark", "grey", "bright")
 
 
 def brightness_images(count=60, size=12):
@@ -16,9 +17,7 @@ def brightness_images(count=60, size=12):
     rng = np.random.default_rng(0)
     y = np.arange(count) % CLASSES
     x = rng.integers(0, 60, (count, size, size, 3)) + 80 * y[:, None, None, None]
-    return data.Images(
-        x.astype(np.uint8), y.astype(np.int32), ("dark", "grey", "bright"), (size, size, 3)
-    )
+    return data.Images(x.astype(np.uint8), y.astype(np.int32), NAMES, (size, size, 3))
 
 
 @pytest.fixture
@@ -90,15 +89,17 @@ def test_logits_come_from_heads_that_did_not_see_the_image():
     """Features that are noise teach nothing: the accuracy is that of chance."""
     rng = np.random.default_rng(0)
     y = np.arange(90) % CLASSES
-    noise = runs.fit_head(rng.normal(size=(90, 200)).astype(np.float32), y, seed=0)
+    noise = runs.fit_head(rng.normal(size=(90, 200)).astype(np.float32), y, NAMES, seed=0)
     assert (noise.argmax(1) == y).mean() < 0.6
     signal = np.eye(CLASSES, dtype=np.float32)[y] + rng.normal(size=(90, CLASSES)) / 10
-    logits = runs.fit_head(signal.astype(np.float32), y, seed=0)
+    logits = runs.fit_head(signal.astype(np.float32), y, NAMES, seed=0)
     assert (logits.argmax(1) == y).mean() > 0.95
     assert logits.dtype == np.float32
-    np.testing.assert_array_equal(logits, runs.fit_head(signal.astype(np.float32), y, seed=0))
-    with pytest.raises(ValueError, match="1 image of class 2"):
-        runs.fit_head(signal[:5].astype(np.float32), np.array([0, 0, 1, 1, 2]), seed=0)
+    np.testing.assert_array_equal(
+        logits, runs.fit_head(signal.astype(np.float32), y, NAMES, seed=0)
+    )
+    with pytest.raises(ValueError, match="1 of class bright"):
+        runs.fit_head(signal[:5].astype(np.float32), np.array([0, 0, 1, 1, 2]), NAMES, seed=0)
 
 
 def test_labels_hold_the_logits():

@@ -6,13 +6,13 @@ that phones write into photos.
 
 import functools
 import os
-import warnings
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import tensorflow as tf
 
+from fpnas_keras.data.settings import RESIZES
 from fpnas_keras.errors import UserError
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "HEIF", "AVIF", "JPEG2000", "PPM")
@@ -25,6 +25,8 @@ def suffixes() -> frozenset[str]:
     import pi_heif
 
     pi_heif.register_heif_opener()
+    # Users trust their own photos, of which 200 million pixels are common.
+    PIL.Image.MAX_IMAGE_PIXELS = None
     registered = PIL.Image.registered_extensions()  # Imports all formats.
     return frozenset(suffix for suffix, name in registered.items() if name in _FORMATS)
 
@@ -39,7 +41,7 @@ def is_grey(file: str | bytes) -> bool:
         if image.mode == "P":
             palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
             return bool((palette == palette[:, :1]).all())
-        return image.mode in _GREY_MODES or image.mode.startswith("I;16")
+        return image.mode in _GREY_MODES or image.mode.startswith("I")
 
 
 def read_file(file: str | bytes, channels: int, least_size: int = 0) -> np.ndarray:
@@ -63,7 +65,8 @@ def read_file(file: str | bytes, channels: int, least_size: int = 0) -> np.ndarr
     with _opened(file) as image:
         if least_size:
             image.draft(None, (least_size, least_size))
-        upright = _in_eight_bits(PIL.ImageOps.exif_transpose(image))
+        is_16_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        upright = _in_eight_bits(PIL.ImageOps.exif_transpose(image), is_16_bits)
         pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -82,7 +85,7 @@ def read_image(
         Pixels 0..255, uint8 of shape `image_shape`.
 
     Raises:
-        UserError: When the file cannot be read.
+        UserError: When the file cannot be read, or `resize` is unknown.
 
     Example:
 
@@ -91,7 +94,14 @@ def read_image(
     model.predict(x[None])
     ```
     """
+    check_resize(resize)
     return decode_file(tf.constant(os.fsencode(file)), image_shape, resize).numpy()
+
+
+def check_resize(resize: str) -> None:
+    """Raises `UserError` unless `resize` is one of `RESIZES`."""
+    if resize not in RESIZES:
+        raise UserError(f"`resize` must be {', '.join(RESIZES)}. Received: resize={resize!r}")
 
 
 def decode_file(file: tf.Tensor, image_shape: tuple[int, int, int], resize: str) -> tf.Tensor:
@@ -151,10 +161,7 @@ class _opened:
         suffixes()  # registers the formats
         self._image = None
         try:
-            with warnings.catch_warnings():
-                # The user trusts his own photos, of which 100 million pixels are common.
-                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-                self._image = PIL.Image.open(self._file, formats=_FORMATS)
+            self._image = PIL.Image.open(self._file, formats=_FORMATS)
         except Exception as error:
             raise self._error(error) from None
         return self._image
@@ -172,9 +179,9 @@ class _opened:
         return UserError(f"the image {self._file} cannot be read: {reason}")
 
 
-def _in_eight_bits(image):
+def _in_eight_bits(image, is_16_bits):
     """The image with 8 bits a channel; palettes with transparency as RGBA."""
-    if image.mode.startswith("I;16"):
+    if is_16_bits:
         pixels = np.asarray(image).astype(np.uint32)
         return PIL.Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):

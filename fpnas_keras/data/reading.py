@@ -1,7 +1,9 @@
 """Reads labelled images: digits, tfds:NAME, folder:PATH."""
 
 import contextlib
+import hashlib
 import math
+import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from fpnas_keras.data import folders
-from fpnas_keras.data.image_files import decode_file, is_grey, read_file, resize_image
-from fpnas_keras.data.settings import RESIZES
+from fpnas_keras.data.image_files import (
+    check_resize,
+    decode_file,
+    is_grey,
+    read_file,
+    resize_image,
+)
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.progress import track
@@ -37,6 +44,7 @@ class Images(NamedTuple):
         image_shape: `(height, width, channels)`.
         resize: How images that are not square become square: "stretch", "crop" or "pad".
         description: What the data holds, in one line.
+        digest: Of the names and sizes of the files, if they are files.
         weights: Weight of each image in the loss, float32 of shape `(n,)`. `None`: all count the
             same.
         logits: Logits of a teacher for each image, float32 of shape `(n, classes)`, or `None`.
@@ -50,6 +58,7 @@ class Images(NamedTuple):
     image_shape: tuple[int, int, int]
     resize: str = "stretch"
     description: str = ""
+    digest: str = ""
     weights: np.ndarray | None = None
     logits: np.ndarray | None = None
 
@@ -60,6 +69,11 @@ class Images(NamedTuple):
         return self._replace(
             **{name: each[indices] for name, each in columns.items() if each is not None}
         )
+
+    def fingerprint(self) -> str:
+        """A text that is different for other images, as far as their names and classes say."""
+        content = repr((self.digest, self.class_names, self.image_shape)).encode()
+        return hashlib.sha256(content + self.y.tobytes()).hexdigest()
 
     def balanced(self) -> "Images":
         """The same images, with weights for which all classes count the same: their mean is 1."""
@@ -97,8 +111,7 @@ def load(
     """
     if split not in ("train", "test"):
         raise UserError(f"`split` must be train or test. Received: split={split!r}")
-    if resize not in RESIZES:
-        raise UserError(f"`resize` must be {', '.join(RESIZES)}. Received: resize={resize!r}")
+    check_resize(resize)
     kind, _, rest = name.partition(":")
     if name == "digits":
         return _digits(split, image_size)
@@ -165,9 +178,9 @@ def choose_weights_share(count: int) -> float:
 
 @contextlib.contextmanager
 def naming_unreadable(images: Images | None) -> Iterator[None]:
-    """If TensorFlow cannot read an image file, raises an error that names the file.
+    """If an image file cannot be read, raises an error that names the file.
 
-    TensorFlow's own error does not name it.
+    The error of TensorFlow, in whose graph it is read, does not name it.
 
     Args:
         images: The images that are read inside the `with` statement; `None` for no images.
@@ -322,7 +335,7 @@ def _folder(path, split_name, image_size, resize):
         train, indices = len(first), first if split_name == "train" else second
         paths, y = paths[indices], y[indices]
     description = folders.describe(counts, names, train, source, _notes(found))
-    images = Images(paths, y, names, image_shape, resize, description)
+    images = Images(paths, y, names, image_shape, resize, description, _digest(path, paths))
     if len(y) * np.prod(image_shape) > MEMORY_LIMIT:
         return images
     dataset = tf.data.Dataset.from_tensor_slices((paths, y))
@@ -333,6 +346,15 @@ def _folder(path, split_name, image_size, resize):
     with naming_unreadable(images):
         x, y = _collect(dataset.batch(100).prefetch(2), len(y), image_shape, f"reading {path}")
     return images._replace(x=x, y=y)
+
+
+def _digest(folder, files):
+    """Of the names, inside the folder, and sizes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        name = os.path.relpath(file, os.fsencode(folder))
+        digest.update(b"%s %d\n" % (name, os.path.getsize(file)))
+    return digest.hexdigest()
 
 
 def _notes(found):

@@ -89,6 +89,9 @@ class DataSettings(Settings):
             )
         # scikit-learn rounds a share up to the next image.
         _, kept = images_data.split(images.y, (self.train_images - 0.5) / count, seed=0)
+        # The split leaves out classes of a single image.
+        lacking = np.setdiff1d(images.y, images.y[kept])
+        kept = np.union1d(kept, np.flatnonzero(np.isin(images.y, lacking)))
         logging.info("%s: %d of the training images are used", self.data, len(kept))
         return images.part(kept)
 
@@ -128,7 +131,7 @@ class DataSettings(Settings):
 
 
 def _warn_of_classes(images):
-    """Says which classes have far fewer images than others, or a single one."""
+    """Says which classes have far more images than others, and far fewer."""
     counts = np.bincount(images.y, minlength=len(images.class_names))
     least, most = counts.argmin(), counts.argmax()
     if counts[most] >= _BALANCED * counts[least]:

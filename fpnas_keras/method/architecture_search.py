@@ -12,7 +12,14 @@ import tensorflow as tf
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import Cost, MacsCost, SpaceCost, format_cost
-from fpnas_keras.data import Augmentation, Images, search_batches, to_images
+from fpnas_keras.data import (
+    Augmentation,
+    Images,
+    choose_weights_share,
+    search_batches,
+    split,
+    to_images,
+)
 from fpnas_keras.errors import UserError
 from fpnas_keras.method import configs, estimator, replicas
 from fpnas_keras.method.choices import COST_PENALTIES, DISTRIBUTIONS, STARTS
@@ -387,16 +394,42 @@ class ArchitectureSearch(keras.Model):
             **{"shuffle": False} | kwargs,  # The batches have their order.
         )
 
-    def _make_batches(self, x, y, class_weight, sample_weight, batch_size, **kwargs):
+    def _make_batches(
+        self,
+        x,
+        y,
+        class_weight,
+        sample_weight,
+        batch_size,
+        steps_per_epoch,
+        weights_share,
+        **kwargs,
+    ):
         shape, classes = self.space.input_shape, self.space.num_classes
         if not isinstance(x, Images):
             x = to_images(x, y, sample_weight, class_weight, shape, classes)
+        elif not (y is class_weight is sample_weight is None):
+            raise UserError(
+                "`y`, `class_weight` and `sample_weight` must not be given: the images `x` have "
+                "labels and may have weights"
+            )
         elif (x.image_shape, len(x.class_names)) != (shape, classes):
             raise UserError(
                 f"`x` must have images of {shape} and {classes} classes. "
                 f"Received: images of {x.image_shape} and {len(x.class_names)} classes"
             )
-        return search_batches(x, batch_size=batch_size or 64, seed=int(self.seed.numpy()), **kwargs)
+        seed, batch_size = int(self.seed.numpy()), batch_size or 64
+        share = weights_share or choose_weights_share(len(x.y))
+        weights, _ = split(x.y, 1 - share, seed)
+        steps = steps_per_epoch or max(1, len(weights) // batch_size)
+        # Another `fit` goes on in the order of the images.
+        first_step = -(-int(self.step.numpy()) // steps) * steps
+        return search_batches(
+            *(x, None, batch_size, seed, steps),
+            first_step=first_step,
+            weights_share=share,
+            **kwargs,
+        )
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """Updates the weights on the first batch and the logits on the second.
@@ -491,20 +524,20 @@ class ArchitectureSearch(keras.Model):
             drawn = self._draw_near_target(count)
         return Samples.unique(drawn) if self.deduplicate else Samples.each(drawn)
 
-    def step_cost(self, step: int) -> float:
-        """About what a step costs, in forward passes of one batch: the warm-up draws less.
+    def cost_of_steps(self, first: int, end: int) -> float:
+        """About what steps cost, in forward passes of one batch: the warm-up draws less.
 
         The forward and backward pass of a sample cost as much as three forward passes.
 
         Args:
-            step: Index of the step. Steps after the warm-up cost what they cost now.
+            first: Index of the first step.
+            end: One past the index of the last. Steps after the warm-up cost what they cost now.
         """
-        if step < self.warmup_steps:
-            return 3.0 * self.warmup_samples + 1
         count = self.samples
         if callable(count):
             count = int(count(self.distribution.entropy()))
-        return 4.0 * count
+        warming_up = max(0, min(end, self.warmup_steps) - first)
+        return warming_up * (3 * self.warmup_samples + 1) + (end - first - warming_up) * 4 * count
 
     def _draw_near_target(self, count):
         """Draws from p(A | cost(A) is within the window), by rejection.
@@ -646,8 +679,10 @@ class ArchitectureSearch(keras.Model):
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Loss and accuracy of the most probable architecture under the shared weights."""
-        images, *targets = data
-        loss, accuracy = tf.unstack(_loss_and_accuracy(targets, self(images)))
+        images, labels, *weights = data
+        if labels.shape.rank == 2 and labels.shape[1] == self.space.num_classes:  # one-hot
+            labels = tf.argmax(labels, axis=1)
+        loss, accuracy = tf.unstack(_loss_and_accuracy([labels, *weights], self(images)))
         # The last batch can be smaller.
         count = tf.shape(images)[0]
         self._track(count, loss=loss, accuracy=accuracy)

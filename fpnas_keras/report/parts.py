@@ -110,7 +110,7 @@ def format_totals(summary: dict[str, Any], labels: dict[str, str]) -> list[tuple
     return [
         (labels.get(key, key.replace("_", " ")), _format_value(value))
         for key, value in summary.items()
-        if not key.endswith("confusion_matrix")
+        if not key.endswith(("confusion_matrix", "class_accuracy")) and key != "next"
     ]
 
 

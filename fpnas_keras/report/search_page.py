@@ -35,7 +35,6 @@ _LABELS = {
     "params": "parameters of the derived network",
     "shared_accuracy": "accuracy of the derived network, with the shared weights",
     "shared_balanced_accuracy": "its mean over the classes",
-    "shared_class_accuracy": "its accuracy for each class",
     "mode_validation_loss": "loss of the most probable network, with the shared weights",
     "mode_validation_accuracy": "accuracy of the most probable network, with the shared weights",
     "mode_macs": "MACs of the most probable network, without a cost limit",

@@ -40,47 +40,48 @@ class Progress(keras.callbacks.Callback):
 
     Args:
         line: Makes the text of the line from the index of the epoch and its logs.
-        step_cost: What a step costs relative to other steps, from the index of the step in the run.
-            By default all cost the same.
+        cost_of_steps: What the steps from one to before another cost, by their indices in the run,
+            relative to other steps. By default all cost the same.
+        first_step: Steps that are already made. `fit` counts them without making them.
     """
 
     def __init__(
         self,
         line: Callable[[int, dict], str],
-        step_cost: Callable[[int], float] = lambda step: 1.0,
+        cost_of_steps: Callable[[int, int], float] = lambda first, end: end - first,
+        first_step: int = 0,
     ):
         super().__init__()
         self.line = line
-        self.step_cost = step_cost
+        self.cost_of_steps = cost_of_steps
+        self.first_step = first_step
         self.rates = []  # seconds for a cost of 1, in each epoch
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         epochs, self.steps = self.params["epochs"], self.params["steps"]
         self.bar = track(self.steps, f"epoch {epoch + 1} of {epochs}", "steps", 30)
-        self.start, self.first = time.monotonic(), 0
+        self.start = time.monotonic()
+        # The first step that is made is traced, which is no measure of the others.
+        self.first = max(0, self.first_step - epoch * self.steps) + (0 if self.rates else 1)
+        self.first = min(self.first, self.steps - 1)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.bar.update(1)
-        if not self.rates and batch == 0 and self.steps > 1:
-            # The first step is traced, which is no measure of the others.
-            self.start, self.first = time.monotonic(), 1
+        if batch + 1 == self.first:
+            self.start = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self.bar.close()
         end = (epoch + 1) * self.steps
-        done = self._cost(epoch * self.steps + self.first, end)
+        done = self.cost_of_steps(epoch * self.steps + self.first, end)
         self.rates.append((time.monotonic() - self.start) / done)
         # The last few epochs: the load of the machine changes.
-        left = statistics.median(self.rates[-5:]) * self._cost(
-            end, self.params["epochs"] * self.steps
-        )
+        left = self.cost_of_steps(end, self.params["epochs"] * self.steps)
+        left *= statistics.median(self.rates[-5:])
         logging.info(
             "epoch %d of %d: %s; %s left",
             *(epoch + 1, self.params["epochs"], self.line(epoch, logs), format_seconds(left)),
         )
-
-    def _cost(self, first, end):
-        return sum(map(self.step_cost, range(first, end)))
 
 
 class MetricsFile(keras.callbacks.Callback):

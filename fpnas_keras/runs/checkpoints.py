@@ -79,6 +79,11 @@ class Checkpoints(keras.callbacks.Callback):
             self._whole_steps = [step]
             logging.info("continuing after step %d, from %s", step, found[step])
             return
+        if self.session.goes_on_from_end:
+            raise UserError(
+                f"the run in `output_dir` {self.session.run.directory} cannot go on: it is "
+                "finished and its last checkpoint is gone or damaged. Choose another directory."
+            )
         if found:
             logging.warning("no checkpoint is whole: the run starts from the beginning")
 

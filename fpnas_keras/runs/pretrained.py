@@ -1,5 +1,7 @@
 """A pretrained network as the teacher of one's own classes: its features and a new head."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 from absl import logging
@@ -55,6 +57,11 @@ def load_features(teacher: str, teacher_weights: str | None) -> keras.Model:
         UserError: When the network cannot be loaded, or has no head.
     """
     if teacher.endswith(".keras"):
+        if teacher_weights is not None:
+            raise UserError(
+                "`teacher_weights` is for networks of keras.applications; a .keras file has its "
+                f"own weights. Received: teacher={teacher}, teacher_weights={teacher_weights}"
+            )
         model = load_model(teacher, "teacher")
         return keras.Model(model.input, _features(model, teacher))
     network, preprocessing = load_application(teacher, teacher_weights)
@@ -96,7 +103,9 @@ def compute_features(model: keras.Model, images: Images) -> np.ndarray:
     return np.concatenate(found)
 
 
-def fit_head(features: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
+def fit_head(
+    features: np.ndarray, y: np.ndarray, class_names: Sequence[str], seed: int
+) -> np.ndarray:
     """Fits a head to the features: logistic regression.
 
     Its strength of regularization is chosen by cross-validation. The logits of an image come from
@@ -105,6 +114,7 @@ def fit_head(features: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
     Args:
         features: float32 of shape `(n, features)`.
         y: Index of the class, integers of shape `(n,)`.
+        class_names: Names of the classes.
         seed: Seed of the folds.
 
     Returns:
@@ -118,15 +128,16 @@ def fit_head(features: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    counts = np.bincount(y)
+    counts = np.bincount(y, minlength=len(class_names))
     if counts.min() < 2:
         raise UserError(
-            "a teacher is fitted to classes of at least 2 training images each. "
-            f"Received: {counts.min()} image of class {counts.argmin()}"
+            "a --teacher of other classes is fitted to at least 2 training images of each class. "
+            f"Received: {counts.min()} of class {class_names[counts.argmin()]}"
         )
+    logging.info("fitting the teacher's new head to %d images", len(y))
     folds = StratifiedKFold(min(_FOLDS, int(counts.min())), shuffle=True, random_state=seed)
-    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    choices = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1]}
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+    choices = {"logisticregression__C": [1e-4, 1e-3, 1e-2]}
     search = GridSearchCV(head, choices, scoring="neg_log_loss", cv=folds, refit=False)
     head.set_params(**search.fit(features, y).best_params_)
     logits = cross_val_predict(head, features, y, cv=folds, method="predict_log_proba")

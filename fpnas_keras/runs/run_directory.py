@@ -5,18 +5,22 @@
 | file | search | training |
 |---|---|---|
 | `flags.txt` | flags that repeat the run | the same |
+| `chosen.txt` | flags that the run has chosen for its images | the same |
+| `images.json` | fingerprint of the training images | the same |
 | `metrics.csv` | one row after each epoch | the same |
 | `summary.json` | totals, cost of the result; written last | accuracies; written last |
 | `architecture.json` | the result | the network |
 | `probabilities.jsonl` | one line after each epoch | |
 | `search.weights.h5` | shared weights and logits | |
 | `ranking.json`, `pareto/` | architectures ranked by shared weights | |
-| `report.html`, `report/` | a page about the search, and its plots | |
+| `report.html`, `report/` | a page about the search, and its plots | the same of the training |
 | `space.*`, `latency_table.*` | copies of the user's files | |
 | `model.keras` | | the trained network |
+| `mistakes.json` | | the test images that are most wrong |
+| `teacher_logits.npy` | | logits of a teacher of other classes |
 | `teacher.*`, `teacher_weights.h5` | | copies of the user's files |
 | `tensorboard/` | event files | event files |
-| `checkpoints/` | while the run lasts | while the run lasts |
+| `checkpoints/` | the last two; one when the run is finished | the same |
 """
 
 import csv
@@ -28,6 +32,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +52,7 @@ from fpnas_keras.files import (
     summarize_error,
     write_json,
 )
+from fpnas_keras.runs.settings import TRAINING_FLAGS
 from fpnas_keras.settings import flag_values
 from fpnas_keras.spaces import SUFFIXES
 from fpnas_keras.spaces import get as get_space
@@ -109,6 +115,11 @@ class RunDirectory:
     def chosen_file(self) -> pathlib.Path:
         """The flags that were not given and that the run has chosen for its images."""
         return self.path("chosen.txt")
+
+    @property
+    def images_file(self) -> pathlib.Path:
+        """The fingerprint of the training images."""
+        return self.path("images.json")
 
     @property
     def metrics_file(self) -> pathlib.Path:
@@ -324,6 +335,9 @@ class TrainingRun(RunDirectory):
         found = {}
         for path in sorted(self.directory.glob("*_report.json")):
             name = path.name.removesuffix("_report.json") + ".tflite"
+            model = self.model_file
+            if model.exists() and path.stat().st_mtime < model.stat().st_mtime:
+                continue  # of the model before the run went on
             found[name] = read_json(path, "a report of an export", _checked_export)
         return found
 
@@ -411,6 +425,16 @@ class SearchRun(RunDirectory):
     def weights_share(self) -> float:
         """Share of the images in the weights part of a finished search. It was 0.5 before 0.3."""
         return self.summary.get("weights_share", 0.5)
+
+    def training_arguments(self) -> str:
+        """The flags of the search that its training should have too, each with a space after it."""
+        values = {name: self.flags[name] for name in TRAINING_FLAGS if name in self.flags}
+        lines = [
+            f"--{name}" if value == "true" else f"--{name}={value}"
+            for name, value in values.items()
+            if value not in ("false", "none")
+        ]
+        return "".join(f"{shlex.quote(line)} " for line in lines)
 
     @functools.cached_property
     def cost(self) -> Cost:

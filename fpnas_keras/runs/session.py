@@ -1,6 +1,7 @@
 """A process at work in a run directory: its lock, the flags of the run, what the run uses."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -19,22 +20,26 @@ from absl import logging
 
 from fpnas_keras.data import Images
 from fpnas_keras.errors import Interrupted, UserError
-from fpnas_keras.files import replacing
+from fpnas_keras.files import check_fields, read_json, replacing, write_json
 from fpnas_keras.runs.run_directory import RunDirectory
 from fpnas_keras.runs.settings import RunSettings
-from fpnas_keras.settings import flag_values
+from fpnas_keras.settings import define_flags, flag_values, parse_flags
 
 # What `files.replacing` leaves behind when its process is killed.
 _TEMPORARY = re.compile(r"\.\d+\..+")
 
 
+# A kill may have left these alone.
+_WRITTEN_FIRST = {"chosen.txt", "images.json"}
+
+
 class Session:
     """A process that starts or continues a run in its directory.
 
-    The flags are written first and `summary.json` last. Only one process at a time works in a
-    directory. If the directory holds an unfinished run with the same flags, this process
-    continues it. If only `epochs` is different, and higher, it goes on with the run, finished or
-    not.
+    `flags.txt` is written before the run begins, and `summary.json` last. Only one process at a
+    time works in a directory. If the directory holds an unfinished run with the same flags, this
+    process continues it. If only `epochs` is different, and higher, it goes on with the run,
+    finished or not.
 
     Args:
         run: The run directory.
@@ -52,6 +57,7 @@ class Session:
         self.settings = settings
         self.module = module
         self._chosen = []
+        self._fingerprint, self._count = "", 0
         self._goes_on = False
         self.writes = writes
         self._started = time.monotonic(), _cpu_seconds()
@@ -68,7 +74,8 @@ class Session:
         """Locks the directory and looks at what it holds."""
         if self.writes and self._lock is None:
             self._acquire()
-        if any(not _TEMPORARY.fullmatch(path.name) for path in self.run.directory.iterdir()):
+        names = {path.name for path in self.run.directory.iterdir()} - _WRITTEN_FIRST
+        if any(not _TEMPORARY.fullmatch(name) for name in names):
             try:
                 self._check_same_run()
             except Exception:
@@ -81,6 +88,11 @@ class Session:
     def has_work(self) -> bool:
         """Whether the run is not at its end."""
         return self._goes_on or not self.run.finished
+
+    @property
+    def goes_on_from_end(self) -> bool:
+        """Whether the run is finished and is to have more epochs."""
+        return self._goes_on and self.run.finished
 
     def _acquire(self):
         # Held until `close`, or until the process ends, however it ends. Nothing is left behind.
@@ -114,8 +126,8 @@ class Session:
             )
         theirs, ours = self.run.flag_lines(), self.settings.to_flags()
         differing = flag_values(set(theirs) ^ set(ours)).keys()
-        if self.run.finished:  # maybe by an earlier version, which did not have all flags
-            differing = differing - (self.settings.defaults() - flag_values(theirs).keys())
+        # An earlier version did not have all flags.
+        differing = differing - (self.settings.defaults() - flag_values(theirs).keys())
         differing = differing - self.settings.may_change()
         if differing == {"epochs"} and self._has_more_epochs():
             self._goes_on = True
@@ -131,21 +143,30 @@ class Session:
             planned = self.run.planned_epochs
         except UserError:  # of a damaged flag file
             return False
-        if self.settings.epochs is None or self.settings.epochs <= planned:
-            return False
-        if self.run.finished and not any(self.run.checkpoint_folder.glob("*")):
-            raise UserError(
-                f"the run in `output_dir` {self.run.directory} cannot go on: it is finished and "
-                "its last checkpoint is gone. Choose another directory."
-            )
-        return True
+        return self.settings.epochs is not None and self.settings.epochs > planned
 
     def fit_settings(self, images: Images) -> RunSettings:
         """The settings with those that depend on the training images, which `begin` writes down.
 
         The settings of the run stay as they were given.
         """
-        fitted, given = self.settings.fit_to(images), self.settings.to_flags()
+        self._fingerprint = images.fingerprint()
+        if self.run.images_file.is_file():
+            known = read_json(self.run.images_file, "a fingerprint", _checked_fingerprint)
+            if known["fingerprint"] != self._fingerprint:
+                raise UserError(
+                    f"the training images have changed since the run in {self.run.directory} "
+                    f"began: {known['count']} then, {len(images.y)} now, maybe under other names. "
+                    "Choose another directory."
+                )
+        self._count = len(images.y)
+        settings = self.settings
+        # What an unfinished run has chosen stays, so that its end is that of one run.
+        kept = [f"--{name}={value}" for name, value in self.run.chosen.items()]
+        kept = parse_flags(define_flags(type(settings)), kept)
+        missing = {name: value for name, value in kept.items() if getattr(settings, name) is None}
+        fitted = dataclasses.replace(settings, **missing).fit_to(images)
+        given = settings.to_flags()
         self._chosen = [flag for flag in fitted.to_flags() if flag not in given]
         return fitted
 
@@ -168,7 +189,8 @@ class Session:
                     "going on with %s: %d epochs instead of %d",
                     *(self.run.directory, self.settings.epochs, self.run.planned_epochs),
                 )
-                self.run.summary_file.unlink(missing_ok=True)
+                for file in ("summary.json", "report.html", "mistakes.json"):
+                    self.run.path(file).unlink(missing_ok=True)
                 self.run.write_flags(self.settings.to_flags(), self._chosen)
             elif self.run.finished:
                 raise UserError(
@@ -177,6 +199,8 @@ class Session:
             for path in self.run.directory.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink()
+            fingerprint = {"fingerprint": self._fingerprint, "count": self._count}
+            write_json(self.run.images_file, fingerprint)
             if not self.run.flag_file.exists():
                 self.run.write_flags(self.settings.to_flags(), self._chosen)
         for name, file in files.items():
@@ -234,7 +258,7 @@ class Session:
         self._earlier = usage
 
     def finish(self, **summary: Any) -> None:
-        """Writes the summary, with what the run used, and removes the checkpoints."""
+        """Writes the summary, with what the run used, and removes old checkpoints."""
         if not self.writes:
             return
         versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
@@ -247,6 +271,11 @@ class Session:
             files = sorted(self.run.checkpoint_folder.iterdir(), key=_step_of)
             for file in files[:-1]:
                 file.unlink()
+
+
+def _checked_fingerprint(data):
+    check_fields(data, "it", fingerprint=str, count=int)
+    return data
 
 
 def _step_of(file):
