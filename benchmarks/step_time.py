@@ -140,15 +140,16 @@ def start(settings: StepTimeSettings) -> dict[str, list[float]]:
                 [
                     *(sys.executable, "-m", "fpnas_keras.search"),
                     *("--flagfile=configs/quickstart.flags", f"--output_dir={directory}/run"),
-                    f"--space={settings.quickstart_space}",
+                    *(f"--space={settings.quickstart_space}", "--warmup_steps=0"),
+                    "--steps_per_epoch=1",  # The line of the first epoch then follows its one step.
                 ],
                 cwd=harness.ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
             seen = b""
-            while b"1/40" not in seen:
-                chunk = process.stdout.read1()
+            while b"epoch 1 of" not in seen:
+                chunk = process.stderr.read1()
                 if not chunk:
                     raise RuntimeError(f"the search ended before its first step: {seen.decode()}")
                 seen += chunk

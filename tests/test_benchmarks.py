@@ -20,6 +20,7 @@ SHARED = {"dmasking", "harness", "networks"}
 NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - SHARED)
 # These need more than their rows to report: a data set, a run directory, or a latency table.
 NEEDS_MORE = {
+    "few_photos",
     "imagenet",
     "joint_logits",
     "macro_search",
