@@ -9,6 +9,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from fpnas_keras import data
+from fpnas_keras.commands import quiet_libraries
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 
@@ -92,6 +93,8 @@ class Runner:
 
     def __init__(self, content: bytes):
         interpreter = Interpreter(model_content=content)
+        with quiet_libraries():
+            interpreter.allocate_tensors()
         self._serve = interpreter.get_signature_runner("serving_default")
         self._image = self._serve.get_input_details()["image"]
         self._logits = self._serve.get_output_details()["logits"]

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from absl import flags, logging
@@ -79,8 +79,9 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     try:
         settings, wanted = _parse(command.settings, arguments)
         _set_up_log(wanted)
-        if command.needs_tensorflow and wanted < logging.DEBUG:
-            _import_tensorflow()
+        if command.needs_tensorflow:
+            with quiet_libraries():
+                import tensorflow  # noqa: F401
         command.run(settings)
         return 0
     except (UserError, OSError) as error:
@@ -105,21 +106,10 @@ def _set_up_log(verbosity):
         stdlib_logging.getLogger("tensorflow").setLevel(stdlib_logging.ERROR)
     handler = stdlib_logging.StreamHandler()
     handler.setFormatter(_Formatter())
+    if verbosity < logging.DEBUG:
+        handler.addFilter(lambda record: "/tensorflow/" not in record.pathname)
     stdlib_logging.basicConfig(handlers=[handler])
     logging.set_verbosity(verbosity)
-
-
-def _import_tensorflow():
-    """Imports TensorFlow without the lines about GPUs that no setting of it turns off."""
-    sys.stderr.flush()
-    original = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        import tensorflow  # noqa: F401
-    finally:
-        os.dup2(original, 2)
-        os.close(original)
 
 
 class _Formatter(stdlib_logging.Formatter):
@@ -128,6 +118,27 @@ class _Formatter(stdlib_logging.Formatter):
     def formatMessage(self, record):
         mark = "" if record.levelno <= stdlib_logging.INFO else f"{record.levelname.lower()}: "
         return mark + record.message
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Drops what C++ libraries write to stderr inside the block, unless --verbosity=1 asks for it.
+
+    TensorFlow says that there is no GPU when it is imported, and LiteRT that it uses XNNPACK. No
+    setting of theirs turns that off.
+    """
+    if logging.get_verbosity() >= logging.DEBUG:
+        yield
+        return
+    sys.stderr.flush()
+    original = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(original, 2)
+        os.close(original)
 
 
 def _interrupt(number, frame):

@@ -542,6 +542,36 @@ def test_paths_may_have_any_letters(searched, tmp_path):
     assert (directory / "trained" / "model_int8.tflite").is_file()
 
 
+def test_a_log_file_has_plain_lines(searched, tmp_path):
+    """Nothing of TensorFlow, no escape codes, one line an epoch."""
+    result = run_process(
+        "fpnas_keras.train",
+        f"--architecture={searched[0]}/architecture.json",
+        "--train_images=100",
+        "--epochs=3",
+        f"--output_dir={tmp_path}/run",
+    )
+    assert result.returncode == 0
+    export = run_process(*next_command(result.stdout), "--quantize=none")
+    for stderr in (result.stderr, export.stderr):
+        for word in (
+            "tensorflow",
+            "TensorFlow",
+            "oneDNN",
+            "cuda",
+            "absl",
+            "\r",
+            "\x1b",
+            "Sharding",
+        ):
+            assert word not in stderr, stderr
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("digits: 1,797 images (1,437 train, 360 test from a fifth of train)")
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in epochs] == [f"epoch {n} of 3" for n in (1, 2, 3)]
+    assert all(line.endswith(" left") for line in epochs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["search", "train"])
 def test_killed_at_ten_random_moments(searched, tmp_path, kind):
