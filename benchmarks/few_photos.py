@@ -192,9 +192,9 @@ def phases(settings: FewPhotosSettings, runs: harness.Runs) -> Iterator[dict[str
             "found": runs.architecture_file(f"search {count}"),
             "MobileNetV3-Small": published,
         }
-        for name, file in files.items():
-            for way, changes in (("scratch", {}), ("teacher", {"teacher": str(teacher)})):
-                for seed in range(settings.seeds):
+        for seed in range(settings.seeds):
+            for name, file in files.items():
+                for way, changes in (("scratch", {}), ("teacher", {"teacher": str(teacher)})):
                     label = f"{count} {name} {way} {seed}"
                     trainings |= runs.train(label, file, **common[count] | changes, seed=seed)
     yield searches
