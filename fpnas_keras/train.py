@@ -147,9 +147,8 @@ class TrainSettings(RunSettings):
         "Network whose logits are learned beside the labels (distillation): a .keras file; an "
         "architecture (.json) with --teacher_weights; or the name of a network of "
         "keras.applications. One with another number of classes, such as ImageNet's, gets a new "
-        "head, which is fitted to the training images: this is what helps most with few images. "
-        "Train a teacher of the same classes with --label_smoothing=0: smoothed labels spoil what "
-        "it teaches (arXiv:1906.02629).",
+        "head, which is fitted to the training images. Train a teacher of the same classes with "
+        "--label_smoothing=0: smoothed labels spoil what it teaches (arXiv:1906.02629).",
         None,
         group=_DISTILLATION,
         path=True,
