@@ -166,7 +166,7 @@ def judge(settings: MacroSearchSettings) -> None:
     search = run.load_search()
     images = run.data_settings().load_images("train", settings.input_size)
     evaluation = Evaluation(search, images, run.weights_share, settings.evaluation_images)
-    entries = space.entries.from_choices(search.space.choices(run.architecture))
+    entries = search.space.entries_of(run.architecture)
     accuracy = table.accuracy[int(table.index(entries))]
     summary = {
         "accuracy": accuracy,

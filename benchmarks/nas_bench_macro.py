@@ -227,7 +227,7 @@ class TableSearch:
         """Row of the network that the search derives now."""
         found = self.search.derive(budget, least_share=least_share)
         space = self.table.space
-        return int(self.table.index(space.entries.from_choices(space.choices(found))))
+        return int(self.table.index(space.entries_of(found)))
 
     def expected_cost(self) -> float:
         """E[cost] now."""

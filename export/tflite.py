@@ -358,9 +358,8 @@ def _export_and_print(settings):
     print(
         f"\n{exported.path}: {report['bytes']:,} bytes; test accuracy "
         f"{report['tflite_accuracy']:.2%} (Keras {report['keras_accuracy']:.2%}), balanced "
-        f"{report['tflite_balanced_accuracy']:.2%} ({report['keras_balanced_accuracy']:.2%}), same "
-        "class for "
-        f"{report['agreement']:.2%}, largest difference of a logit "
+        f"{report['tflite_balanced_accuracy']:.2%} ({report['keras_balanced_accuracy']:.2%}), "
+        f"same class for {report['agreement']:.2%}, largest difference of a logit "
         f"{report['max_difference']:.1e}; {report['host_milliseconds']:.3g} ms an image on one "
         "thread of this machine\n"
         f"labels: {exported.labels}\nreport: {exported.report_file}\n"

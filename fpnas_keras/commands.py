@@ -100,13 +100,12 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
 
 def _set_up_log(verbosity):
     """Shows what this program says, and what TensorFlow says only if `verbosity` asks for it."""
+    handler = stdlib_logging.StreamHandler()
+    handler.setFormatter(_Formatter())
     if verbosity < logging.DEBUG:
         # Read when TensorFlow is imported, which is later.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         stdlib_logging.getLogger("tensorflow").setLevel(stdlib_logging.ERROR)
-    handler = stdlib_logging.StreamHandler()
-    handler.setFormatter(_Formatter())
-    if verbosity < logging.DEBUG:
         handler.addFilter(lambda record: "/tensorflow/" not in record.pathname)
     stdlib_logging.basicConfig(handlers=[handler])
     logging.set_verbosity(verbosity)

@@ -726,7 +726,7 @@ def _choose(settings, evaluation, most_probable):
     space = search.space
     if not settings.finalists:
         return most_probable, 1
-    first = space.entries.from_choices(space.choices(most_probable))
+    first = space.entries_of(most_probable)
     others = search.finalists(settings.finalists, least_share=settings.least_share)
     finalists = np.concatenate([first[None], others[(others != first).any(axis=1)]])
     finalists = finalists[: settings.finalists]
@@ -741,7 +741,7 @@ def _summarize(
     architecture: "Architecture",
 ) -> dict[str, Any]:
     search = evaluation.search
-    entries = search.space.entries.from_choices(search.space.choices(architecture))
+    entries = search.space.entries_of(architecture)
     expected_cost = search.space_cost.expected(search.distribution.entry_probabilities())
     shared = runs.describe_confusion(evaluation.confusion_matrix(entries), evaluation.class_names)
     return {

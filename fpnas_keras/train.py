@@ -354,9 +354,13 @@ class _Training:
 
     def _teach(self, images):
         """The training images with the logits of a teacher that has other classes."""
-        settings = self.settings
-        self._is_taught = settings.teacher is not None and runs.is_foreign(
-            settings.teacher, settings.teacher_weights, self.architecture.num_classes
+        settings, file = self.settings, self.session.run.teacher_file
+        # The file is there when the run is continued: the teacher need not be loaded then.
+        self._is_taught = file.is_file() or (
+            settings.teacher is not None
+            and runs.is_foreign(
+                settings.teacher, settings.teacher_weights, self.architecture.num_classes
+            )
         )
         if not self._is_taught:
             return images
@@ -365,7 +369,6 @@ class _Training:
                 "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
                 f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
             )
-        file = self.session.run.teacher_file
         if file.is_file():
             return images._replace(logits=np.load(file, allow_pickle=False))
         features = runs.load_features(settings.teacher, settings.teacher_weights)

@@ -5,6 +5,7 @@ iteration to the next. Every image is decoded once, or once per batch if the ima
 memory.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +28,7 @@ def search_batches(
     first_step: int = 0,
     weights_share: float | None = None,
     augmentation: Augmentation | None = None,
+    whole_epochs: bool = False,
 ) -> tf.data.Dataset:
     """Batches for `ArchitectureSearch.fit`: `((x_t, y_t), (x_v, y_v))`.
 
@@ -48,6 +50,8 @@ def search_batches(
         weights_share: Share of the images in the weights part. Default: `choose_weights_share`.
         augmentation: What is changed at random in the images of the weights part. It must not mix
             images.
+        whole_epochs: Whether the first iteration is the first whole epoch after `first_step`,
+            instead of the rest of an epoch.
 
     Returns:
         A dataset of one epoch. Each iteration over it yields the next epoch.
@@ -67,6 +71,8 @@ def search_batches(
     weights_share = weights_share or choose_weights_share(len(images.y))
     weights, architecture = split(images.y, 1 - weights_share, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
+    if whole_epochs:
+        first_step = math.ceil(first_step / steps) * steps
     read = _in_memory(images)
     read_t = _reader(read, weights, batch_size, seed)
     read_v = _reader(read, architecture, architecture_batch_size or batch_size, seed + 1)

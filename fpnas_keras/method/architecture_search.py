@@ -12,14 +12,7 @@ import tensorflow as tf
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.cost import Cost, MacsCost, SpaceCost, format_cost
-from fpnas_keras.data import (
-    Augmentation,
-    Images,
-    choose_weights_share,
-    search_batches,
-    split,
-    to_images,
-)
+from fpnas_keras.data import Augmentation, Images, search_batches, to_images
 from fpnas_keras.errors import UserError
 from fpnas_keras.method import configs, estimator, replicas
 from fpnas_keras.method.choices import COST_PENALTIES, DISTRIBUTIONS, STARTS
@@ -394,17 +387,7 @@ class ArchitectureSearch(keras.Model):
             **{"shuffle": False} | kwargs,  # The batches have their order.
         )
 
-    def _make_batches(
-        self,
-        x,
-        y,
-        class_weight,
-        sample_weight,
-        batch_size,
-        steps_per_epoch,
-        weights_share,
-        **kwargs,
-    ):
+    def _make_batches(self, x, y, class_weight, sample_weight, batch_size, **kwargs):
         shape, classes = self.space.input_shape, self.space.num_classes
         if not isinstance(x, Images):
             x = to_images(x, y, sample_weight, class_weight, shape, classes)
@@ -418,16 +401,13 @@ class ArchitectureSearch(keras.Model):
                 f"`x` must have images of {shape} and {classes} classes. "
                 f"Received: images of {x.image_shape} and {len(x.class_names)} classes"
             )
-        seed, batch_size = int(self.seed.numpy()), batch_size or 64
-        share = weights_share or choose_weights_share(len(x.y))
-        weights, _ = split(x.y, 1 - share, seed)
-        steps = steps_per_epoch or max(1, len(weights) // batch_size)
-        # Another `fit` goes on in the order of the images.
-        first_step = -(-int(self.step.numpy()) // steps) * steps
         return search_batches(
-            *(x, None, batch_size, seed, steps),
-            first_step=first_step,
-            weights_share=share,
+            x,
+            batch_size=batch_size or 64,
+            seed=int(self.seed.numpy()),
+            # Another `fit` goes on in the order of the images.
+            first_step=int(self.step.numpy()),
+            whole_epochs=True,
             **kwargs,
         )
 

@@ -103,12 +103,7 @@ def load_teacher(
         UserError: When the teacher cannot be loaded, or is for other images or classes.
     """
     if teacher.endswith(".keras"):
-        if teacher_weights is not None:
-            raise UserError(
-                "`teacher_weights` is for architectures and keras.applications; a .keras file has "
-                f"its own weights. Received: teacher={teacher}, teacher_weights={teacher_weights}"
-            )
-        model = load_model(teacher, "teacher")
+        model = load_teacher_file(teacher, teacher_weights)
     elif teacher.endswith(".json"):
         model = _load_architecture(teacher, teacher_weights)
     else:
@@ -120,6 +115,20 @@ def load_teacher(
             f"Received: images of {received[0]} and {received[1]} classes"
         )
     return _to_logits(model, teacher)
+
+
+def load_teacher_file(teacher: str, teacher_weights: str | None) -> keras.Model:
+    """Loads the model of a `.keras` file.
+
+    Raises:
+        UserError: When it cannot be loaded, or when weights are given too.
+    """
+    if teacher_weights is not None:
+        raise UserError(
+            "`teacher_weights` is for architectures and keras.applications; a .keras file has its "
+            f"own weights. Received: teacher={teacher}, teacher_weights={teacher_weights}"
+        )
+    return load_model(teacher, "teacher")
 
 
 def application_names() -> list[str]:

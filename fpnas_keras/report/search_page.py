@@ -121,7 +121,7 @@ def _tiles(run):
             ("peak memory", f"{summary['peak_memory_mb'] / 1000:.1f} GB", ""),
             *_accuracy_tile(summary),
         ]
-    return [dict(zip(("label", "value", "note"), tile)) for tile in tiles]
+    return tiles
 
 
 def _accuracy_tile(summary):

@@ -78,7 +78,7 @@ def _tiles(run, summary):
         tiles.append(("MACs", f"{summary['macs']:,}", ""))
         tiles.append(("parameters", f"{summary['params']:,}", ""))
     tiles.append(("time", format_duration(summary.get("wall_seconds", last["seconds"])), ""))
-    return [dict(zip(("label", "value", "note"), tile)) for tile in tiles]
+    return tiles
 
 
 def _progress(run, plots):

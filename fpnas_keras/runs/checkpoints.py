@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import re
 import signal
 import threading
 import time
@@ -28,7 +27,6 @@ from fpnas_keras.runs.session import Session
 
 _KEPT = 2
 _DIGEST = hashlib.sha256().digest_size
-_STEP = re.compile(r"step_(\d+)\.ckpt")
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -65,19 +63,16 @@ class Checkpoints(keras.callbacks.Callback):
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def _find_latest(self):
-        found = {}
-        if self.directory.is_dir():
-            names = {path: _STEP.fullmatch(path.name) for path in self.directory.iterdir()}
-            found = {int(match[1]): path for path, match in names.items() if match}
-        for step in sorted(found, reverse=True):
+        found = self.session.run.checkpoints
+        for step, path in found.items():
             try:
-                self._restored_arrays, self._restored_state = _read(found[step])
+                self._restored_arrays, self._restored_state = _read(path)
             except ValueError as error:
-                logging.warning("the checkpoint %s is damaged: %s", found[step], error)
+                logging.warning("the checkpoint %s is damaged: %s", path, error)
                 continue
             self.step, self.steps_per_epoch = step, self._restored_state["steps_per_epoch"]
             self._whole_steps = [step]
-            logging.info("continuing after step %d, from %s", step, found[step])
+            logging.info("continuing after step %d, from %s", step, path)
             return
         if self.session.goes_on_from_end:
             raise UserError(

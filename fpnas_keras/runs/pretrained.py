@@ -8,7 +8,12 @@ from absl import logging
 
 from fpnas_keras.data import Images, test_batches
 from fpnas_keras.errors import UserError
-from fpnas_keras.networks import IMAGENET_CLASSES, load_application, load_model
+from fpnas_keras.networks import (
+    IMAGENET_CLASSES,
+    load_application,
+    load_model,
+    load_teacher_file,
+)
 from fpnas_keras.networks.conventions import DATA_FORMAT
 from fpnas_keras.progress import track
 
@@ -33,10 +38,8 @@ def is_foreign(teacher: str, teacher_weights: str | None, num_classes: int) -> b
         return num_classes != IMAGENET_CLASSES
     try:
         load_application(teacher, teacher_weights, num_classes)
-    except UserError:
-        return (
-            True  # Its weights are for ImageNet's classes, or `load_features` says what is wrong.
-        )
+    except UserError:  # They are for ImageNet's classes, or `load_features` says what is wrong.
+        return True
     return False
 
 
@@ -57,12 +60,7 @@ def load_features(teacher: str, teacher_weights: str | None) -> keras.Model:
         UserError: When the network cannot be loaded, or has no head.
     """
     if teacher.endswith(".keras"):
-        if teacher_weights is not None:
-            raise UserError(
-                "`teacher_weights` is for networks of keras.applications; a .keras file has its "
-                f"own weights. Received: teacher={teacher}, teacher_weights={teacher_weights}"
-            )
-        model = load_model(teacher, "teacher")
+        model = load_teacher_file(teacher, teacher_weights)
         return keras.Model(model.input, _features(model, teacher))
     network, preprocessing = load_application(teacher, teacher_weights)
     height, width = (size or _SIZE for size in network.input_shape[1:3])

@@ -246,7 +246,7 @@ def rank_by_shared_weights(
 
 def _entries(space: Space, name, architecture):
     try:
-        return space.entries.from_choices(space.choices(architecture))
+        return space.entries_of(architecture)
     except ValueError as error:
         raise UserError(f"{name} is not of the search: {error}") from None
 

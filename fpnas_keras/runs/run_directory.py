@@ -32,6 +32,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from fpnas_keras.runs.ranking import Ranked
 
 RANKING_FORMAT = 1
+_CHECKPOINT = re.compile(r"step_(\d+)\.ckpt")
 UNITS = {name: cost.unit for name, cost in COSTS.items()}
 # Values of the column `phase`, and what reports call them.
 PHASES = {"warm_up": "warm-up", "factorized": "factorized", "joint": "joint"}
@@ -145,6 +147,16 @@ class RunDirectory:
     def checkpoint_folder(self) -> pathlib.Path:
         """The checkpoints. The last one stays when the run is finished."""
         return self.path("checkpoints")
+
+    @property
+    def checkpoints(self) -> dict[int, pathlib.Path]:
+        """The checkpoint files by their step, the last one first."""
+        found = {}
+        if self.checkpoint_folder.is_dir():
+            for path in self.checkpoint_folder.iterdir():
+                if match := _CHECKPOINT.fullmatch(path.name):
+                    found[int(match[1])] = path
+        return dict(sorted(found.items(), reverse=True))
 
     @property
     def finished(self) -> bool:

@@ -29,17 +29,12 @@ from fpnas_keras.settings import define_flags, flag_values, parse_flags
 _TEMPORARY = re.compile(r"\.\d+\..+")
 
 
-# A kill may have left these alone.
-_WRITTEN_FIRST = {"chosen.txt", "images.json"}
-
-
 class Session:
     """A process that starts or continues a run in its directory.
 
     `flags.txt` is written before the run begins, and `summary.json` last. Only one process at a
     time works in a directory. If the directory holds an unfinished run with the same flags, this
-    process continues it. If only `epochs` is different, and higher, it goes on with the run,
-    finished or not.
+    process continues it. With a higher `epochs` it also goes on with a finished run.
 
     Args:
         run: The run directory.
@@ -74,8 +69,9 @@ class Session:
         """Locks the directory and looks at what it holds."""
         if self.writes and self._lock is None:
             self._acquire()
-        names = {path.name for path in self.run.directory.iterdir()} - _WRITTEN_FIRST
-        if any(not _TEMPORARY.fullmatch(name) for name in names):
+        # A kill may have left those two alone.
+        others = set(self.run.directory.iterdir()) - {self.run.chosen_file, self.run.images_file}
+        if any(not _TEMPORARY.fullmatch(path.name) for path in others):
             try:
                 self._check_same_run()
             except Exception:
@@ -268,19 +264,15 @@ class Session:
     def _remove_checkpoints(self):
         """Removes all checkpoints but the last, from which the run can go on."""
         if self.writes and self.run.checkpoint_folder.is_dir():
-            files = sorted(self.run.checkpoint_folder.iterdir(), key=_step_of)
-            for file in files[:-1]:
-                file.unlink()
+            last = next(iter(self.run.checkpoints.values()), None)
+            for path in self.run.checkpoint_folder.iterdir():
+                if path != last:
+                    path.unlink()
 
 
 def _checked_fingerprint(data):
     check_fields(data, "it", fingerprint=str, count=int)
     return data
-
-
-def _step_of(file):
-    digits = re.findall(r"\d+", file.name)
-    return int(digits[0]) if digits and not _TEMPORARY.fullmatch(file.name) else -1
 
 
 def _cpu_seconds():

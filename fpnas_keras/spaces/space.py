@@ -239,6 +239,14 @@ class Space:
             filters = blocks[-1].filters
         return np.array(rows, np.int32)
 
+    def entries_of(self, architecture: Architecture) -> np.ndarray:
+        """The entries of an architecture, int32 of shape `(blocks,)`.
+
+        Raises:
+            UserError: If the architecture is not in the space.
+        """
+        return self.entries.from_choices(self.choices(architecture))
+
     def _choices_of(
         self, search_block: SearchBlock, blocks: tuple[Block, ...], position: int, filters_in: int
     ) -> np.ndarray:
