@@ -162,7 +162,6 @@ def judge(settings: MacroSearchSettings) -> None:
     run, table = SearchRun(settings.judged), Table(settings.table_dir)
     budget = float(settings.targets[0]) * 1e6
     in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
-    space = table.space
     search = run.load_search()
     images = run.data_settings().load_images("train", settings.input_size)
     evaluation = Evaluation(search, images, run.weights_share, settings.evaluation_images)
