@@ -7,16 +7,22 @@ training images, networks of at most 2M MACs, 20 epochs. Every network is traine
 recipe, which is the best of `RECIPES` for a random network on held-out training images. Compared
 are
 
-* the results of 3 searches with different seeds, each trained with 2 seeds,
-* 10 random networks that cost 95% to 100% of the target,
+* the results of 3 searches with different seeds, each trained with 2 seeds, or --seeds,
+* random networks that cost 95% to 100% of the target: 10, or --random_networks,
 * MobileNetV3-Small, MobileNetV2 and EfficientNet-B0 at the largest width within the target, each
-  trained with 2 seeds.
+  trained as often.
+
+With --tasks_dir=FOLDER nothing runs here: the trainings that have no row yet, and their images, go
+to a folder, for `torch_trainings.py` on a machine with a GPU. First those that choose the recipe;
+once their rows are in --output, those of the networks.
 
 One job runs on each core. Finished rows are appended to --output. A run that was interrupted
 continues from there.
 """
 
 import dataclasses
+import json
+import pathlib
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
@@ -30,14 +36,17 @@ from networks import PUBLISHED, draw_random_networks, scale_published
 
 import fpnas_keras as fpnas
 from fpnas_keras.commands import run_command
+from fpnas_keras.data.settings import DATA_FLAGS, DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.settings import setting
 
 RECIPES = {
-    "batch 128, rate 0.1": {"batch_size": 128, "learning_rate": 0.1},
-    "batch 128, rate 0.2": {"batch_size": 128, "learning_rate": 0.2},
-    "batch 32, rate 0.1": {"batch_size": 32, "learning_rate": 0.1},
+    "batch 128 at 0.1": {"batch_size": 128, "learning_rate": 0.1},
+    "batch 128 at 0.2": {"batch_size": 128, "learning_rate": 0.2},
+    "batch 32 at 0.1": {"batch_size": 32, "learning_rate": 0.1},
 }
+# Images that are held out to choose a recipe.
+HELD_OUT = 0.3
 
 
 class Data(NamedTuple):
@@ -69,7 +78,7 @@ class VersusSettings(harness.ProjectSettings):
         "jobs": ("fashion_mnist",),
         "published": ("MobileNetV3-Small",),
         "published_blocks": 2,
-        "recipes": ("batch 128, rate 0.1",),
+        "recipes": ("batch 128 at 0.1",),
         "random_networks": 2,
         "search_seeds": 1,
     }
@@ -84,6 +93,7 @@ class VersusSettings(harness.ProjectSettings):
     published: tuple[str, ...] = setting("Networks by hand.", tuple(PUBLISHED))
     published_blocks: int = setting("Most blocks of a network by hand.", 20, least=1)
     recipes: tuple[str, ...] = setting("Recipes to choose from.", tuple(RECIPES))
+    tasks_dir: str | None = setting("Folder to write trainings to, instead of running.", None)
     picture: str | None = setting("File of the picture, a PNG.", None)
 
     def check(self) -> None:
@@ -117,7 +127,7 @@ def phases(settings: VersusSettings, runs: harness.Runs) -> Iterator[dict[str, h
         for seed in range(settings.search_seeds):
             first |= search(runs, job, f"{name} search {seed}", seed)
         for recipe in settings.recipes:
-            held_out = {"validation_split": 0.3} | RECIPES[recipe]
+            held_out = {"validation_split": HELD_OUT} | RECIPES[recipe]
             file = architecture_file(runs, f"{name} random 0")
             first |= train(runs, job, f"{name} recipe {recipe}", file, **held_out)
     yield first
@@ -156,6 +166,60 @@ def save_networks(settings: VersusSettings, runs: harness.Runs, name: str, job: 
         )
     for each, architecture in made.items():
         architecture.save(architecture_file(runs, f"{name} {each}"))
+
+
+def write_tasks(settings: VersusSettings, runs: harness.Runs) -> None:
+    """Writes the trainings that can run now, and their images, for `torch_trainings.py`."""
+    folder = pathlib.Path(settings.tasks_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = harness.finished(settings.output, "name")
+    tasks = []
+    for name in settings.jobs:
+        job = settings.get(name)
+        save_networks(settings, runs, name, job)
+        trainings = list(_trainings(settings, rows, name))
+        tasks += [_task(runs, job, *each) for each in trainings if each[0] not in rows]
+        _write_images(settings, job, folder / f"{name}.npz")
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    print(f"{len(tasks)} trainings: {folder / 'tasks.json'}")
+
+
+def _trainings(settings, rows, job):
+    """Name, network, recipe, held-out share and seed of the trainings of a job."""
+    recipes = {f"{job} recipe {recipe}": recipe for recipe in settings.recipes}
+    if not recipes.keys() <= rows.keys():
+        for name, recipe in recipes.items():
+            yield name, f"{job} random 0", recipe, HELD_OUT, 0
+        return
+    recipe = best_recipe(settings, rows, job)
+    for each, repeats in networks(settings).items():
+        for seed in range(repeats):
+            yield f"{job} {each}: {seed}", f"{job} {each}", recipe, 0, seed
+
+
+def _task(runs, job, name, network, recipe, held_out, seed):
+    architecture = fpnas.Architecture.load(architecture_file(runs, network))
+    return {
+        "name": name,
+        "images": name.split()[0],
+        "architecture": architecture.to_dict(),
+        "macs": architecture.macs(),
+        "epochs": runs.settings.train_epochs,
+        **RECIPES[recipe],
+        "random_crop": _common(job)["random_crop"],
+        "held_out": held_out,
+        "seed": seed,
+    }
+
+
+def _write_images(settings, job, file):
+    given = {name: value for name, value in _common(job).items() if name in DATA_FLAGS}
+    images = DataSettings(data_dir=settings.data_dir, download=False, **given)
+    arrays = {}
+    for part in ("train", "test"):
+        loaded = images.load_images(part, job.image_shape[0])
+        arrays |= {f"x_{part}": loaded.x, f"y_{part}": loaded.y}
+    np.savez_compressed(file, **arrays)
 
 
 def architecture_file(runs: harness.Runs, name: str) -> str:
@@ -232,12 +296,7 @@ def report(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
             f": p = {test.pvalue:.2g})"
         )
         seconds = [rows[f"{job} search {seed}"]["cpu_seconds"] for seed in range(len(found))]
-        trained = [rows[f"{job} search {seed}: 0"]["cpu_seconds"] for seed in range(len(found))]
-        ratio = statistics.mean(seconds) / statistics.mean(trained)
-        print(
-            f"CPU time of a search: {statistics.mean(seconds):.0f} s, {ratio:.2f} of one training "
-            "of its result"
-        )
+        print(f"CPU time of a search: {statistics.mean(seconds):.0f} s")
 
 
 def draw(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
@@ -265,6 +324,9 @@ def draw(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
 def run(settings: VersusSettings) -> None:
     """Runs the jobs that have no row yet, and reports."""
     runs = harness.Runs(settings)
+    if settings.tasks_dir:
+        write_tasks(settings, runs)
+        return
     rows = runs.run_phases(phases(settings, runs))
     report(settings, rows)
     if settings.picture:
