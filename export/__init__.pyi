@@ -1,9 +1,13 @@
+from . import comparison as comparison
 from . import conversion as conversion
 from . import devices as devices
 from . import latency_model as latency_model
 from . import latency_parts as latency_parts
+from . import metadata as metadata
 from . import qat as qat
 from .latency import compare_latency as compare_latency
 from .latency import measure_latency as measure_latency
+from .predict import Prediction as Prediction
+from .predict import classify_images as classify_images
 from .tflite import TfliteExport as TfliteExport
 from .tflite import export_tflite as export_tflite

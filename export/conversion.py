@@ -18,12 +18,15 @@ def convert(
     model: keras.Model,
     quantize: str = "none",
     representative: Iterable[np.ndarray] | None = None,
-    input_type: str = "int8",
+    input_type: str = "uint8",
+    scores: str = "logits",
+    batch_size: int = 1,
 ) -> bytes:
     """Converts a model of one input and one output to a flat buffer.
 
-    The file takes one image (batch 1: a dynamic batch splits the part that XNNPACK runs), has
-    builtin operators only, and the signature `serving_default` from `image` to `logits`.
+    The file takes a fixed number of images (a dynamic batch splits the part that XNNPACK runs), has
+    builtin operators only, and the signature `serving_default` from `image` to `logits` or
+    `probabilities`.
 
     Args:
         model: A built functional model of Keras or tf_keras. It can be the result of
@@ -32,7 +35,9 @@ def convert(
             activations) or "int8" (int8 weights and activations).
         representative: Inputs of shape `input_shape` from which the ranges for int8 are computed;
             `None` after quantization-aware training.
-        input_type: "int8" or "uint8", of the image and the logits of an int8 file.
+        input_type: "int8" or "uint8", of the image and the scores of an int8 file.
+        scores: What the model gives: "logits" or "probabilities".
+        batch_size: Number of images that the file takes at once.
 
     Raises:
         UserError: When the model needs operators that are not builtin.
@@ -42,11 +47,11 @@ def convert(
     module.variables_of_model = [
         each if isinstance(each, tf.Variable) else each.value for each in model.variables
     ]
-    shape = (1, *model.input_shape[1:])
+    shape = (batch_size, *model.input_shape[1:])
 
     @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name="image")])
     def serve(image):
-        return {"logits": model(image, training=False)}
+        return {scores: model(image, training=False)}
 
     module.serve = serve
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
@@ -62,10 +67,12 @@ def convert(
         if representative is not None:
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.representative_dataset = lambda: (
-                {"image": each[None].astype(np.float32)} for each in representative
+                {"image": np.stack([each] * batch_size).astype(np.float32)}
+                for each in representative
             )
     try:
-        return converter.convert()
+        with quiet_libraries():
+            return converter.convert()
     except Exception as error:  # ConverterError is not public.
         message = f"the model {model.name} cannot be converted: {summarize_error(error, line=-1)}"
         raise UserError(message) from None
@@ -85,10 +92,15 @@ def representative_images(images: data.Images, count: int) -> list[np.ndarray]:
 
 
 class Runner:
-    """Runs a flat buffer image by image.
+    """Runs a flat buffer on any number of images.
 
     Args:
         content: The flat buffer, with the signature of `convert`.
+
+    Attributes:
+        scores: What the file gives: "logits" or "probabilities".
+        image_shape: `(height, width, channels)`.
+        batch_size: Number of images that the file takes at once.
     """
 
     def __init__(self, content: bytes):
@@ -97,22 +109,64 @@ class Runner:
             interpreter.allocate_tensors()
         self._serve = interpreter.get_signature_runner("serving_default")
         self._image = self._serve.get_input_details()["image"]
-        self._logits = self._serve.get_output_details()["logits"]
+        ((self.scores, self._details),) = self._serve.get_output_details().items()
+        self.batch_size, *self.image_shape = map(int, self._image["shape"])
 
     @property
     def pixels(self) -> tuple[float, int]:
         """Scale and zero point of the image, `(0.0, 0)` where pixels are float32."""
         return self._image["quantization"]
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Logits, float32 of shape `(classes,)`, of one image of pixels 0..255."""
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Scores of images.
+
+        Args:
+            images: Pixels 0..255, shape `(n, height, width, channels)`.
+
+        Returns:
+            float32 of shape `(n, classes)`.
+        """
+        parts = range(0, len(images), self.batch_size)
+        return np.concatenate([self._run(images[i : i + self.batch_size]) for i in parts])
+
+    def _run(self, images):
+        count = len(images)
+        if count < self.batch_size:  # The last part: repeated to fill the batch.
+            images = np.resize(images, (self.batch_size, *images.shape[1:]))
         scale, zero_point = self.pixels
         if scale:
             limits = np.iinfo(self._image["dtype"])
-            image = np.clip(np.round(image / scale) + zero_point, limits.min, limits.max)
-        logits = self._serve(image=image[None].astype(self._image["dtype"]))["logits"][0]
-        scale, zero_point = self._logits["quantization"]
-        return (logits.astype(np.float32) - zero_point) * (scale or 1.0)
+            images = np.clip(np.round(images / scale) + zero_point, limits.min, limits.max)
+        scores = self._serve(image=images.astype(self._image["dtype"]))[self.scores][:count]
+        scale, zero_point = self._details["quantization"]
+        return (scores.astype(np.float32) - zero_point) * (scale or 1.0)
+
+
+def resizable(content: bytes, images: np.ndarray) -> bool:
+    """Whether a file gives the same scores after its batch size is changed.
+
+    Args:
+        content: The flat buffer.
+        images: Pixels 0..255, shape `(2, height, width, channels)`.
+    """
+    runner, interpreter = Runner(content), Interpreter(model_content=content)
+    (image,), (scores,) = interpreter.get_input_details(), interpreter.get_output_details()
+    size = 2 * runner.batch_size
+    try:
+        with quiet_libraries():
+            interpreter.resize_tensor_input(image["index"], (size, *runner.image_shape))
+            interpreter.allocate_tensors()
+            x = np.resize(images, (size, *runner.image_shape))
+            shift = runner.pixels[1]
+            interpreter.set_tensor(image["index"], (x.astype(int) + shift).astype(image["dtype"]))
+            interpreter.invoke()
+    except (RuntimeError, ValueError):
+        return False
+    scale, zero_point = scores["quantization"]
+    received = interpreter.get_tensor(scores["index"]).astype(np.float32)
+    expected = runner(x)
+    received = (received - zero_point) * (scale or 1.0)
+    return received.shape == expected.shape and bool(np.allclose(received, expected, atol=1e-3))
 
 
 def operators(content: bytes) -> dict[str, int]:

@@ -6,6 +6,7 @@ tf_keras layers. It gets the weights of the Keras model, is fine-tuned, and is t
 
 import sys
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_model_optimization as tfmot
@@ -16,10 +17,13 @@ from tensorflow_model_optimization.python.core.quantization.keras.default_8bit i
 )
 
 from fpnas_keras.architecture import Architecture
+from fpnas_keras.errors import UserError
 from fpnas_keras.networks import NetworkBuilder
 
 _quantize = tfmot.quantization.keras
 _CALIBRATION_BATCHES = 50
+# Largest difference of a logit between a model and its twin, relative to the largest logit.
+_MAX_DIFFERENCE = 1e-3
 # Of tfmot's moving averages of ranges.
 _DECAY = 0.999
 
@@ -50,17 +54,63 @@ class TwinBuilder(NetworkBuilder):
         return gate if function == "hard_sigmoid" else layers.Multiply(name=name)([x, gate])
 
 
-def twin(model: tf_keras.Model, architecture: Architecture) -> tf_keras.Model:
-    """The network of a Keras model in tf_keras, with the same weights."""
+def twin(model: keras.Model, architecture: Architecture) -> tf_keras.Model:
+    """The network of a Keras model in tf_keras, with the same weights.
+
+    Args:
+        model: The Keras model, or one that has it as a part: pixels to logits.
+        architecture: Its architecture.
+
+    Raises:
+        UserError: When the model computes something else than its architecture.
+    """
     built = TwinBuilder().network(architecture)
-    for layer in model.layers:
+    # Both build their layers in one order, but some of tf_keras' weights stand in another.
+    plain = architecture.build()
+    plain.set_weights(model.get_weights())
+    for layer in plain.layers:
         if layer.weights:
             built.get_layer(layer.name).set_weights(layer.get_weights())
+    x = np.random.default_rng(0).uniform(0, 255, (4, *architecture.input_shape)).astype(np.float32)
+    # A softmax in the model leaves its logits but for a constant.
+    expected, received = (
+        logits - logits.mean(axis=-1, keepdims=True)
+        for logits in (model.predict_on_batch(x), built.predict_on_batch(x))
+    )
+    difference = np.abs(expected - received).max()
+    if not difference <= _MAX_DIFFERENCE * max(1.0, np.abs(expected).max()):
+        raise UserError(
+            "the model must compute what its architecture says, to be fine-tuned: something stands "
+            "before or behind its network. --quantize=int8 works for any model. Received: logits "
+            f"that differ by {difference:.2g}"
+        )
     return built
 
 
+def tuned_network(tuned: tf_keras.Model, architecture: Architecture) -> keras.Model:
+    """The network of Keras with the weights of a fine-tuned one.
+
+    Args:
+        tuned: The result of `fine_tune`.
+        architecture: Its architecture.
+    """
+    network = architecture.build()
+    values = {each.name: each.numpy() for each in tuned.weights}
+    for layer in network.layers:
+        own = [f"{layer.name}/{each.name}:0" for each in layer.weights]
+        # tf_keras has another name for depthwise kernels.
+        own = [name if name in values else name.replace("/", "/depthwise_") for name in own]
+        layer.set_weights([values[name] for name in own])
+    return network
+
+
+def with_softmax(model: tf_keras.Model) -> tf_keras.Model:
+    """A model of tf_keras that gives probabilities instead of logits."""
+    return tf_keras.Model(model.input, tf_keras.layers.Softmax(name="probabilities")(model.output))
+
+
 def fine_tune(
-    model: tf_keras.Model,
+    model: keras.Model,
     architecture: Architecture,
     batches: tf.data.Dataset,
     epochs: int = 3,

@@ -14,6 +14,7 @@ MODULES = {
     "rank": "fpnas_keras.rank",
     "report": "fpnas_keras.report.__main__",
     "export": "export.tflite",
+    "predict": "export.predict",
     "latency": "export.latency",
 }
 
@@ -51,8 +52,8 @@ def _help():
         "--output_dir=runs/mine\n"
         "  fpnas train --architecture=runs/mine/architecture.json --data=folder:photos "
         "--random_flip --output_dir=runs/mine_trained\n"
-        "  fpnas export --model=runs/mine_trained/model.keras --data=folder:photos "
-        "--quantize=int8\n\n"
+        "  fpnas export --model=runs/mine_trained/model.keras --quantize=int8\n"
+        "  fpnas predict --model=runs/mine_trained/model_int8.tflite photo.jpg\n\n"
         "`fpnas COMMAND --help` lists the flags of a command. `fpnas --version` tells the version."
     )
 

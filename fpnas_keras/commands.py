@@ -20,6 +20,7 @@ from fpnas_keras.settings import (
     Settings,
     check_required,
     define_flags,
+    find_positional,
     format_flag,
     kind_of,
     parse_flags,
@@ -148,7 +149,7 @@ def _parse(cls, arguments):
     """The settings, and the verbosity of the log."""
     values = define_flags(cls)
     flags.DEFINE_integer("verbosity", logging.INFO, "", flag_values=values)
-    given = parse_flags(values, arguments)
+    given = parse_flags(values, arguments, find_positional(cls))
     verbosity = given.pop("verbosity", logging.INFO)
     check_required(cls, given)
     return cls(**given), verbosity
@@ -161,7 +162,12 @@ def _help(command):
         if not field.metadata["basic"]:
             groups.setdefault(field.metadata["group"], []).append(field)
     sections = [
-        f"usage: {command.name} --flag=value ...",
+        f"usage: {command.name} --flag=value ..."
+        + (
+            f" {positional.upper()} ..."
+            if (positional := find_positional(command.settings))
+            else ""
+        ),
         command.summary,
         *(f"{title}:\n  {line}" for title, line in command.examples),
         *(f"{title}:\n" + "\n".join(map(_describe, group)) for title, group in groups.items()),
@@ -178,7 +184,9 @@ def _describe(field):
     """A flag, its help and its default."""
     choices, default = field.metadata["choices"], field.default
     name = f"--{field.name}="
-    if kind_of(field) is bool:
+    if field.metadata["positional"]:
+        name = field.name.upper()
+    elif kind_of(field) is bool:
         name = f"--[no]{field.name}"
     elif choices:
         name += "|".join(choices)

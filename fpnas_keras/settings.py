@@ -37,6 +37,7 @@ def setting(
     basic: bool = False,
     path: bool = False,
     may_change: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A field of a `Settings` class.
 
@@ -51,6 +52,7 @@ def setting(
         path: Whether it may name a file that comes with the package, such as
             `configs/architectures/mobilenet_v2.json`.
         may_change: Whether a run can be continued with another value.
+        positional: Whether it takes the arguments of a command that are no flags, as texts.
     """
     metadata = {
         "help": help,
@@ -61,6 +63,7 @@ def setting(
         "basic": basic,
         "path": path,
         "may_change": may_change,
+        "positional": positional,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -88,7 +91,7 @@ class Settings:
         Raises:
             UserError: When a flag is unknown, missing or has a bad value.
         """
-        given = parse_flags(define_flags(cls), arguments)
+        given = parse_flags(define_flags(cls), arguments, find_positional(cls))
         check_required(cls, given)
         return cls(**given)
 
@@ -121,6 +124,12 @@ class Settings:
         return shlex.join(format_flag(name, getattr(self, name)) for name in given)
 
 
+def find_positional(cls: type[Settings]) -> str | None:
+    """Name of the setting that takes the arguments that are no flags."""
+    names = (each.name for each in dataclasses.fields(cls) if each.metadata["positional"])
+    return next(names, None)
+
+
 def define_flags(cls: type[Settings]) -> flags.FlagValues:
     """Flags for the fields of a `Settings` class, apart from absl's global flags."""
     values = flags.FlagValues()
@@ -133,15 +142,19 @@ def define_flags(cls: type[Settings]) -> flags.FlagValues:
     return values
 
 
-def parse_flags(values: flags.FlagValues, arguments: Sequence[str]) -> dict[str, Any]:
+def parse_flags(
+    values: flags.FlagValues, arguments: Sequence[str], positional: str | None = None
+) -> dict[str, Any]:
     """Values of the flags that are given.
 
     Args:
         values: The flags, as from `define_flags`.
         arguments: Arguments of the command line.
+        positional: Name of the setting that takes the arguments that are no flags.
 
     Raises:
-        UserError: When a flag is unknown or has a bad value, or an argument is no flag.
+        UserError: When a flag is unknown or has a bad value, or an argument is no flag and there is
+            no such setting.
     """
     try:
         others = values(["", *map(_with_found_flag_file, arguments)])[1:]
@@ -155,16 +168,18 @@ def parse_flags(values: flags.FlagValues, arguments: Sequence[str]) -> dict[str,
         raise UserError(f"`{FLAG_FILE}` is nested too deeply") from None
     except ValueError as error:  # as of --nodownload=1
         raise UserError(str(error)) from None
-    if others:
+    if others and positional is None:
         raise UserError(f"unexpected argument {others[0]!r}; flags begin with --")
-    return {name: values[name].value for name in values if values[name].present}
+    given = {name: values[name].value for name in values if values[name].present}
+    return given | {positional: tuple(others)} if others else given
 
 
 def check_required(cls: type[Settings], given: Iterable[str]) -> None:
     """Raises `UserError` when a setting without a default is not given."""
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in given:
-            raise UserError(f"--{field.name} must be given: {field.metadata['help']}")
+            name = field.name.upper() if field.metadata["positional"] else f"--{field.name}"
+            raise UserError(f"{name} must be given: {field.metadata['help']}")
 
 
 def format_flag(name: str, value: Any) -> str:

@@ -7,7 +7,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from helpers import make_tiny_space
 
-from export import conversion, devices, tflite
+from export import comparison, conversion, devices, tflite
 from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
 from fpnas_keras.errors import UserError
@@ -52,9 +52,9 @@ def random_images(count=20):
 def test_every_choice_is_exported_and_gives_the_same_logits(block):
     model = make_model(block, block.activation)
     content = conversion.convert(model)
-    comparison = tflite.compare(model, content, random_images())
-    assert comparison.max_difference < 1e-4
-    assert comparison.agreement == 1.0
+    compared = comparison.compare(model, content, random_images())
+    assert compared.max_difference < 1e-4
+    assert compared.agreement == 1.0
     names = set(conversion.operators(content))
     assert not {name for name in names if "Flex" in name or "CUSTOM" in name}
     assert "DELEGATE" not in names
@@ -71,9 +71,9 @@ def assert_quantized(model, quantize, bound):
     images = random_images(100)
     representative = conversion.representative_images(images, 50)
     content = conversion.convert(model, quantize, representative, "int8")
-    comparison = tflite.compare(model, content, images)
+    compared = comparison.compare(model, content, images)
     logits = model.predict(images.x.astype(np.float32), verbose=0)
-    assert comparison.max_difference < bound * np.ptp(logits)
+    assert compared.max_difference < bound * np.ptp(logits)
     names = conversion.operators(content)
     assert not [name for name in names if "Flex" in name or "CUSTOM" in name]
     return content
@@ -96,24 +96,24 @@ def test_weights_alone_are_smaller_and_do_the_same(quantize, bound):
 
 def test_compare_sees_a_file_that_is_another_model():
     one, other = make_model(Block(8)), make_model(Block(8))
-    comparison = tflite.compare(one, conversion.convert(other), random_images())
-    assert comparison.max_difference > 0.1
-    assert comparison.agreement < 1.0
+    compared = comparison.compare(one, conversion.convert(other), random_images())
+    assert compared.max_difference > 0.1
+    assert compared.agreement < 1.0
 
 
 def test_compare_sees_a_file_that_gives_nan():
     good, bad = make_model(Block(8)), make_model(Block(8))
     bad.trainable_variables[-1].assign([float("nan")] * 5)
-    comparison = tflite.compare(good, conversion.convert(bad), random_images())
-    assert np.isnan(comparison.max_difference)
+    compared = comparison.compare(good, conversion.convert(bad), random_images())
+    assert np.isnan(compared.max_difference)
 
 
 def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch):
     space = make_tiny_space((16, 16, 1), 10)
     space.architecture(0 * space.cardinalities).build().save(tmp_path / "model.keras")
-    monkeypatch.setattr(tflite, "MAX_DIFFERENCE", -1.0)
-    with pytest.raises(UserError, match=r"differs from Keras by .* nothing is written"):
-        tflite.export_tflite(model=tmp_path / "model.keras")
+    monkeypatch.setattr(comparison, "MAX_DIFFERENCE", -1.0)
+    with pytest.raises(UserError, match=r"differs from Keras by .* Nothing is written"):
+        tflite.export_tflite(model=tmp_path / "model.keras", data="digits")
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
 
 

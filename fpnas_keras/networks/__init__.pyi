@@ -7,6 +7,8 @@ from .distillation import load_teacher_file as load_teacher_file
 from .distillation import make_distiller as make_distiller
 from .plain_network import NetworkBuilder as NetworkBuilder
 from .plain_network import build_network as build_network
+from .plain_network import ends_in_softmax as ends_in_softmax
 from .plain_network import load_model as load_model
 from .plain_network import recalibrate as recalibrate
+from .plain_network import to_logits as to_logits
 from .supernet import Supernet as Supernet

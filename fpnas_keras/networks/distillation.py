@@ -11,7 +11,7 @@ from fpnas_keras.architecture import Architecture
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.networks.conventions import DATA_FORMAT, check_floatx
-from fpnas_keras.networks.plain_network import load_model
+from fpnas_keras.networks.plain_network import load_model, to_logits
 
 IMAGENET_CLASSES = 1000
 
@@ -114,7 +114,7 @@ def load_teacher(
             f"the teacher {teacher} must be for images of {input_shape} and {num_classes} classes. "
             f"Received: images of {received[0]} and {received[1]} classes"
         )
-    return _to_logits(model, teacher)
+    return to_logits(model, f"the teacher {teacher}")
 
 
 def load_teacher_file(teacher: str, teacher_weights: str | None) -> keras.Model:
@@ -247,35 +247,3 @@ class _Preprocessing(keras.layers.Layer):
     def call(self, images):
         # A copy, since some of these functions change their argument.
         return self._preprocess(keras.ops.copy(images), data_format=DATA_FORMAT)
-
-
-def _to_logits(model, name):
-    """The model without its softmax, in float32."""
-    last = _last_layer(model, name)
-    activation = keras.activations.get(getattr(last, "activation", None))
-    if isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax:
-        # Logits but for a constant, which a softmax ignores.
-        logits = keras.ops.log(keras.ops.maximum(model.output, keras.config.epsilon()))
-    elif activation in (None, keras.activations.linear):
-        logits = model.output
-    else:
-        raise UserError(
-            f"the teacher {name} must end in logits or in a softmax. Received: its last layer has "
-            f"the activation {keras.activations.serialize(activation)}"
-        )
-    if logits is model.output and logits.dtype == "float32":
-        return model
-    return keras.Model(model.input, keras.ops.cast(logits, "float32"))
-
-
-def _last_layer(model, name):
-    """The layer that makes the output of a model, also of one in a model."""
-    last = model
-    while isinstance(last, keras.Model):
-        last = last.outputs[0]._keras_history.operation
-    if not isinstance(last, keras.layers.Layer):
-        raise UserError(
-            f"the teacher {name} must end in a layer that gives logits, or in a softmax layer. "
-            f"Received: it ends in the operation {type(last).__name__}"
-        )
-    return last

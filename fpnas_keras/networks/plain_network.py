@@ -105,6 +105,54 @@ def load_model(path: str, argument: str = "model") -> keras.Model:
     return model
 
 
+def ends_in_softmax(model: keras.Model, name: str) -> bool:
+    """Whether a model gives probabilities, and not logits.
+
+    Args:
+        model: The model.
+        name: What it is called in the message of the error.
+
+    Raises:
+        UserError: When the model ends in neither.
+    """
+    last = model
+    while isinstance(last, keras.Model):
+        last = last.outputs[0]._keras_history.operation
+    if not isinstance(last, keras.layers.Layer):
+        raise UserError(
+            f"{name} must end in a layer that gives logits, or in a softmax layer. "
+            f"Received: it ends in the operation {type(last).__name__}"
+        )
+    activation = keras.activations.get(getattr(last, "activation", None))
+    if isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax:
+        return True
+    if activation in (None, keras.activations.linear):
+        return False
+    raise UserError(
+        f"{name} must end in logits or in a softmax. Received: its last layer has the activation "
+        f"{keras.activations.serialize(activation)}"
+    )
+
+
+def to_logits(model: keras.Model, name: str) -> keras.Model:
+    """A model without its softmax, in float32.
+
+    Args:
+        model: A model that gives logits or probabilities.
+        name: What it is called in the message of the error.
+
+    Raises:
+        UserError: When the model ends in neither.
+    """
+    logits = model.output
+    if ends_in_softmax(model, name):
+        # Logits but for a constant, which a softmax ignores.
+        logits = keras.ops.log(keras.ops.maximum(model.output, keras.config.epsilon()))
+    if logits is model.output and logits.dtype == "float32":
+        return model
+    return keras.Model(model.input, keras.ops.cast(logits, "float32"))
+
+
 class NetworkBuilder:
     """Builds networks, and parts of them, from the layers of one library.
 

@@ -6,7 +6,7 @@
 |---|---|---|
 | `flags.txt` | flags that repeat the run | the same |
 | `chosen.txt` | flags that the run has chosen for its images | the same |
-| `images.json` | fingerprint of the training images | the same |
+| `images.json` | fingerprint and class names of the training images | the same |
 | `metrics.csv` | one row after each epoch | the same |
 | `summary.json` | totals, cost of the result; written last | accuracies; written last |
 | `architecture.json` | the result | the network |
@@ -120,7 +120,7 @@ class RunDirectory:
 
     @property
     def images_file(self) -> pathlib.Path:
-        """The fingerprint of the training images."""
+        """The fingerprint and the class names of the training images."""
         return self.path("images.json")
 
     @property
@@ -255,6 +255,26 @@ class RunDirectory:
         if not self.finished:
             return None
         return read_json(self.summary_file, "a summary", self._checked_summary)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of the training images; `None` in runs before version 0.3."""
+        if not self.images_file.is_file():
+            return None
+        names = read_json(self.images_file, "a fingerprint", checked_fingerprint).get("class_names")
+        return None if names is None else tuple(names)
+
+    def data_settings(self) -> DataSettings:
+        """Which images the run used.
+
+        Raises:
+            UserError: When the flag file is damaged.
+        """
+        given = {name: value for name, value in self.flags.items() if name in DATA_FLAGS}
+        try:
+            return DataSettings.from_flags([f"--{name}={value}" for name, value in given.items()])
+        except UserError as error:
+            raise UserError(f"{self.flag_file} is not the flag file of a run: {error}") from None
 
     def _flag(self, name: str) -> str:
         value = (self.chosen | self.flags).get(name)
@@ -536,18 +556,6 @@ class SearchRun(RunDirectory):
         folder = pathlib.Path(file).parent
         return cls(folder.parent if folder.name == "pareto" else folder)
 
-    def data_settings(self) -> DataSettings:
-        """Which images the search used.
-
-        Raises:
-            UserError: When the flag file is damaged.
-        """
-        given = {name: value for name, value in self.flags.items() if name in DATA_FLAGS}
-        try:
-            return DataSettings.from_flags([f"--{name}={value}" for name, value in given.items()])
-        except UserError as error:
-            raise UserError(f"{self.flag_file} is not the flag file of a run: {error}") from None
-
     def load_search(self) -> "ArchitectureSearch":
         """The search with its shared weights and logits, not compiled.
 
@@ -595,6 +603,15 @@ class SearchRun(RunDirectory):
     def _checked_summary(self, summary: Any) -> dict[str, Any]:
         check_fields(summary, "the summary", **_SUMMARY_OF_SEARCH)
         return summary
+
+
+def checked_fingerprint(data: Any) -> dict[str, Any]:
+    """The content of `images.json`, for `read_json`."""
+    check_fields(data, "it", fingerprint=str, count=int)
+    names = data.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise UserError("`class_names` must be a list of texts")
+    return data
 
 
 def _checked_for_loading(summary):

@@ -20,8 +20,8 @@ from absl import logging
 
 from fpnas_keras.data import Images
 from fpnas_keras.errors import Interrupted, UserError
-from fpnas_keras.files import check_fields, read_json, replacing, write_json
-from fpnas_keras.runs.run_directory import RunDirectory
+from fpnas_keras.files import read_json, replacing, write_json
+from fpnas_keras.runs.run_directory import RunDirectory, checked_fingerprint
 from fpnas_keras.runs.settings import RunSettings
 from fpnas_keras.settings import define_flags, flag_values, parse_flags
 
@@ -52,7 +52,7 @@ class Session:
         self.settings = settings
         self.module = module
         self._chosen = []
-        self._fingerprint, self._count = "", 0
+        self._images = {}
         self._goes_on = False
         self.writes = writes
         self._started = time.monotonic(), _cpu_seconds()
@@ -146,16 +146,19 @@ class Session:
 
         The settings of the run stay as they were given.
         """
-        self._fingerprint = images.fingerprint()
+        self._images = {
+            "fingerprint": images.fingerprint(),
+            "count": len(images.y),
+            "class_names": list(images.class_names),
+        }
         if self.run.images_file.is_file():
-            known = read_json(self.run.images_file, "a fingerprint", _checked_fingerprint)
-            if known["fingerprint"] != self._fingerprint:
+            known = read_json(self.run.images_file, "a fingerprint", checked_fingerprint)
+            if known["fingerprint"] != self._images["fingerprint"]:
                 raise UserError(
                     f"the training images have changed since the run in {self.run.directory} "
                     f"began: {known['count']} then, {len(images.y)} now, maybe under other names. "
                     "Choose another directory."
                 )
-        self._count = len(images.y)
         settings = self.settings
         # What an unfinished run has chosen stays, so that its end is that of one run.
         kept = [f"--{name}={value}" for name, value in self.run.chosen.items()]
@@ -195,8 +198,7 @@ class Session:
             for path in self.run.directory.iterdir():
                 if _TEMPORARY.fullmatch(path.name):
                     path.unlink()
-            fingerprint = {"fingerprint": self._fingerprint, "count": self._count}
-            write_json(self.run.images_file, fingerprint)
+            write_json(self.run.images_file, self._images)
             if not self.run.flag_file.exists():
                 self.run.write_flags(self.settings.to_flags(), self._chosen)
         for name, file in files.items():
@@ -268,11 +270,6 @@ class Session:
             for path in self.run.checkpoint_folder.iterdir():
                 if path != last:
                     path.unlink()
-
-
-def _checked_fingerprint(data):
-    check_fields(data, "it", fingerprint=str, count=int)
-    return data
 
 
 def _cpu_seconds():
