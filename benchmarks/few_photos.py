@@ -53,7 +53,7 @@ class FewPhotosSettings(harness.ProjectSettings):
     output: str = harness.output_setting("few_photos.jsonl")
     flowers: str | None = setting("Image folder of the flowers.", None, basic=True)
     lite0: str | None = setting("Weights of EfficientNet-Lite0 (npz).", None, basic=True)
-    photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "500"))
+    photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "400"))
     classes: int = setting("Number of classes, the first in their order.", 3, least=2)
     input_size: int = setting("Height and width of the students' images.", 64, least=8)
     target: float = setting("What the networks may cost, in MACs.", 8e6, least=0)

@@ -4,8 +4,8 @@ python benchmarks/versus.py --data_dir=DATA --cifar10=FOLDER --flowers=FOLDER
 
 Jobs: Fashion-MNIST at 28 pixels, CIFAR-10 at 32 and flowers at 64. Short protocol: at most 10,000
 training images, networks of at most 2M MACs, 20 epochs. Every network is trained by the same
-recipe, which is the best of `RECIPES` for a random network on held-out training images. Compared
-are
+recipe, which is the best of `RECIPES` for four random networks on held-out training images.
+Compared are
 
 * the results of 3 searches with different seeds, each trained with 2 seeds, or --seeds,
 * random networks that cost 95% to 100% of the target: 10, or --random_networks,
@@ -80,6 +80,7 @@ class VersusSettings(harness.ProjectSettings):
         "published_blocks": 2,
         "recipes": ("batch 128 at 0.1",),
         "random_networks": 2,
+        "short_networks": 2,
         "search_seeds": 1,
     }
 
@@ -90,8 +91,14 @@ class VersusSettings(harness.ProjectSettings):
     search_seeds: int = setting("Searches of a job.", 3, least=1)
     seeds: int = setting("Trainings of each network found or made by hand.", 2, least=1)
     random_networks: int = setting("Random networks of a job.", 10, least=2)
+    short_epochs: tuple[str, ...] = setting(
+        "Random networks are also trained for so many epochs: does a short training rank them?",
+        ("2",),
+    )
+    short_networks: int = setting("How many of them.", 40, least=0)
     published: tuple[str, ...] = setting("Networks by hand.", tuple(PUBLISHED))
     published_blocks: int = setting("Most blocks of a network by hand.", 20, least=1)
+    recipe_networks: int = setting("Random networks that judge a recipe.", 4, least=1)
     recipes: tuple[str, ...] = setting("Recipes to choose from.", tuple(RECIPES))
     tasks_dir: str | None = setting("Folder to write trainings to, instead of running.", None)
     picture: str | None = setting("File of the picture, a PNG.", None)
@@ -128,19 +135,18 @@ def phases(settings: VersusSettings, runs: harness.Runs) -> Iterator[dict[str, h
             first |= search(runs, job, f"{name} search {seed}", seed)
         for recipe in settings.recipes:
             held_out = {"validation_split": HELD_OUT} | RECIPES[recipe]
-            file = architecture_file(runs, f"{name} random 0")
-            first |= train(runs, job, f"{name} recipe {recipe}", file, **held_out)
+            for label, network in _recipe_trainings(settings, name, recipe).items():
+                file = architecture_file(runs, network)
+                first |= train(runs, job, label, file, **held_out)
     yield first
     rows = harness.finished(settings.output, "name")
+    trainings = {}
     for name, job in jobs.items():
-        recipe = RECIPES[best_recipe(settings, rows, name)]
-        trainings = {}
-        for each, repeats in networks(settings).items():
-            file = architecture_file(runs, f"{name} {each}")
-            for seed in range(repeats):
-                label = f"{name} {each}: {seed}"
-                trainings |= train(runs, job, label, file, seed=seed, **recipe)
-        yield trainings
+        for label, network, recipe, seed, epochs in _trainings(settings, rows, name):
+            file = architecture_file(runs, network)
+            given = {**RECIPES[recipe], "seed": seed, "epochs": epochs}
+            trainings |= train(runs, job, label, file, **given)
+    yield trainings
 
 
 def networks(settings: VersusSettings) -> dict[str, int]:
@@ -177,34 +183,51 @@ def write_tasks(settings: VersusSettings, runs: harness.Runs) -> None:
     for name in settings.jobs:
         job = settings.get(name)
         save_networks(settings, runs, name, job)
-        trainings = list(_trainings(settings, rows, name))
-        tasks += [_task(runs, job, *each) for each in trainings if each[0] not in rows]
+        todo = [each for each in _tasks(settings, rows, name) if each[0] not in rows]
+        tasks += [_task(runs, job, *each) for each in todo]
         _write_images(settings, job, folder / f"{name}.npz")
     (folder / "tasks.json").write_text(json.dumps(tasks))
     print(f"{len(tasks)} trainings: {folder / 'tasks.json'}")
 
 
 def _trainings(settings, rows, job):
-    """Name, network, recipe, held-out share and seed of the trainings of a job."""
-    recipes = {f"{job} recipe {recipe}": recipe for recipe in settings.recipes}
-    if not recipes.keys() <= rows.keys():
-        for name, recipe in recipes.items():
-            yield name, f"{job} random 0", recipe, HELD_OUT, 0
-        return
-    recipe = best_recipe(settings, rows, job)
+    """Name, network, recipe, seed and epochs of the trainings of a job, recipes aside."""
+    recipe, epochs = best_recipe(settings, rows, job), settings.train_epochs
     for each, repeats in networks(settings).items():
         for seed in range(repeats):
-            yield f"{job} {each}: {seed}", f"{job} {each}", recipe, 0, seed
+            yield f"{job} {each}: {seed}", f"{job} {each}", recipe, seed, epochs
+    for short in map(int, settings.short_epochs):
+        for index in range(min(settings.random_networks, settings.short_networks)):
+            each = f"{job} random {index}"
+            yield f"{each}: {short} epochs", each, recipe, 0, short
 
 
-def _task(runs, job, name, network, recipe, held_out, seed):
+def _tasks(settings, rows, job):
+    """The trainings that can run now, as those of `_trainings` and a share that is held out."""
+    choosing = [
+        (name, network, recipe, 0, settings.train_epochs, HELD_OUT)
+        for recipe in settings.recipes
+        for name, network in _recipe_trainings(settings, job, recipe).items()
+    ]
+    if {name for name, *_ in choosing} <= rows.keys():
+        return [(*each, 0) for each in _trainings(settings, rows, job)]
+    return choosing
+
+
+def _recipe_trainings(settings, job, recipe):
+    """The trainings that judge a recipe, and the network of each."""
+    count = min(settings.recipe_networks, settings.random_networks)
+    return {f"{job} recipe {recipe}: {index}": f"{job} random {index}" for index in range(count)}
+
+
+def _task(runs, job, name, network, recipe, seed, epochs, held_out):
     architecture = fpnas.Architecture.load(architecture_file(runs, network))
     return {
         "name": name,
         "images": name.split()[0],
         "architecture": architecture.to_dict(),
         "macs": architecture.macs(),
-        "epochs": runs.settings.train_epochs,
+        "epochs": epochs,
         **RECIPES[recipe],
         "random_crop": _common(job)["random_crop"],
         "held_out": held_out,
@@ -260,7 +283,12 @@ def train(
 
 def best_recipe(settings: VersusSettings, rows: Mapping[str, harness.Row], job: str) -> str:
     """The recipe that is best on the held-out images of a job."""
-    return max(settings.recipes, key=lambda name: rows[f"{job} recipe {name}"]["val_accuracy"])
+
+    def accuracy(recipe):
+        names = _recipe_trainings(settings, job, recipe)
+        return statistics.mean(rows[name]["val_accuracy"] for name in names)
+
+    return max(settings.recipes, key=accuracy)
 
 
 def accuracies(
@@ -282,21 +310,67 @@ def report(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
             listed = " ".join(f"{value:.2f}" for value in values)
             print(f"| {network} | {macs:.2f} | {listed} | {values.mean():.2f} |")
 
-        def means(names, job=job):
-            return np.array([accuracies(settings, rows, job, each).mean() for each in names])
-
-        found = means(f"search {seed}" for seed in range(settings.search_seeds))
-        drawn = means(f"random {index}" for index in range(settings.random_networks))
-        difference = found.mean() - drawn.mean()
+        found, drawn = _means(settings, rows, job, "search"), _means(settings, rows, job, "random")
+        difference, deviation = found.mean() - drawn.mean(), drawn.std(ddof=1)
         test = scipy.stats.ttest_ind(found, drawn, equal_var=False, alternative="greater")
         print(
-            f"\nrandom: mean {drawn.mean():.2f}, standard deviation {drawn.std(ddof=1):.2f}, best "
+            f"\nrandom: mean {drawn.mean():.2f}, standard deviation {deviation:.2f}, best "
             f"{drawn.max():.2f}; found: mean {found.mean():.2f}, {difference:+.2f}, which are "
-            f"{difference / drawn.std(ddof=1):+.2f} standard deviations of random (Welch, one-sided"
+            f"{difference / deviation:+.2f} standard deviations of random (Welch, one-sided"
             f": p = {test.pvalue:.2g})"
         )
+        _report_noise(settings, rows, job, difference, deviation)
+        for epochs in settings.short_epochs:
+            _report_short(settings, rows, job, drawn, epochs)
         seconds = [rows[f"{job} search {seed}"]["cpu_seconds"] for seed in range(len(found))]
         print(f"CPU time of a search: {statistics.mean(seconds):.0f} s")
+
+
+def _means(settings, rows, job, kind):
+    """Mean accuracies of the networks whose name begins with a word."""
+    names = [each for each in networks(settings) if each.startswith(kind)]
+    return np.array([accuracies(settings, rows, job, each).mean() for each in names])
+
+
+def _report_noise(settings, rows, job, difference, deviation):
+    """Says what share of the spread of random networks is noise, and what random search reaches.
+
+    Of the best of n trained networks, random search keeps only what is no noise.
+    """
+    if settings.seeds == 1:
+        return
+    # Networks by hand are not of the space, and some of them train badly.
+    searches = [name for name in networks(settings) if name.startswith("search")]
+    variances = [accuracies(settings, rows, job, name).var(ddof=1) for name in searches]
+    noise = float(np.mean(variances)) ** 0.5
+    share = max(0.0, 1 - (noise / deviation) ** 2)
+    print(
+        f"standard deviation of the trainings of one found network: {noise:.2f}; so the networks "
+        f"themselves explain {share:.0%} of the variance of the random ones"
+    )
+    gains = {n: share * deviation * _expected_largest(n) for n in range(1, 1001)}
+    count = next((n for n, gain in gains.items() if gain >= difference), None)
+    print(
+        f"trainings with which random search reaches the mean of the searches: "
+        f"{count or 'over 1000'}"
+    )
+
+
+def _expected_largest(count):
+    """Expected largest of some standard normal numbers."""
+    x = np.linspace(-8, 8, 4001)
+    density = count * scipy.stats.norm.pdf(x) * scipy.stats.norm.cdf(x) ** (count - 1)
+    return float(np.trapezoid(x * density, x))
+
+
+def _report_short(settings, rows, job, drawn, epochs):
+    """Says how well a short training ranks the random networks."""
+    names = {index: f"{job} random {index}: {epochs} epochs" for index in range(len(drawn))}
+    known = [index for index, name in names.items() if name in rows]
+    if len(known) > 1:
+        short = [rows[names[index]]["test_accuracy"] for index in known]
+        tau = scipy.stats.kendalltau(short, drawn[known]).statistic
+        print(f"Kendall's tau of {epochs} epochs with all: {tau:.2f} ({len(known)} networks)")
 
 
 def draw(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:

@@ -101,8 +101,8 @@ class TfliteSettings(Settings):
         group=_CHECK,
     )
     min_agreement: float = setting(
-        "Least share of the test images that Keras gets right for which the file must be right "
-        "too. Below it nothing is written.",
+        "Least share of the test images for which the file gives the class of Keras, or of those "
+        "that Keras gets right for which the file is right too. Below it nothing is written.",
         0.95,
         least=0,
         most=1,
@@ -185,7 +185,7 @@ class TfliteSettings(Settings):
             raise UserError(
                 f"`data` must be given: {self.model} does not lie in the directory of a training"
             )
-        if run is None or "data" in given:
+        if run is None:
             return DataSettings(**given)
         return dataclasses.replace(run.data_settings(), **given)
 

@@ -555,7 +555,7 @@ class _Training:
             macs=architecture.macs(),
             params=architecture.params(),
             **scores,
-            next=_export_command(self.session.run, settings),
+            next=_export_command(self.session.run),
         )
         _write_report(self.session.run)
 
@@ -613,15 +613,12 @@ def _train_and_print(settings):
         f"{summary['params']:,} parameters; {summary['wall_seconds']:.0f} s\n"
         f"results: {run.directory}\n"
         + (f"report: {run.report}\n" if run.report.exists() else "")
-        + f"next, write it for the phone:\n  {_export_command(run, settings)}"
+        + f"next, write it for the phone:\n  {_export_command(run)}"
     )
 
 
-def _export_command(run, settings):
-    return (
-        f"python -m export.tflite --model={shlex.quote(str(run.model_file))} "
-        f"{settings.data_arguments()} --quantize=int8"
-    )
+def _export_command(run):
+    return f"python -m export.tflite --model={shlex.quote(str(run.model_file))} --quantize=int8"
 
 
 COMMAND = Command(

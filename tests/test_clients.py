@@ -24,7 +24,11 @@ ARCHITECTURE = Architecture(
     (16, 16, 3),
     5,
     Stem(8, 3, 2, "relu"),
-    (Block(12, 5, 3, 2, "hard_silu", 1), Block(12, 3, 3, 1, "relu6"), Block(12, 3, 2, 1, "relu", 2)),
+    (
+        Block(12, 5, 3, 2, "hard_silu", 1),
+        Block(12, 3, 3, 1, "relu6"),
+        Block(12, 3, 2, 1, "relu", 2),
+    ),
     Head(24, "hard_silu"),
 )
 # Largest difference of a probability from Keras, of each format.

@@ -336,7 +336,10 @@ def test_training_and_export_follow_the_printed_commands(trained):
     assert report["tflite_accuracy"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
     serve = Interpreter(str(directory / "model.tflite")).get_signature_runner("serving_default")
     image = test.x[:1].astype(np.float32)
-    np.testing.assert_allclose(serve(image=image)["logits"], logits[:1], atol=1e-4)
+    expected = keras.ops.softmax(logits[:1])
+    np.testing.assert_allclose(serve(image=image)["probabilities"], expected, atol=1e-4)
+    predicted = run_process(*next_command(result.stdout)[:-1], "--help")
+    assert predicted.returncode == 0 and "usage: fpnas predict" in predicted.stdout
 
     again = run(*floats)
     assert_refused(again, "exists already; --overwrite replaces it")
@@ -632,12 +635,16 @@ def test_a_training_of_another_architecture_is_not_taken_for_this_one(trained, s
     assert_refused(run("fpnas_keras.train", *arguments), "a run of another architecture")
 
 
+# For networks of two epochs, which rounding changes much.
+LENIENT = ("--min_agreement=0.5", "--max_accuracy_drop=0.5")
+
+
 @pytest.mark.parametrize("quantize", ["dynamic", "qat"])
 def test_quantized_files_are_written_and_reported(trained, tmp_path, quantize):
     shutil.copy(trained[0] / "model.keras", tmp_path)
     shutil.copy(trained[0] / "architecture.json", tmp_path)
     arguments = [f"--model={tmp_path}/model.keras", f"--quantize={quantize}", "--data=digits"]
-    result = run("export.tflite", *arguments, "--min_agreement=0.5", "--qat_epochs=1")
+    result = run("export.tflite", *arguments, *LENIENT, "--qat_epochs=1")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / f"model_{quantize}_report.json").read_text())
     assert report["quantize"] == quantize
@@ -650,11 +657,12 @@ def test_quantized_files_are_written_and_reported(trained, tmp_path, quantize):
 def test_a_file_under_the_agreement_is_not_left(trained, tmp_path):
     result = run(
         *("export.tflite", f"--model={trained[0]}/model.keras", "--data=digits"),
-        *("--quantize=int8", "--min_agreement=1", f"--output={tmp_path}/x.tflite"),
+        *("--quantize=int8", "--min_agreement=1", "--max_accuracy_drop=1"),
+        f"--output={tmp_path}/x.tflite",
         # Ranges of a single image.
         "--representative_images=1",
     )
-    assert_refused(result, "less than `min_agreement` 100.00%; nothing is written")
+    assert_refused(result, "less than `min_agreement` 100.00%")
     assert not list(tmp_path.iterdir())
 
 

@@ -144,13 +144,14 @@ def to_logits(model: keras.Model, name: str) -> keras.Model:
     Raises:
         UserError: When the model ends in neither.
     """
-    logits = model.output
+    (output,) = model.outputs  # `model.output` fails for a `Sequential`.
+    logits = output
     if ends_in_softmax(model, name):
         # Logits but for a constant, which a softmax ignores.
-        logits = keras.ops.log(keras.ops.maximum(model.output, keras.config.epsilon()))
-    if logits is model.output and logits.dtype == "float32":
+        logits = keras.ops.log(keras.ops.maximum(output, keras.config.epsilon()))
+    if logits is output and logits.dtype == "float32":
         return model
-    return keras.Model(model.input, keras.ops.cast(logits, "float32"))
+    return keras.Model(model.inputs, keras.ops.cast(logits, "float32"))
 
 
 class NetworkBuilder:
