@@ -78,8 +78,10 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     terminated = signal.signal(signal.SIGTERM, _interrupt)
     verbosity = logging.get_verbosity()
     try:
+        # Before the flags are read, which may be worth a line: absl would set up a log of its own.
+        handler = _set_up_log()
         settings, wanted = _parse(command.settings, arguments)
-        _set_up_log(wanted)
+        _set_verbosity(wanted, handler)
         if command.needs_tensorflow:
             with quiet_libraries():
                 import tensorflow  # noqa: F401
@@ -99,16 +101,22 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
         logging.set_verbosity(verbosity)
 
 
-def _set_up_log(verbosity):
-    """Shows what this program says, and what TensorFlow says only if `verbosity` asks for it."""
+def _set_up_log():
+    """Shows what this program says as plain lines. Returns the handler."""
     handler = stdlib_logging.StreamHandler()
     handler.setFormatter(_Formatter())
+    stdlib_logging.basicConfig(handlers=[handler])
+    logging.set_verbosity(logging.INFO)
+    return handler
+
+
+def _set_verbosity(verbosity, handler):
+    """Shows what TensorFlow says only if `verbosity` asks for it."""
     if verbosity < logging.DEBUG:
         # Read when TensorFlow is imported, which is later.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         stdlib_logging.getLogger("tensorflow").setLevel(stdlib_logging.ERROR)
         handler.addFilter(lambda record: "/tensorflow/" not in record.pathname)
-    stdlib_logging.basicConfig(handlers=[handler])
     logging.set_verbosity(verbosity)
 
 

@@ -545,6 +545,19 @@ def test_paths_may_have_any_letters(searched, tmp_path):
     assert (directory / "trained" / "model_int8.tflite").is_file()
 
 
+def test_a_flag_file_of_the_package_is_named_in_a_plain_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "fpnas_keras.train", "--flagfile=configs/fashion_mnist_train.flags"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    first, *_, last = result.stderr.splitlines()
+    assert first.startswith("configs/fashion_mnist_train.flags: taken from the package")
+    assert last.startswith("error: cannot read")
+
+
 def test_a_log_file_has_plain_lines(searched, tmp_path):
     """Nothing of TensorFlow, no escape codes, one line an epoch."""
     result = run_process(
