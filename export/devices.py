@@ -8,6 +8,7 @@ of a few files.
 import collections
 import contextlib
 import json
+import math
 import pathlib
 import platform
 import random
@@ -21,11 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from fpnas_keras.errors import UserError
 
 _TIMER = pathlib.Path(__file__).with_name("host_timer.py")
 _PHONE_FOLDER = "/data/local/tmp/fpnas_keras"
+# What adb says of a phone that is not there, or no more.
+_GONE = re.compile(r"device (offline|'.*' not found|not found)|no devices|closed")
 
 
 class Host:
@@ -119,7 +123,7 @@ class Adb:
             )
         self.serial, self.threads, self.gpu = serial, threads, gpu
         self.core_mask, self.rest_seconds = core_mask, rest_seconds
-        self._pushed = set()
+        self._pushed, self._is_partial = set(), False
         self._adb("get-state")
         self._adb("shell", f"mkdir -p {_PHONE_FOLDER}")
         self._adb("push", benchmark_model, f"{_PHONE_FOLDER}/benchmark_model")
@@ -146,7 +150,10 @@ class Adb:
 
     def close(self) -> None:
         """Removes what was pushed."""
-        self._adb("shell", f"rm -rf {_PHONE_FOLDER}")
+        try:
+            self._adb("shell", f"rm -rf {_PHONE_FOLDER}")
+        except UserError as error:  # Often after another error, which must not be hidden by it.
+            logging.warning("%s may still be on the phone: %s", _PHONE_FOLDER, error)
 
     def _run(self, path):
         there = f"{_PHONE_FOLDER}/{path.name}"
@@ -160,7 +167,16 @@ class Adb:
         )
         if self.core_mask:
             command = f"taskset {self.core_mask} {command}"
-        return parse_benchmark(self._adb("shell", command, timeout=300), path.name)
+        output = self._adb("shell", command, timeout=300)
+        milliseconds = parse_benchmark(output, path.name)
+        delegate = "GPU" if self.gpu else "XNNPACK"
+        if check_conditions(output, path.name, self.threads, delegate) and not self._is_partial:
+            self._is_partial = True
+            logging.warning(
+                "%s runs only a part of %s, and the interpreter the rest; others may be alike",
+                *(delegate, path.name),
+            )
+        return milliseconds
 
     def _adb(self, *arguments, timeout=120):
         serial = ["-s", self.serial] if self.serial else []
@@ -174,6 +190,10 @@ class Adb:
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
             reason = next((line for line in lines if "error" in line), lines[-1])
+            if "unauthorized" in reason:  # The other lines are advice.
+                reason = " ".join(map(str.strip, lines))
+            if _GONE.search(reason):
+                raise UserError(f"the phone does not answer: {reason}")
             raise UserError(f"`{shlex.join(command)}` failed: {reason}")
         return done.stdout + done.stderr
 
@@ -181,18 +201,72 @@ class Adb:
 def parse_benchmark(text: str, name: str) -> float:
     """Milliseconds of an inference in the output of `benchmark_model`.
 
-    The median of its last line `count=... median=...`, or `Inference (avg)`, both microseconds.
+    The last line says that the run has ended. Its average is the time, or the median of the last
+    line `count=...` where there is one. The line before is that of the warm-up.
+
+    Args:
+        text: The output, in the format of any version since 2019.
+        name: Name of the file, for messages.
 
     Raises:
-        UserError: When there is neither.
+        UserError: When the run has not ended, or its time is no number above 0.
     """
-    medians = re.findall(r"count=\d+.*?\bmedian=([\d.e+]+)", text)
-    averages = re.findall(r"Inference \(avg\): ([\d.e+]+)", text)
-    found = medians or averages
-    if not found:
-        last = text.strip().splitlines() or ["nothing"]
-        raise UserError(f"benchmark_model gave no time for {name}: {last[-1]}")
-    return float(found[-1]) / 1000
+    number = r"([\d.]+(?:e[+-]?\d+)?|[a-z]+)"
+    ends = re.findall(rf"(?:Inference \(avg\)|no stats): {number}", text)
+    if not ends:
+        lines = text.strip().splitlines() or ["nothing"]
+        reason = next((line for line in lines if re.search("Failed|ERROR", line)), lines[-1])
+        raise UserError(f"benchmark_model gave no time for {name}: {reason}")
+    counts = re.findall(r"\bcount=\d+.*", text)
+    medians = re.findall(rf"\bmedian={number}", counts[-1]) if counts else []
+    found = (medians or ends)[-1]
+    microseconds = float(found) if re.match(r"\d|nan|inf", found) else math.nan
+    if not 0 < microseconds < math.inf:
+        raise UserError(
+            f"the time of {name} must be a number above 0. Received: {found} microseconds"
+        )
+    return microseconds / 1000
+
+
+def check_conditions(text: str, name: str, threads: int, delegate: str) -> bool:
+    """Checks that `benchmark_model` ran a file as it was asked to.
+
+    Args:
+        text: Its output.
+        name: Name of the file, for messages.
+        threads: Threads that were asked for.
+        delegate: "GPU" or "XNNPACK".
+
+    Returns:
+        Whether the delegate ran only a part of the file.
+
+    Raises:
+        UserError: When the threads are others, or the delegate ran nothing of the file.
+    """
+    used = re.findall(r"(?:Num threads|#threads used for CPU inference) ?: \[(-?\d+)\]", text)
+    if used and int(used[-1]) != threads:
+        raise UserError(
+            f"{name} was to run on {threads} threads. benchmark_model says: {used[-1]} threads"
+        )
+    refusals = (
+        rf"(Failed to apply|Could not create|Couldn't create) .*{delegate}.*",
+        rf"Though {delegate} delegate is explicitly applied, .* not be executed.*",
+        rf".*{delegate} delegate.* (not supported|not available|failed).*",
+        r"ModifyGraphWithDelegate is disallowed.*",
+    )
+    for pattern in refusals:
+        refused = re.search(pattern, text)
+        if refused:
+            raise UserError(f"{delegate} does not run {name}. benchmark_model says: {refused[0]}")
+    applied = re.search(
+        rf"[aA]pplied {delegate} delegate|Created TensorFlow Lite .*{delegate}.*", text
+    )
+    if not applied:
+        raise UserError(
+            f"{delegate} was to run {name}, and benchmark_model does not say that it did. A newer "
+            "benchmark_model may"
+        )
+    return bool(re.search(rf"applied {delegate} delegate, .* partially executed", text))
 
 
 def times(

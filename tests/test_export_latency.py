@@ -44,7 +44,8 @@ def die(text):
 if fail == "none":
     die("error: no devices/emulators found")
 if fail == "unauthorized":
-    die("error: device unauthorized." + chr(10) + "This adb server's $ADB_VENDOR_KEYS is not set")
+    die("error: device unauthorized." + chr(10) + "This adb server's $ADB_VENDOR_KEYS is not set"
+        + chr(10) + "Otherwise check for a confirmation dialog on your device.")
 command = " ".join(words)
 if words[0] == "get-state":
     print("device")
@@ -166,7 +167,8 @@ def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, 
     flags = [f"--space={folder / 'small.json'}", f"--output={output}", *FLAGS, *flags, "--rounds=1"]
     result = measure(*flags, **environment, FAIL="late")
     assert result.returncode == 1
-    assert "error: device offline" in result.stderr.splitlines()[-1]
+    last = result.stderr.splitlines()[-1]
+    assert last == "error: the phone does not answer: error: device offline"
     assert sum(map(len, latency_table.read(output)["measured"].values())) == 7
     with pytest.raises(ValueError, match="is not finished"):
         LatencyCost(output)
@@ -185,8 +187,8 @@ def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, 
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        ("none", "no devices/emulators found"),
-        ("unauthorized", "unauthorized"),
+        ("none", "the phone does not answer: error: no devices/emulators found"),
+        ("unauthorized", "Otherwise check for a confirmation dialog on your device."),
         ("push", "failed to copy: remote No space left on device"),
         ("crash", "Segmentation fault"),
         ("garbage", "benchmark_model gave no time for"),
@@ -219,8 +221,70 @@ def test_times_in_the_output_of_benchmark_model():
     older = "count=50 first=32891 curr=33978 min=32641 max=34005 avg=33209.4 std=450\n"
     older += "Inference timings in us: Init: 855, Warmup (avg): 34825.1, Inference (avg): 33209.4"
     assert devices.parse_benchmark(older, "x") == 33.2094
+    of_2019 = "count=7 first=127425 curr=66709 min=66709 max=127425 avg=76605.9 std=20944\n"
+    of_2019 += "count=15 first=66753 curr=66800 min=66699 max=66838 avg=66767.6 std=39\n"
+    of_2019 += "Average inference timings in us: Warmup: 76605.9, Init: 9933, no stats: 66767.6"
+    assert devices.parse_benchmark(of_2019, "x") == 66.7676
+    thousands = "Inference timings in us: Init: 1, Warmup (avg): 2, Inference (avg): 1.2e+06"
+    assert devices.parse_benchmark(thousands, "x") == 1200
     with pytest.raises(ValueError, match="gave no time for x: nothing"):
         devices.parse_benchmark("", "x")
+    with pytest.raises(ValueError, match="gave no time for x: count=7"):  # only the warm-up's
+        devices.parse_benchmark(of_2019.splitlines()[0], "x")
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "inf", "-nan"])
+def test_a_time_that_is_none_is_refused(value):
+    with pytest.raises(UserError, match=r"the time of x must be a number above 0|gave no time"):
+        devices.parse_benchmark(f"Inference timings in us: Inference (avg): {value}", "x")
+
+
+APPLIED = "Explicitly applied {} delegate, and the model graph will be {} executed by the delegate"
+
+
+@pytest.mark.parametrize(
+    ("text", "delegate", "partial"),
+    [
+        (APPLIED.format("GPU", "completely"), "GPU", False),
+        (APPLIED.format("GPU", "partially") + " w/ 2 delegate kernels.", "GPU", True),
+        ("Applied GPU delegate.", "GPU", False),
+        (
+            "Num threads: [4]\nINFO: Created TensorFlow Lite XNNPACK delegate for CPU.",
+            "XNNPACK",
+            False,
+        ),
+        ("#threads used for CPU inference: [4]\nApplied XNNPACK delegate.", "XNNPACK", False),
+    ],
+)
+def test_a_run_under_the_conditions_that_were_asked_for(text, delegate, partial):
+    assert devices.check_conditions(text, "x", 4, delegate) == partial
+
+
+@pytest.mark.parametrize(
+    ("text", "delegate", "message"),
+    [
+        ("Num threads: [1]\nApplied GPU delegate.", "GPU", "on 4 threads. .* says: 1 threads"),
+        ("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.", "GPU", "GPU was to run x"),
+        ("", "XNNPACK", "XNNPACK was to run x, and benchmark_model does not say"),
+        ("XNNPACK delegate created.\nFailed to apply XNNPACK delegate.", "XNNPACK", "Failed to"),
+        (
+            "GPU delegate created.\nThough GPU delegate is explicitly applied, the model graph will "
+            "not be executed by the delegate.",
+            "GPU",
+            "GPU does not run x. benchmark_model says: Though GPU",
+        ),
+        ("GPU delegate is not supported on this platform.", "GPU", "not supported on this"),
+        (
+            "INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
+            "ERROR: ModifyGraphWithDelegate is disallowed when graph is immutable.",
+            "XNNPACK",
+            "is disallowed",
+        ),
+    ],
+)
+def test_a_run_that_was_elsewhere_is_refused(text, delegate, message):
+    with pytest.raises(UserError, match=message):
+        devices.check_conditions(text, "x", 4, delegate)
 
 
 @pytest.mark.parametrize(
