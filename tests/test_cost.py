@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -168,6 +170,13 @@ def test_published_tables(tmp_path, name):
     path = tmp_path / "table.csv"
     path.write_text("name,mean\n" + "".join(f"{key},{ms}\n" for key, ms in entries.items()))
     assert sum(map(LatencyCost(path), PUBLISHED.parts())) == 31
+    # As Windows and Excel leave them, and as JSON.
+    marked = tmp_path / "TABLE.CSV"
+    marked.write_text(path.read_text(), encoding="utf-8-sig")
+    assert sum(map(LatencyCost(marked), PUBLISHED.parts())) == 31
+    as_json = tmp_path / "table.json"
+    as_json.write_text(json.dumps({key: {"mean": ms, "count": 3} for key, ms in entries.items()}))
+    assert sum(map(LatencyCost(as_json), PUBLISHED.parts())) == 31
     # What is missing is named as it is in that table.
     with pytest.raises(ValueError, match=r"lacks \d+ parts .*: (Conv|first_conv)-input:64x64x3"):
         SpaceCost(spaces.get("mobilenet_v3", (64, 64, 3)), LatencyCost(path))
@@ -184,6 +193,12 @@ def test_published_tables(tmp_path, name):
         ("t.csv", "a,b\n1,2", "columns name and mean"),
         ("t.csv", "name,mean\na,b", "could not convert"),
         ("t.csv", "name,mean\na,1\nb\n", "line 3 must have the columns name, mean. Received: b"),
+        ("t.csv", "name,mean\nConv-input:1,1\nConv-input:1,2\n", "line 3: Conv-input:1 stands"),
+        ("t.yaml", "a: {mean: 1}\nb: {mean: 1}\na: {mean: 2}", "line 3: a stands twice"),
+        ("t.yaml", "MBConv-input:1: {mean: 0}", "`mean` must be above 0"),
+        ("t.json", '{"MBConv-input:1": {"mean": 0}}', "`mean` must be above 0"),
+        ("t.json", '{"MBConv-input:1": {"mean": 1, "mean": 2}}', "mean stands twice"),
+        ("t.yaml", "[1]: {mean: 1}", "unhashable"),
         ("none.csv", None, "cannot read the latency table"),
     ],
 )

@@ -268,8 +268,8 @@ def test_a_run_under_the_conditions_that_were_asked_for(text, delegate, partial)
         ("", "XNNPACK", "XNNPACK was to run x, and benchmark_model does not say"),
         ("XNNPACK delegate created.\nFailed to apply XNNPACK delegate.", "XNNPACK", "Failed to"),
         (
-            "GPU delegate created.\nThough GPU delegate is explicitly applied, the model graph will "
-            "not be executed by the delegate.",
+            "GPU delegate created.\nThough GPU delegate is explicitly applied, the model graph "
+            "will not be executed by the delegate.",
             "GPU",
             "GPU does not run x. benchmark_model says: Though GPU",
         ),

@@ -6,7 +6,6 @@ parts. `SpaceCost` evaluates a cost over a whole space inside the graph.
 
 import math
 import os
-import pathlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
@@ -76,7 +75,7 @@ class LatencyCost(Cost):
 
     Args:
         table: A `.json` file that `export.latency` wrote, or a published table of ProxylessNAS or
-            once-for-all (`.yaml` or `.csv`); see `fpnas_keras.cost.published_tables`.
+            once-for-all (`.yaml`, `.json` or `.csv`); see `fpnas_keras.cost.published_tables`.
         target: Maximum latency of the architecture, in milliseconds. `None` sets no target.
 
     Raises:
@@ -86,7 +85,7 @@ class LatencyCost(Cost):
     unit = "ms"
 
     def __init__(self, table: str | os.PathLike, target: float | None = None):
-        is_published = pathlib.Path(table).suffix in published_tables.SUFFIXES
+        is_published = published_tables.is_published(table)
         module = published_tables if is_published else latency_table
         self._set_table(module.load(table), is_published, target)
 

@@ -16,6 +16,7 @@ arXiv:1908.09791).
 """
 
 import csv
+import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -27,14 +28,31 @@ from fpnas_keras.cost.latency_table import Names, check_entries, format_shape, n
 from fpnas_keras.errors import UserError
 
 SUFFIXES = (".yaml", ".yml", ".csv")
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def is_published(path: str | os.PathLike) -> bool:
+    """Whether a file is one of these tables, by its ending and content.
+
+    Tables of `fpnas latency` are JSON files with a key `format`. Once-for-all's tables are also
+    found as JSON.
+    """
+    path = pathlib.Path(path)
+    if path.suffix.lower() != ".json":
+        return path.suffix.lower() in SUFFIXES
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):  # The other reader says what is wrong.
+        return False
+    return isinstance(content, dict) and any("-input:" in name for name in content)
 
 
 def load(path: str | os.PathLike) -> Mapping[str, float]:
     """Reads a published table.
 
     Args:
-        path: A `.yaml` file of `{name: {mean: milliseconds}}`, or a `.csv` file with the columns
-            `name` and `mean`.
+        path: A `.yaml` or `.json` file of `{name: {mean: milliseconds}}`, or a `.csv` file with the
+            columns `name` and `mean`.
 
     Returns:
         The milliseconds of each entry by name.
@@ -44,14 +62,22 @@ def load(path: str | os.PathLike) -> Mapping[str, float]:
     """
     path = pathlib.Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = _read_csv(text) if path.suffix == ".csv" else yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8-sig")  # Excel begins files with a mark.
+        is_csv = path.suffix.lower() == ".csv"
+        # JSON is YAML too.
+        rows = _read_csv(text) if is_csv else yaml.load(text, _Loader)
         if not isinstance(rows, dict) or not all(
             isinstance(row, dict) and "mean" in row for row in rows.values()
         ):
             raise UserError("it must hold an object `name: {mean: milliseconds}` for each entry")
         entries = {str(name): row["mean"] for name, row in rows.items()}
         check_entries(entries, "`mean`")
+        zeros = [name for name, value in entries.items() if value == 0]
+        if zeros:
+            raise UserError(
+                f"`mean` must be above 0: no part takes no time. Received: {zeros[0]}: 0"
+                + (f", and {len(zeros) - 1} more" if len(zeros) > 1 else "")
+            )
         find_names(entries)
         return entries
     except OSError as error:
@@ -59,6 +85,20 @@ def load(path: str | os.PathLike) -> Mapping[str, float]:
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())  # YAML's messages have several lines.
         raise UserError(f"{path} is not a latency table: {reason}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which keeps the last of the values of a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of a node."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in seen:
+                    raise UserError(f"line {key.start_mark.line + 1}: {key.value} stands twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _read_csv(text):
@@ -73,6 +113,8 @@ def _read_csv(text):
                 f"line {rows.line_num} must have the columns {', '.join(rows.fieldnames)}. "
                 f"Received: {','.join(values)}"
             )
+        if row["name"] in result:
+            raise UserError(f"line {rows.line_num}: {row['name']} stands twice")
         result[row["name"]] = {"mean": float(row["mean"])}
     return result
 
