@@ -92,10 +92,11 @@ class LatencySettings(Settings):
         group=_DEVICE,
     )
     quantize: str | None = setting(
-        "Numbers in the files that are timed: float32, or int8. Measure the format that you are "
-        "going to ship. Default: none, and for --architecture that of the table.",
+        "Numbers in the files that are timed, as of fpnas export. Measure the format that you are "
+        "going to ship: hard swish, for example, is slow in int8 and fast in qat. Default: none, "
+        "and for --architecture that of the table.",
         None,
-        choices=("none", "int8"),
+        choices=("none", "float16", "dynamic", "int8", "qat"),
         group=_DEVICE,
     )
     benchmark_model: str | None = setting(

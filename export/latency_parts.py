@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from export import conversion
+import export
 from fpnas_keras.architecture import Architecture, Block, Part, Stem
 from fpnas_keras.cost import latency_table
 from fpnas_keras.files import replacing
@@ -77,30 +77,45 @@ def write_files(
 
 def write_file(item: Architecture | Part | None, quantize: str, path: pathlib.Path) -> None:
     """Converts an architecture, a part, or for `None` a single addition, to a file."""
-    model = item.build() if isinstance(item, Architecture) else part_model(item)
+    model = part_model(item, quantize)
     # More than a random convolution takes away. An attention bottleneck that is 0 for all inputs
     # has no range, and XNNPACK refuses the int8 file.
     for variable in model.trainable_variables:
-        if variable.name == "bias":
+        if variable.name.removesuffix(":0").endswith("bias"):
             variable.assign(tf.fill(variable.shape, _BIAS))
     generator = np.random.default_rng(0)
     representative = [generator.uniform(0, 6, model.input_shape[1:]) for _ in range(4)]
+    if quantize == "qat":
+        batches = tf.data.Dataset.from_tensors((np.stack(representative).astype(np.float32), 0))
+        model = export.qat.quantize(model, batches, calibration_batches=2)
+        quantize, representative = "int8", None
+    # int8 at both ends: uint8 takes another operator there, in each part.
+    content = export.conversion.convert(model, quantize, representative, input_type="int8")
     with replacing(path) as temporary:
-        temporary.write_bytes(conversion.convert(model, quantize, representative))
+        temporary.write_bytes(content)
     keras.backend.clear_session()
 
 
-def part_model(part: Part | None) -> keras.Model:
-    """A part of a network as a model of its own; for `None` a single addition."""
+def part_model(part: Architecture | Part | None, quantize: str = "none") -> keras.Model:
+    """An architecture or a part of one as a model of its own; for `None` a single addition.
+
+    Args:
+        part: The architecture or the part.
+        quantize: For "qat" the model is built from layers of tf_keras, as its fine-tuning builds
+            it: it has other operators, and so another latency.
+    """
+    builder = export.qat.TwinBuilder() if quantize == "qat" else NetworkBuilder()
+    if isinstance(part, Architecture):
+        return builder.network(part)
+    library = builder.library
     if part is None:
-        x = keras.Input((1, 1, 1))
-        return keras.Model(x, keras.layers.Rescaling(1.0, 1.0)(x))
-    builder = NetworkBuilder()
-    x = keras.Input((*part.size, part.channels))
+        x = library.Input((1, 1, 1))
+        return library.Model(x, library.layers.Rescaling(1.0, 1.0)(x))
+    x = library.Input((*part.size, part.channels))
     if isinstance(part.layers, Stem):
         y = builder.stem(x, part.layers)
     elif isinstance(part.layers, Block):
         y = builder.block(x, part.layers, "block")
     else:
         y = builder.head(x, part.layers, part.num_classes)
-    return keras.Model(x, y)
+    return library.Model(x, y)

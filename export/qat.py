@@ -134,20 +134,38 @@ def fine_tune(
     network = twin(model, architecture)
     if sparsity:
         network = _prune(network, batches, epochs, learning_rate, sparsity)
-    annotated = tf_keras.models.clone_model(network, clone_function=_annotate)
-    annotated.set_weights(network.get_weights())
-    with _quantize.quantize_scope({"_OutputOnly": _OutputOnly}):
-        if sparsity:
-            scheme = tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
-            quantized = _quantize.quantize_apply(annotated, scheme)
-        else:
-            quantized = _quantize.quantize_apply(annotated)
-    _calibrate(quantized, batches)
+    quantized = quantize(network, batches, keeps_zeros=sparsity > 0)
     _fit(quantized, batches, epochs, learning_rate)
     return quantized
 
 
-def _calibrate(model, batches):
+def quantize(
+    network: tf_keras.Model,
+    batches: tf.data.Dataset,
+    keeps_zeros: bool = False,
+    calibration_batches: int = _CALIBRATION_BATCHES,
+) -> tf_keras.Model:
+    """A network whose weights and activations are rounded as in the int8 file.
+
+    Args:
+        network: A network of a `TwinBuilder`.
+        batches: Inputs and labels, from which the ranges of activations are taken.
+        keeps_zeros: Whether weights that are 0 stay 0.
+        calibration_batches: Number of batches for the ranges.
+    """
+    annotated = tf_keras.models.clone_model(network, clone_function=_annotate)
+    annotated.set_weights(network.get_weights())
+    with _quantize.quantize_scope({"_OutputOnly": _OutputOnly}):
+        if keeps_zeros:
+            scheme = tfmot.experimental.combine.Default8BitPrunePreserveQuantizeScheme()
+            quantized = _quantize.quantize_apply(annotated, scheme)
+        else:
+            quantized = _quantize.quantize_apply(annotated)
+    _calibrate(quantized, batches, calibration_batches)
+    return quantized
+
+
+def _calibrate(model, batches, count):
     """Starts the ranges of activations at what they are on some batches.
 
     tfmot starts them at -6 to 6 and moves them by a thousandth a step, so that a short training
@@ -172,12 +190,12 @@ def _calibrate(model, batches):
         return [(new - _DECAY * old) / (1 - _DECAY) for new, old in zip(moving, before)]
 
     observed = []
-    for x, _ in batches.repeat().take(_CALIBRATION_BATCHES):
+    for x, _ in batches.repeat().take(count):
         observed.append([each.numpy() for each in observe(x)])
         # A layer's inputs are right as soon as the ranges of all before it are.
         for each, value in zip(moving, observed[-1]):
             each.assign(value)
-    for each, values in zip(moving, zip(*observed[_CALIBRATION_BATCHES // 2 :])):
+    for each, values in zip(moving, zip(*observed[count // 2 :])):
         each.assign(np.mean(values))
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import run, run_process
 
 import export
-from export import devices
+from export import conversion, devices, latency_parts
 from export.latency import LatencySettings, _check_table, _comparison_file, _draw_entries
 from export.latency_model import LatencyModel
 from export.latency_parts import named_parts
@@ -303,6 +303,22 @@ def test_bad_flags_are_refused(flags, message):
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("quantize", ["none", "float16", "dynamic", "int8", "qat"])
+def test_parts_are_timed_in_each_format_that_export_writes(tmp_path, quantize):
+    part = Part(Block(12, 3, 3, 1, "hard_silu", 1), (8, 8), 12)
+    latency_parts.write_file(part, quantize, tmp_path / "part.tflite")
+    content = (tmp_path / "part.tflite").read_bytes()
+    operators = conversion.operators(content)
+    # qat has other operators for hard swish, so that XNNPACK runs all of it.
+    assert ("HARD_SWISH" in operators) == (quantize != "qat")
+    is_whole = quantize in ("int8", "qat")
+    assert (conversion.float_operators(content) == {}) == is_whole
+    if quantize == "qat":
+        assert conversion.delegated_partitions(content) == 1
+    # The ends of a part are those of the parts beside it.
+    assert "QUANTIZE" not in operators
 
 
 def test_blocks_that_were_not_measured_follow_from_those_that_were():
