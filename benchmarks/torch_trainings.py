@@ -386,13 +386,11 @@ def give_weights(model: "keras.Model", network: Network) -> None:
     put(network.stem, "stem")
     put(network.head, "head")
     for index, block in enumerate(network.blocks):
-        single = block.block.splits == 1
+        names = {"reduce": "attention_reduce"}
+        if block.block.splits == 1:
+            names["gate_0"] = "attention_expand"
         for name, conv in block.layers.items():
-            name = (
-                {"reduce": "attention_reduce", "gate_0": "attention_expand"}.get(name, name)
-                if single
-                else name.replace("gate_", "attention_split_").replace("reduce", "attention_reduce")
-            )
+            name = names.get(name, name.replace("gate_", "attention_split_"))
             put(conv, f"block_{index}_{name}")
     kernel, bias = model.get_layer("classes").get_weights()
     network.classes.weight.data = torch.tensor(kernel.T.copy())

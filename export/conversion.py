@@ -96,21 +96,24 @@ class Runner:
 
     Args:
         content: The flat buffer, with the signature of `convert`.
+        batch_size: Number of images to run at once. Default: that of the file, which is resized
+            for another one.
 
     Attributes:
         scores: What the file gives: "logits" or "probabilities".
         image_shape: `(height, width, channels)`.
-        batch_size: Number of images that the file takes at once.
+        batch_size: Number of images that run at once.
     """
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, batch_size: int | None = None):
         interpreter = Interpreter(model_content=content)
         with quiet_libraries():
             interpreter.allocate_tensors()
         self._serve = interpreter.get_signature_runner("serving_default")
         self._image = self._serve.get_input_details()["image"]
         ((self.scores, self._details),) = self._serve.get_output_details().items()
-        self.batch_size, *self.image_shape = map(int, self._image["shape"])
+        own, *self.image_shape = map(int, self._image["shape"])
+        self.batch_size = batch_size or own
 
     @property
     def pixels(self) -> tuple[float, int]:
@@ -149,23 +152,15 @@ def resizable(content: bytes, images: np.ndarray) -> bool:
         content: The flat buffer.
         images: Pixels 0..255, shape `(2, height, width, channels)`.
     """
-    runner, interpreter = Runner(content), Interpreter(model_content=content)
-    (image,), (scores,) = interpreter.get_input_details(), interpreter.get_output_details()
+    runner = Runner(content)
     size = 2 * runner.batch_size
+    images = np.resize(images, (size, *runner.image_shape))
+    expected = runner(images)
     try:
         with quiet_libraries():
-            interpreter.resize_tensor_input(image["index"], (size, *runner.image_shape))
-            interpreter.allocate_tensors()
-            x = np.resize(images, (size, *runner.image_shape))
-            shift = runner.pixels[1]
-            interpreter.set_tensor(image["index"], (x.astype(int) + shift).astype(image["dtype"]))
-            interpreter.invoke()
+            received = Runner(content, size)(images)
     except (RuntimeError, ValueError):
         return False
-    scale, zero_point = scores["quantization"]
-    received = interpreter.get_tensor(scores["index"]).astype(np.float32)
-    expected = runner(x)
-    received = (received - zero_point) * (scale or 1.0)
     return received.shape == expected.shape and bool(np.allclose(received, expected, atol=1e-3))
 
 

@@ -94,9 +94,9 @@ def run_prediction(settings: PredictSettings) -> list[Prediction]:
     classifier = _load(settings)
     files = _find_files(settings.images)
     found = []
+    resize = settings.resize or classifier.resize
     with track(len(files), "classifying", "images") as progress:
         for file in files:
-            resize = settings.resize or classifier.resize
             image = read_image(file, classifier.image_shape, resize)
             scores = np.asarray(classifier.function(image[None].astype(np.float32)))[0]
             if classifier.gives_logits:
@@ -160,14 +160,12 @@ def _load_keras(settings):
 
 def _find_files(names):
     """The image files that are named, and those in folders that are named."""
-    from fpnas_keras.data.image_files import suffixes
+    from fpnas_keras.data.folders import list_images
 
     files = []
     for name in map(pathlib.Path, names):
         if name.is_dir():
-            inside = [each for each in name.rglob("*") if each.suffix.lower() in suffixes()]
-            hidden = {each for each in inside if any(part[0] == "." for part in each.parts[1:])}
-            inside = sorted(set(inside) - hidden)
+            inside = list_images(name)
             if not inside:
                 raise UserError(f"the folder {name} holds no image")
             files += inside

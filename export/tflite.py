@@ -29,6 +29,8 @@ _INTERFACE, _INT8, _CHECK, _QAT, _FILES, _DATA = (
 )
 _AS_TRAINED = " Default: as the training that made the model."
 _LATENCY_ROUNDS = 30
+# What files take, and networks of this project are trained on.
+_PIXELS = (0.0, 255.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ class TfliteSettings(Settings):
         if self.prune and self.quantize != "qat":
             raise UserError("--prune needs --quantize=qat")
         low, high = self.read_range()
-        if self.quantize == "qat" and (low, high) != (0, 255):
+        if self.quantize == "qat" and (low, high) != _PIXELS:
             raise UserError(
                 "--quantize=qat needs pixels of 0 to 255: it is for the networks of this project. "
                 f"Received: input_range={low:g},{high:g}"
@@ -243,7 +245,7 @@ class _Export:
         self.settings = settings
         self.model = networks.load_model(settings.model)
         run = runs.TrainingRun(pathlib.Path(settings.model).parent)
-        is_own = run.is_training and run.model_file.samefile(settings.model)
+        is_own = run.is_training and pathlib.Path(settings.model).name == run.model_file.name
         self.run_of_model = run if is_own else None
         self.images_settings = settings.find_images(self.run_of_model)
         self.output, self.labels, self.report_file = _output_paths(settings)
@@ -257,7 +259,7 @@ class _Export:
         if self.labels.exists() and self.labels.read_text("utf-8") != _label_text(images):
             _refuse_existing(settings, [self.labels])
         scores = self._with_scores()
-        if self.run_of_model is None and settings.read_range() == (0, 255):
+        if self.run_of_model is None and settings.read_range() == _PIXELS:
             export.comparison.warn_of_range(self.model, images)
         content = export.metadata.add(self._convert(scores), self._metadata(images))
         # First, and in a process of its own: what XNNPACK refuses may take its process down.
@@ -312,19 +314,19 @@ class _Export:
 
         settings, name = self.settings, f"the model {self.settings.model}"
         low, high = settings.read_range()
-        gives_probabilities = networks.ends_in_softmax(self.model, name)
-        wanted = settings.scores == "probabilities"
-        if (low, high) == (0, 255) and gives_probabilities == wanted:
-            return self.model
-        images = keras.Input(self.model.input_shape[1:], name="image")
-        x = images
-        if (low, high) != (0, 255):
-            x = keras.layers.Rescaling((high - low) / 255, low, name="input_range")(x)
-        if gives_probabilities and not wanted:
-            x = networks.to_logits(self.model, name)(x)
+        is_rescaled = (low, high) != _PIXELS
+        model, needs_softmax = self.model, False
+        if settings.scores == "logits":
+            model = networks.to_logits(model, name)
         else:
-            x = self.model(x)
-        if wanted and not gives_probabilities:
+            needs_softmax = not networks.ends_in_softmax(model, name)
+        if not is_rescaled and not needs_softmax:
+            return model
+        images = x = keras.Input(model.input_shape[1:], name="image")
+        if is_rescaled:
+            x = keras.layers.Rescaling((high - low) / 255, low, name="input_range")(x)
+        x = model(x)
+        if needs_softmax:
             x = keras.layers.Softmax(name="probabilities")(x)
         return keras.Model(images, x, name="scores")  # A counted name would be in the file.
 

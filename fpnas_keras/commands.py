@@ -79,9 +79,9 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     verbosity = logging.get_verbosity()
     try:
         # Before the flags are read, which may be worth a line: absl would set up a log of its own.
-        handler = _set_up_log()
+        _set_up_log()
         settings, wanted = _parse(command.settings, arguments)
-        _set_verbosity(wanted, handler)
+        _set_verbosity(wanted)
         if command.needs_tensorflow:
             with quiet_libraries():
                 import tensorflow  # noqa: F401
@@ -102,21 +102,24 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
 
 
 def _set_up_log():
-    """Shows what this program says as plain lines. Returns the handler."""
+    """Shows what this program says as plain lines, and not what TensorFlow says."""
     handler = stdlib_logging.StreamHandler()
     handler.setFormatter(_Formatter())
+    handler.addFilter(
+        lambda record: (
+            "/tensorflow/" not in record.pathname or logging.get_verbosity() >= logging.DEBUG
+        )
+    )
     stdlib_logging.basicConfig(handlers=[handler])
     logging.set_verbosity(logging.INFO)
-    return handler
 
 
-def _set_verbosity(verbosity, handler):
-    """Shows what TensorFlow says only if `verbosity` asks for it."""
+def _set_verbosity(verbosity):
+    """Sets what is shown. With `logging.DEBUG` TensorFlow's lines are, too."""
     if verbosity < logging.DEBUG:
         # Read when TensorFlow is imported, which is later.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         stdlib_logging.getLogger("tensorflow").setLevel(stdlib_logging.ERROR)
-        handler.addFilter(lambda record: "/tensorflow/" not in record.pathname)
     logging.set_verbosity(verbosity)
 
 
@@ -169,13 +172,10 @@ def _help(command):
     for field in fields:
         if not field.metadata["basic"]:
             groups.setdefault(field.metadata["group"], []).append(field)
+    positional = find_positional(command.settings)
     sections = [
         f"usage: {command.name} --flag=value ..."
-        + (
-            f" {positional.upper()} ..."
-            if (positional := find_positional(command.settings))
-            else ""
-        ),
+        + (f" {positional.upper()} ..." if positional else ""),
         command.summary,
         *(f"{title}:\n  {line}" for title, line in command.examples),
         *(f"{title}:\n" + "\n".join(map(_describe, group)) for title, group in groups.items()),

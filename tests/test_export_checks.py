@@ -79,6 +79,12 @@ def test_a_model_without_its_training_needs_data(copied):
         export.export_tflite(model=copied / "model.keras")
 
 
+def test_a_model_with_another_name_than_its_training_gave_it_needs_data(copied):
+    (copied / "run" / "model.keras").rename(copied / "run" / "best.keras")
+    with pytest.raises(UserError, match=r"`data` must be given: .*best.keras does not lie in"):
+        export.export_tflite(model=copied / "run" / "best.keras")
+
+
 def test_other_data_of_the_same_shape_is_refused_by_its_classes(copied):
     write_photos(copied / "others", ("cat", "dog", "eel"))
     message = r"was trained on the classes blue, green, red\. Received: .* with cat, dog, eel"
@@ -145,7 +151,7 @@ def test_logits_and_probabilities_of_models_that_give_either(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 1)])
-def test_a_model_of_another_range_of_pixels(trained, tmp_path, capsys, low, high):
+def test_a_model_of_another_range_of_pixels(trained, tmp_path, caplog, low, high):
     model = load(trained)
     pixels = keras.Input((16, 16, 3))
     scaled = keras.layers.Rescaling(255 / (high - low), -low * 255 / (high - low))(pixels)
@@ -155,9 +161,8 @@ def test_a_model_of_another_range_of_pixels(trained, tmp_path, capsys, low, high
         "data": f"folder:{trained / 'photos'}",
         "overwrite": True,
     }
-    with _captured_warnings() as warnings:
-        export.export_tflite(**settings)
-    assert f"it seems to want --input_range={low},{high}" in warnings.getvalue()
+    export.export_tflite(**settings)
+    assert f"it seems to want --input_range={low},{high}" in caplog.text
     for quantize in ("none", "int8"):
         exported = export.export_tflite(
             **settings, input_range=(str(low), str(high)), quantize=quantize
@@ -167,25 +172,6 @@ def test_a_model_of_another_range_of_pixels(trained, tmp_path, capsys, low, high
         bound = 1e-5 if quantize == "none" else 0.1
         np.testing.assert_allclose(scores_of(exported.path, images), expected, atol=bound)
         assert exported.report["tflite_accuracy"] > 0.9
-
-
-def _captured_warnings():
-    import contextlib
-    import io
-    import logging as stdlib_logging
-
-    @contextlib.contextmanager
-    def capture():
-        text = io.StringIO()
-        handler = stdlib_logging.StreamHandler(text)
-        logger = stdlib_logging.getLogger("absl")
-        logger.addHandler(handler)
-        try:
-            yield text
-        finally:
-            logger.removeHandler(handler)
-
-    return capture()
 
 
 @pytest.mark.parametrize(
@@ -331,6 +317,17 @@ def test_predictions_are_those_of_keras(trained, files, tmp_path):
             "classes": found[0].classes,
         }
     assert list(found[0].classes.values()) == sorted(found[0].classes.values(), reverse=True)
+
+
+def test_predictions_skip_hidden_files_in_a_folder_but_not_a_hidden_folder_that_is_named(
+    trained, files, tmp_path
+):
+    photo = next((trained / "photos" / "test").rglob("*.png"))
+    for name in (".cache/one.png", ".cache/._one.png", ".cache/.hidden/two.png", ".cache/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, tmp_path / name)
+    found = export.classify_images(model=files["none"], images=[tmp_path / ".cache"])
+    assert [each.file for each in found] == [str(tmp_path / ".cache" / "one.png")]
 
 
 def test_predictions_of_a_photo_that_lies_on_its_side(trained, files, tmp_path):

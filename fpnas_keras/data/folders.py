@@ -1,6 +1,7 @@
 """Folders of images: their classes, their training and test sets, and what is ignored in them."""
 
 import collections
+import itertools
 import os
 import pathlib
 import unicodedata
@@ -84,6 +85,13 @@ def scan(path: pathlib.Path) -> ImageFolder:
             f"Received: {', '.join(sorted(differing))} in one of them only"
         )
     return ImageFolder(*parts, tests[0].name, tuple(each.name for each in tests[1:]))
+
+
+def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The image files in a folder and in the folders in it, sorted, without hidden ones."""
+    folders, files = _list(folder)
+    inside = itertools.chain.from_iterable(map(list_images, folders))
+    return sorted([*filter(_is_image, files), *inside])
 
 
 def _is_split(folder):

@@ -34,7 +34,7 @@ class Session:
 
     `flags.txt` is written before the run begins, and `summary.json` last. Only one process at a
     time works in a directory. If the directory holds an unfinished run with the same flags, this
-    process continues it. With a higher `epochs` it also goes on with a finished run.
+    process continues it. A higher `epochs` also continues a finished run.
 
     Args:
         run: The run directory.
