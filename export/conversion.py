@@ -181,9 +181,43 @@ def float_operators(content: bytes) -> dict[str, int]:
 
 def delegated_partitions(content: bytes) -> int:
     """The number of partitions of the graph that XNNPACK runs: 1 if it runs all of it."""
+    return sum(each["op_name"] == "DELEGATE" for each in _delegated(content))
+
+
+def interpreter_operators(content: bytes) -> dict[str, int]:
+    """How often each operator occurs that XNNPACK does not run."""
+    nodes = _delegated(content)
+    # LiteRT lists all operators, and behind them the partitions that replace some of them.
+    makers, replaced = {}, set()
+    for node in nodes:
+        if node["op_name"] != "DELEGATE":
+            makers |= {int(tensor): node["index"] for tensor in node["outputs"]}
+    inputs = {node["index"]: node["inputs"] for node in nodes}
+    for partition in nodes:
+        if partition["op_name"] != "DELEGATE":
+            continue
+        given, left = set(map(int, partition["inputs"])), list(map(int, partition["outputs"]))
+        while left:
+            maker = makers.get(left.pop())
+            if maker is not None and maker not in replaced:
+                replaced.add(maker)
+                left += [int(each) for each in inputs[maker] if int(each) not in given]
+    return _histogram(
+        each for each in nodes if each["op_name"] != "DELEGATE" and each["index"] not in replaced
+    )
+
+
+def delegated_share(content: bytes) -> float:
+    """Share of the operators that XNNPACK runs."""
+    return 1 - sum(interpreter_operators(content).values()) / sum(operators(content).values())
+
+
+def _delegated(content):
+    """The operators, and the partitions of XNNPACK."""
     interpreter = Interpreter(model_content=content)
-    interpreter.allocate_tensors()
-    return sum(each["op_name"] == "DELEGATE" for each in interpreter._get_ops_details())
+    with quiet_libraries():
+        interpreter.allocate_tensors()
+    return interpreter._get_ops_details()
 
 
 def _operators(content):

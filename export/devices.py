@@ -24,8 +24,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+import export
 from fpnas_keras.errors import UserError
 
+# What runs a file on a phone, as flags have it, and its name in benchmark_model's output.
+DELEGATES = {"xnnpack": "XNNPACK", "gpu": "GPU", "nnapi": "NNAPI"}
 _TIMER = pathlib.Path(__file__).with_name("host_timer.py")
 _PHONE_FOLDER = "/data/local/tmp/fpnas_keras"
 # What adb says of a phone that is not there, or no more.
@@ -37,10 +40,14 @@ class Host:
 
     Args:
         threads: Threads of the interpreter.
+
+    Attributes:
+        shares: Share of the operators that XNNPACK runs, of each file that was timed.
     """
 
     def __init__(self, threads: int = 1):
         self.threads = threads
+        self.shares: dict[str, float] = {}
         # Where LiteRT says that it found XNNPACK, and why it dies.
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -67,6 +74,8 @@ class Host:
                     "refuses layers that give 0 for all representative images.) Its last words: "
                     f"{self._last_words()}"
                 )
+            if name not in self.shares:
+                self.shares[name] = export.conversion.delegated_share(files[name].read_bytes())
             yield name, float(answer)
 
     def _last_words(self):
@@ -100,8 +109,12 @@ class Adb:
         serial: Serial number of the phone, as `adb devices` lists it; `None` where there is one.
         threads: Threads of the interpreter.
         core_mask: Cores to run on, as taskset takes them (a hexadecimal number); "" for all.
-        gpu: Whether the GPU runs what it can.
+        delegate: What runs the files: one of `DELEGATES`.
         rest_seconds: Seconds to let the phone cool down after each round.
+
+    Attributes:
+        shares: Share of the operators that the delegate runs, of each file that was timed; `None`
+            for a part that benchmark_model does not say.
 
     Raises:
         UserError: When there is no such phone, or it cannot be used; the message says why.
@@ -113,7 +126,7 @@ class Adb:
         serial: str | None = None,
         threads: int = 1,
         core_mask: str = "",
-        gpu: bool = False,
+        delegate: str = "xnnpack",
         rest_seconds: float = 0.0,
     ):
         if not pathlib.Path(benchmark_model).is_file():
@@ -121,9 +134,10 @@ class Adb:
                 "`benchmark_model` must be the benchmark_model binary for the phone. "
                 f"Received: benchmark_model={benchmark_model}"
             )
-        self.serial, self.threads, self.gpu = serial, threads, gpu
+        self.serial, self.threads, self.delegate = serial, threads, delegate
         self.core_mask, self.rest_seconds = core_mask, rest_seconds
-        self._pushed, self._is_partial = set(), False
+        self.shares: dict[str, float | None] = {}
+        self._pushed = set()
         self._adb("get-state")
         self._adb("shell", f"mkdir -p {_PHONE_FOLDER}")
         self._adb("push", benchmark_model, f"{_PHONE_FOLDER}/benchmark_model")
@@ -139,13 +153,14 @@ class Adb:
             "build": build,
             "threads": self.threads,
             "core_mask": self.core_mask,
-            "gpu": self.gpu,
+            "delegate": self.delegate,
         }
 
     def round(self, files: Mapping[str, pathlib.Path], seed: int) -> Iterator[tuple[str, float]]:
         """Milliseconds of each file, as they are measured, in an order drawn by the seed."""
         for name in random.Random(seed).sample(sorted(files), len(files)):
-            yield name, self._run(files[name])
+            milliseconds, self.shares[name] = self._run(files[name])
+            yield name, milliseconds
         time.sleep(self.rest_seconds)
 
     def close(self) -> None:
@@ -156,27 +171,26 @@ class Adb:
             logging.warning("%s may still be on the phone: %s", _PHONE_FOLDER, error)
 
     def _run(self, path):
+        """Milliseconds of a file, and the share of its operators that the delegate ran."""
         there = f"{_PHONE_FOLDER}/{path.name}"
         if path not in self._pushed:
             self._adb("push", str(path), there)
             self._pushed.add(path)
+        delegates = " ".join(
+            f"--use_{name}={str(name == self.delegate).lower()}" for name in DELEGATES
+        )
         command = (
             f"{_PHONE_FOLDER}/benchmark_model --graph={shlex.quote(there)} "
-            f"--num_threads={self.threads} --use_xnnpack={str(not self.gpu).lower()} "
-            f"--use_gpu={str(self.gpu).lower()} --warmup_runs=5 --num_runs=100 --min_secs=0.2"
+            f"--num_threads={self.threads} {delegates} --warmup_runs=5 --num_runs=100 "
+            "--min_secs=0.2"
         )
-        if self.core_mask:
-            command = f"taskset {self.core_mask} {command}"
+        if self.core_mask:  # The shell says on which cores it is, and becomes benchmark_model.
+            inside = f"grep Cpus_allowed: /proc/self/status; exec {command}"
+            command = f"taskset {self.core_mask} sh -c {shlex.quote(inside)}"
         output = self._adb("shell", command, timeout=300)
         milliseconds = parse_benchmark(output, path.name)
-        delegate = "GPU" if self.gpu else "XNNPACK"
-        if check_conditions(output, path.name, self.threads, delegate) and not self._is_partial:
-            self._is_partial = True
-            logging.warning(
-                "%s runs only a part of %s, and the interpreter the rest; others may be alike",
-                *(delegate, path.name),
-            )
-        return milliseconds
+        share = check_conditions(output, path.name, self.threads, self.delegate, self.core_mask)
+        return milliseconds, share
 
     def _adb(self, *arguments, timeout=120):
         serial = ["-s", self.serial] if self.serial else []
@@ -228,26 +242,42 @@ def parse_benchmark(text: str, name: str) -> float:
     return microseconds / 1000
 
 
-def check_conditions(text: str, name: str, threads: int, delegate: str) -> bool:
+def check_conditions(
+    text: str, name: str, threads: int, delegate: str, core_mask: str = ""
+) -> float | None:
     """Checks that `benchmark_model` ran a file as it was asked to.
 
     Args:
         text: Its output.
         name: Name of the file, for messages.
         threads: Threads that were asked for.
-        delegate: "GPU" or "XNNPACK".
+        delegate: One of `DELEGATES`.
+        core_mask: The cores that were asked for, as a hexadecimal number; "" for all.
 
     Returns:
-        Whether the delegate ran only a part of the file.
+        The share of the operators that the delegate ran; `None` for a part that the output does
+        not say.
 
     Raises:
-        UserError: When the threads are others, or the delegate ran nothing of the file.
+        UserError: When the threads or the cores are others, or the delegate ran nothing of the
+            file.
     """
     used = re.findall(r"(?:Num threads|#threads used for CPU inference) ?: \[(-?\d+)\]", text)
     if used and int(used[-1]) != threads:
         raise UserError(
             f"{name} was to run on {threads} threads. benchmark_model says: {used[-1]} threads"
         )
+    if core_mask:
+        cores = re.search(r"Cpus_allowed:\s*([\da-fA-F,]+)", text)
+        if cores is None or int(cores[1].replace(",", ""), 16) != int(core_mask, 16):
+            raise UserError(
+                f"{name} was to run on the cores {core_mask}. The phone says: "
+                f"{cores[1] if cores else 'nothing'}"
+            )
+    return _delegated_share(text, name, DELEGATES[delegate])
+
+
+def _delegated_share(text, name, delegate):
     refusals = (
         rf"(Failed to apply|Could not create|Couldn't create) .*{delegate}.*",
         rf"Though {delegate} delegate is explicitly applied, .* not be executed.*",
@@ -266,7 +296,15 @@ def check_conditions(text: str, name: str, threads: int, delegate: str) -> bool:
             f"{delegate} was to run {name}, and benchmark_model does not say that it did. A newer "
             "benchmark_model may"
         )
-    return bool(re.search(rf"applied {delegate} delegate, .* partially executed", text))
+    # Another delegate may run the rest, and has a line of its own.
+    counts = re.findall(
+        rf"(?i)replacing (\d+) out of (\d+) node\(s\) with delegate \(\w*{delegate}\w*\)", text
+    )
+    if counts:
+        replaced, whole = np.sum(np.array(counts, int), axis=0).tolist()
+        return replaced / whole
+    is_part = re.search(rf"applied {delegate} delegate, .* partially executed", text)
+    return None if is_part else 1.0
 
 
 def times(

@@ -8,10 +8,12 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import pathlib
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -65,7 +67,8 @@ class LatencySettings(Settings):
     num_classes: int = setting("Number of classes.", 10, least=2, basic=True)
     output: str | None = setting(
         "File to write: the table, which must end in .json; or with --architecture the comparison, "
-        "by default beside the architecture. An unfinished table is continued.",
+        "by default beside the architecture. An unfinished table is continued. With several "
+        "--threads there is a table for each: host_2_threads.json for host.json.",
         None,
         basic=True,
     )
@@ -85,9 +88,10 @@ class LatencySettings(Settings):
         choices=("host", "adb"),
         group=_DEVICE,
     )
-    threads: int = setting(
-        "Threads of the interpreter. Phones are usually timed with one.",
-        1,
+    threads: tuple[int, ...] = setting(
+        "Threads of the interpreter. Phones are usually timed with one. Several numbers, such as "
+        "1,2,4, are measured in turn.",
+        (1,),
         least=1,
         group=_DEVICE,
     )
@@ -108,7 +112,13 @@ class LatencySettings(Settings):
     core_mask: str = setting(
         "Cores of the phone to run on, as taskset takes them: f0.", "", group=_DEVICE
     )
-    gpu: bool = setting("Whether the phone's GPU runs what it can.", False, group=_DEVICE)
+    delegate: str = setting(
+        "What runs the files on the phone: its CPU by XNNPACK, its GPU, or by NNAPI what Android "
+        "has for it.",
+        "xnnpack",
+        choices=("xnnpack", "gpu", "nnapi"),
+        group=_DEVICE,
+    )
     rest_seconds: float = setting(
         "Seconds to let the phone cool down after each round.", 0.0, least=0, group=_DEVICE
     )
@@ -161,6 +171,22 @@ class LatencySettings(Settings):
             )
         if (self.device == "adb") != (self.benchmark_model is not None):
             raise UserError("--device=adb needs --benchmark_model, and the other way round")
+        of_phones = {"serial", "core_mask", "delegate", "rest_seconds"} - self.defaults()
+        if self.device == "host" and of_phones:
+            flags = ", ".join(f"--{name}" for name in sorted(of_phones))
+            raise UserError(f"{flags}: only for phones, which --device=adb stands for")
+        if self.core_mask and not re.fullmatch("[0-9a-fA-F]{1,16}", self.core_mask):
+            raise UserError(
+                "`core_mask` must be a hexadecimal number, such as f0. "
+                f"Received: core_mask={self.core_mask}"
+            )
+        if len(set(self.threads)) < len(self.threads):
+            raise UserError(
+                "`threads` must be different numbers. "
+                f"Received: threads={','.join(map(str, self.threads))}"
+            )
+        if self.architecture and len(self.threads) > 1:
+            raise UserError("--architecture needs one number of --threads, that of the table")
 
     @property
     def number_format(self) -> str:
@@ -176,26 +202,33 @@ class LatencySettings(Settings):
         default = {"host": 40.0, "adb": 0.0}[self.device]
         return default if self.network_seconds is None else self.network_seconds
 
+    def output_file(self, threads: int) -> pathlib.Path:
+        """The file of the table for a number of threads."""
+        path = pathlib.Path(self.output)
+        if len(self.threads) == 1:
+            return path
+        return path.with_name(f"{path.stem}_{threads}_threads{path.suffix}")
+
     @contextlib.contextmanager
-    def open_device(self) -> "Iterator[Host | Adb]":
+    def open_device(self, threads: int) -> "Iterator[Host | Adb]":
         """The device, inside the block."""
         if self.device == "host":
-            device = export.devices.Host(self.threads)
+            device = export.devices.Host(threads)
         else:
             device = export.devices.Adb(
                 self.benchmark_model,
                 self.serial,
-                self.threads,
+                threads,
                 self.core_mask,
-                self.gpu,
+                self.delegate,
                 self.rest_seconds,
             )
         with contextlib.closing(device):
             yield device
 
 
-def measure_latency(**settings: Any) -> dict[str, Any]:
-    """Measures a latency table of a space on a device.
+def measure_latency(**settings: Any) -> list[dict[str, Any]]:
+    """Measures latency tables of a space on a device: one for each number of threads.
 
     An unfinished table in the same file is continued. A finished one is returned as it is. The
     files to time are made in processes of their own: a script that calls this needs
@@ -205,7 +238,7 @@ def measure_latency(**settings: Any) -> dict[str, Any]:
         **settings: The fields of `LatencySettings`, which are the flags of `fpnas latency`.
 
     Returns:
-        The table, as it stands in the file `output`.
+        The tables in the order of `threads`, as they stand in their files.
 
     Raises:
         UserError: When a setting is wrong, the device fails, or the file holds another table.
@@ -219,25 +252,32 @@ def measure_latency(**settings: Any) -> dict[str, Any]:
     return run_measuring(LatencySettings(**settings))
 
 
-def run_measuring(settings: LatencySettings) -> dict[str, Any]:
+def run_measuring(settings: LatencySettings) -> list[dict[str, Any]]:
     """Like `measure_latency`, but takes a `LatencySettings`."""
     if settings.space is None:
         raise UserError("`space` must be given to measure a table. Received: space=None")
     shape = (settings.input_size, settings.input_size, settings.channels)
     space = spaces.get(settings.space, shape, settings.num_classes)
-    output = pathlib.Path(settings.output)
-    check_output(output)
-    with settings.open_device() as device:
-        table = _open_table(settings, space, device)
-        if not table["complete"]:
+    for threads in settings.threads:
+        check_output(settings.output_file(threads))
+    with contextlib.ExitStack() as stack:
+        devices = [stack.enter_context(settings.open_device(each)) for each in settings.threads]
+        tables = [_open_table(settings, space, device) for device in devices]
+        begun = [(t, d) for t, d in zip(tables, devices) if not t["complete"]]
+        if begun:
             parts = export.latency_parts.named_parts(space)
-            with _folder_of_files(output) as folder:
-                _measure_entries(settings, table, parts, device, folder)
-                _fit(table, parts)
-                _scale_and_prove(settings, table, space, folder)
-            table["complete"] = True
-            write_json(output, table)
-    return table
+            with _folder_of_files(pathlib.Path(settings.output)) as folder:
+                _measure_entries(settings, begun, parts, folder)
+                for table, _ in begun:
+                    _fit(table, parts)
+                    _scale_and_prove(settings, table, space, folder)
+                    table["complete"] = True
+                    write_json(_table_file(settings, table), table)
+    return tables
+
+
+def _table_file(settings, table):
+    return settings.output_file(table["device"]["threads"])
 
 
 def compare_latency(**settings: Any) -> dict[str, Any]:
@@ -265,13 +305,14 @@ def run_comparison(settings: LatencySettings) -> dict[str, Any]:
     predicted = _predict(settings, architecture)
     output = _comparison_file(settings)
     check_output(output)
-    with settings.open_device() as device:
+    (threads,) = settings.threads
+    with settings.open_device(threads) as device:
         own = device.describe()
     quantize = _check_table(settings, own)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "network.tflite"
         export.latency_parts.write_file(architecture, quantize, file)
-        (measured,), (again,) = _time_networks(settings, {"": file})
+        ((measured,), (again,)), shares = _time_networks(settings, {"": file}, threads)
     comparison = {
         "architecture": settings.architecture,
         "latency_table": settings.latency_table,
@@ -281,6 +322,7 @@ def run_comparison(settings: LatencySettings) -> dict[str, Any]:
         "measured_milliseconds": float(measured),
         "measured_twice_error": float(abs(again / measured - 1)),
         "error": float(predicted / measured - 1),
+        "share": shares[""],
         "macs": architecture.macs(),
     }
     write_json(output, comparison)
@@ -338,9 +380,10 @@ def _open_table(settings, space, device):
         "fit": {},
         "proof": {},
         "measured": {},
+        "shares": {},
         "entries": {},
     }
-    output = pathlib.Path(settings.output)
+    output = settings.output_file(device.threads)
     if not output.exists():
         return new
     table = latency_table.read(output)
@@ -369,37 +412,52 @@ def _folder_of_files(output):
 
 def _measure_entries(
     settings: LatencySettings,
-    table: dict[str, Any],
+    begun: Sequence[tuple[dict[str, Any], "Host | Adb"]],
     parts: Mapping[str, Part],
-    device: "Host | Adb",
     folder: pathlib.Path,
 ) -> None:
-    """Fills `measured`: milliseconds of each entry, round by round."""
+    """Fills `measured` and `shares` of tables, each with its device, round by round."""
     names = [_NOTHING, *_draw_entries(settings, list(parts))]
-    if table["measured"] and table["measured"].keys() != set(names):
-        raise UserError(
-            f"`output` {settings.output} was begun with another `seed` or `max_entries`. "
-            f"Received: seed={settings.seed}, max_entries={settings.max_entries}"
-        )
+    for table, _ in begun:
+        if table["measured"] and table["measured"].keys() != set(names):
+            raise UserError(
+                f"`output` {_table_file(settings, table)} was begun with another `seed` or "
+                f"`max_entries`. Received: seed={settings.seed}, "
+                f"max_entries={settings.max_entries}"
+            )
+        for name in names:
+            table["measured"].setdefault(name, [])
     items = {name: parts.get(name) for name in names}
     files = export.latency_parts.write_files(items, settings.number_format, folder)
-    rounds, measured, output = settings.count_rounds(), table["measured"], settings.output
-    for name in names:
-        measured.setdefault(name, [])
+    rounds = settings.count_rounds()
+    left = sum(rounds - len(times) for table, _ in begun for times in table["measured"].values())
+
+    def write():
+        for table, _ in begun:
+            write_json(_table_file(settings, table), table)
+
     written = time.monotonic()
-    done = sum(map(len, measured.values()))
-    with track(rounds * len(names) - done, "measuring", "entries") as progress:
+    with track(left, "measuring", "entries") as progress:
         try:
-            for seed in range(rounds):
-                left = {name: file for name, file in files.items() if len(measured[name]) <= seed}
-                for name, milliseconds in device.round(left, seed):
-                    measured[name].append(round(milliseconds, 6))
+            for seed, (table, device) in itertools.product(range(rounds), begun):
+                for _ in _measure_round(table, device, files, seed):
                     progress.update()
                     if time.monotonic() > written + _SECONDS_BETWEEN_WRITES:
-                        write_json(output, table)
+                        write()
                         written = time.monotonic()
         finally:  # A phone may go away. The command continues from what is written.
-            write_json(output, table)
+            write()
+
+
+def _measure_round(table, device, files, seed):
+    """Measures what the round of a seed lacks; yields after each file."""
+    measured, shares = table["measured"], table["shares"]
+    left = {name: file for name, file in files.items() if len(measured[name]) <= seed}
+    for name, milliseconds in device.round(left, seed):
+        measured[name].append(round(milliseconds, 6))
+        if device.shares[name] != 1:
+            shares[name] = device.shares[name]
+        yield
 
 
 def _draw_entries(settings, names):
@@ -451,8 +509,10 @@ def _scale_and_prove(settings, table, space, folder):
         )
     items = {json.dumps(each.to_dict()): each for each in networks}
     files = latency_parts.write_files(items, settings.number_format, folder)
-    once, again = _time_networks(
-        settings, {str(index): file for index, file in enumerate(files.values())}
+    (once, again), shares = _time_networks(
+        settings,
+        {str(index): file for index, file in enumerate(files.values())},
+        table["device"]["threads"],
     )
     scaled = min(_SCALE_NETWORKS, len(networks) // 2)
     sums = np.array([latency_parts.sum_of_entries(table["entries"], each) for each in networks])
@@ -461,6 +521,7 @@ def _scale_and_prove(settings, table, space, folder):
     table["fit"]["scale"] = scale
     macs = np.array([each.macs() for each in networks])
     table["proof"] = _prove(scale * sums, once, again, macs, scaled)
+    table["proof"]["shares"] = list(shares.values())[scaled:]
 
 
 def _prove(predicted, measured, again, macs, scaled):
@@ -491,22 +552,27 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
     return float(np.nan_to_num(kendalltau(one, other).statistic))
 
 
-def _time_networks(settings, files):
-    """Milliseconds of networks, measured twice, alternating, on a newly opened device each time."""
+def _time_networks(settings, files, threads):
+    """Networks, measured twice, alternating, on a newly opened device each time.
+
+    Returns:
+        Milliseconds of each, once and again, and the share of each that the delegate ran.
+    """
     twice = ({name: [] for name in files}, {name: [] for name in files})
     fresh = 2 * _FRESH_DEVICES[settings.device]
     seconds = settings.seconds_for_networks() / fresh
     with track(fresh, "measuring networks", "passes") as progress:
         for index in range(fresh):
-            with settings.open_device() as device:
+            with settings.open_device(threads) as device:
                 times = export.devices.times(device, files, settings.count_rounds(), seconds)
             for name, each in times.items():
                 twice[index % 2][name] += each
             progress.update()
-    return [
-        np.array([export.devices.tenth_percentile(each) for each in times.values()])
+    once, again = (
+        np.array([export.devices.tenth_percentile(times[name]) for name in files])
         for times in twice
-    ]
+    )
+    return (once, again), {name: device.shares[name] for name in files}
 
 
 def _run_and_print(settings):
@@ -516,18 +582,22 @@ def _run_and_print(settings):
             f"\npredicted {comparison['predicted_milliseconds']:.4g} ms, measured "
             f"{comparison['measured_milliseconds']:.4g} ms on {comparison['device']['name']}: "
             f"{comparison['error']:+.1%} (measured twice: "
-            f"{comparison['measured_twice_error']:.1%})\nwritten: {_comparison_file(settings)}"
+            f"{comparison['measured_twice_error']:.1%})\n"
+            f"{_describe_shares([comparison['share']], 'network', settings.delegate)}"
+            f"written: {_comparison_file(settings)}"
         )
     else:
-        print(_describe(settings, run_measuring(settings)))
+        for table in run_measuring(settings):
+            print(_describe(settings, table))
 
 
 def _describe(settings, table):
     """What is known of a finished table, and what to type next."""
-    fit, proof = table["fit"], table["proof"]
+    fit, proof, device = table["fit"], table["proof"], table["device"]
+    file, delegate = str(_table_file(settings, table)), device.get("delegate", "xnnpack")
     text = (
-        f"\n{settings.output}: {fit['entries']:,} entries, {fit['measured']:,} of them measured, "
-        f"on {table['device']['name']}, {table['device']['threads']} thread(s), "
+        f"\n{file}: {fit['entries']:,} entries, {fit['measured']:,} of them measured, "
+        f"on {device['name']}, {device['threads']} thread(s), "
         f"quantize={table['quantize']}\n"
     )
     if "error" in fit:
@@ -535,6 +605,9 @@ def _describe(settings, table):
             "the others by a model; mean error of entries left out of its fit: "
             f"{fit['error']:.1%}\n"
         )
+    text += _describe_shares(list(table["shares"].values()), "measured entries", delegate)
+    # Tables of earlier versions do not have them.
+    text += _describe_shares(proof.get("shares", []), "networks below", delegate)
     return text + (
         f"on {proof['networks']} other networks: mean error {proof['error']:.1%} (largest "
         f"{proof['largest_error']:.1%}), Kendall tau {proof['kendall_tau']:.3f}; measured twice "
@@ -542,9 +615,20 @@ def _describe(settings, table):
         f"{proof['macs_kendall_tau']:.3f}\n"
         "next, search with it:\n"
         "  python -m fpnas_keras.search --cost=latency --target=MILLISECONDS "
-        f"--latency_table={shlex.quote(settings.output)} --space={shlex.quote(settings.space)} "
+        f"--latency_table={shlex.quote(file)} --space={shlex.quote(settings.space)} "
         f"--input_size={settings.input_size} --data=DATA --output_dir=DIRECTORY"
     )
+
+
+def _describe_shares(shares, what, delegate):
+    """A line on files that the delegate ran only a part of, or no line."""
+    parts = [share for share in shares if share != 1]
+    if not parts:
+        return ""
+    known = [share for share in parts if share is not None]
+    least = f", at worst {min(known):.0%} of the operators" if known else ""
+    name = export.devices.DELEGATES[delegate]
+    return f"{name} ran only a part of {len(parts)} {what}{least}; the interpreter ran the rest\n"
 
 
 COMMAND = Command(

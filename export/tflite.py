@@ -75,10 +75,12 @@ class TfliteSettings(Settings):
     batch_size: int = setting(
         "Images that the file takes at once.", 1, least=1, most=1024, group=_INTERFACE
     )
-    input_range: tuple[str, ...] = setting(
+    input_range: tuple[float, ...] = setting(
         "Least and largest pixel that the model was trained with, such as -1,1. The file takes "
         "pixels of 0 to 255 all the same.",
-        ("0", "255"),
+        _PIXELS,
+        least=-1e6,
+        most=1e6,
         group=_INTERFACE,
     )
     input_type: str = setting(
@@ -156,25 +158,17 @@ class TfliteSettings(Settings):
         """Raises `UserError` when settings do not fit together."""
         if self.prune and self.quantize != "qat":
             raise UserError("--prune needs --quantize=qat")
-        low, high = self.read_range()
-        if self.quantize == "qat" and (low, high) != _PIXELS:
-            raise UserError(
-                "--quantize=qat needs pixels of 0 to 255: it is for the networks of this project. "
-                f"Received: input_range={low:g},{high:g}"
-            )
-
-    def read_range(self) -> tuple[float, float]:
-        """`input_range` as numbers."""
-        try:
-            low, high = map(float, self.input_range)
-        except ValueError:
-            low, high = 0.0, 0.0
-        if not -1e6 <= low < high <= 1e6:
+        received = ",".join(f"{each:g}" for each in self.input_range)
+        if len(self.input_range) != 2 or not self.input_range[0] < self.input_range[1]:
             raise UserError(
                 "`input_range` must be two numbers, the least pixel and the largest. "
-                f"Received: input_range={','.join(self.input_range)}"
+                f"Received: input_range={received}"
             )
-        return low, high
+        if self.quantize == "qat" and self.input_range != _PIXELS:
+            raise UserError(
+                "--quantize=qat needs pixels of 0 to 255: it is for the networks of this project. "
+                f"Received: input_range={received}"
+            )
 
     def find_images(self, run: "runs.TrainingRun | None") -> DataSettings:
         """Which images to use: those of the training, unless others are given.
@@ -259,7 +253,7 @@ class _Export:
         if self.labels.exists() and self.labels.read_text("utf-8") != _label_text(images):
             _refuse_existing(settings, [self.labels])
         scores = self._with_scores()
-        if self.run_of_model is None and settings.read_range() == _PIXELS:
+        if self.run_of_model is None and settings.input_range == _PIXELS:
             export.comparison.warn_of_range(self.model, images)
         content = export.metadata.add(self._convert(scores), self._metadata(images))
         # First, and in a process of its own: what XNNPACK refuses may take its process down.
@@ -313,8 +307,8 @@ class _Export:
         import keras
 
         settings, name = self.settings, f"the model {self.settings.model}"
-        low, high = settings.read_range()
-        is_rescaled = (low, high) != _PIXELS
+        low, high = settings.input_range
+        is_rescaled = settings.input_range != _PIXELS
         model, needs_softmax = self.model, False
         if settings.scores == "logits":
             model = networks.to_logits(model, name)

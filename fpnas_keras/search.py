@@ -853,7 +853,7 @@ def _device_arguments(table, copy):
         if device["kind"] == "adb":
             arguments += ["--benchmark_model=BENCHMARK_MODEL"]
             arguments += [f"--core_mask={device['core_mask']}"] if device["core_mask"] else []
-            arguments += ["--gpu"] if device["gpu"] else []
+            arguments += [f"--delegate={device['delegate']}"]
     return shlex.join(arguments)
 
 

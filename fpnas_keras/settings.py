@@ -186,7 +186,8 @@ def format_flag(name: str, value: Any) -> str:
     """A flag as it stands in a flag file and on a command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no{name}"
-    return f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"--{name}={text}"
 
 
 def flag_values(lines: Iterable[str]) -> dict[str, str]:
@@ -202,10 +203,16 @@ def flag_values(lines: Iterable[str]) -> dict[str, str]:
 
 def kind_of(field: dataclasses.Field) -> type:
     """int, float, bool, str or tuple: the type of a setting that may also be `None`."""
+    kind = _annotation(field)
+    return typing.get_origin(kind) or kind
+
+
+def _annotation(field):
+    """The type of a setting without `None`, such as `tuple[int, ...]`."""
     kind = field.type
     if isinstance(kind, types.UnionType):
         kind = next(each for each in kind.__args__ if each is not types.NoneType)
-    return typing.get_origin(kind) or kind
+    return kind
 
 
 class _Parser(flags.ArgumentParser):
@@ -217,15 +224,23 @@ class _Parser(flags.ArgumentParser):
 
     def parse(self, argument):
         kind = kind_of(self._field)
-        if isinstance(argument, str) and kind in (int, float):
-            with contextlib.suppress(ValueError):  # `_checked` says what was expected.
-                argument = kind(argument)
-        elif isinstance(argument, str) and kind is tuple:
-            argument = tuple(argument.split(",")) if argument else ()
+        if isinstance(argument, str) and kind is tuple:
+            of, *_ = typing.get_args(_annotation(self._field))
+            argument = tuple(_parse(of, each) for each in argument.split(",") if argument)
+        elif isinstance(argument, str):
+            argument = _parse(kind, argument)
         return _checked(self._field, argument)
 
     def flag_type(self):
         return kind_of(self._field).__name__
+
+
+def _parse(kind, text):
+    """A number if it is one. `_checked` says what was expected otherwise."""
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _checked(field, value):
@@ -235,19 +250,33 @@ def _checked(field, value):
     kind = kind_of(field)
     if kind in (int, float):
         return _checked_number(field, kind, value)
+    if kind is tuple:
+        return _checked_list(field, value)
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if kind is tuple and isinstance(value, list):
-        value = tuple(map(os.fspath, value))
     if kind is str and isinstance(value, str):  # `--output_dir=~/x` is not expanded by shells.
         value = os.path.expanduser(value)
     if not isinstance(value, kind):
-        expected = {str: "text", bool: "true or false", tuple: "a list of texts"}[kind]
-        raise _error(field, expected, value)
+        raise _error(field, {str: "text", bool: "true or false"}[kind], value)
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise _error(field, f"one of {', '.join(choices)}", value)
     return find_file(value) if field.metadata["path"] else value
+
+
+def _checked_list(field, value):
+    """A tuple of texts or numbers. A number may stand for a list of one."""
+    of, *_ = typing.get_args(_annotation(field))
+    if of is str:
+        if isinstance(value, list):
+            value = tuple(map(os.fspath, value))
+        if not isinstance(value, tuple):
+            raise _error(field, "a list of texts", value)
+        return value
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not values:
+        raise _error(field, "a list of numbers", value)
+    return tuple(_checked_number(field, of, each) for each in values)
 
 
 def _checked_number(field, kind, value):

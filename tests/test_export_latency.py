@@ -67,7 +67,8 @@ elif "benchmark_model --graph" in command:
         die("error: device offline")
     print(open(os.environ["ADB_OUTPUT"]).read())
 """
-OUTPUT = """INFO: STARTING!
+OUTPUT = """Cpus_allowed:	f0
+INFO: STARTING!
 INFO: Log parameter values verbosely: [0]
 INFO: Num threads: [1]
 INFO: Graph: [/data/local/tmp/fpnas_keras/0.tflite]
@@ -143,6 +144,47 @@ def test_a_network_is_measured_against_the_table(folder, table):
     assert "predicted" in result.stdout
 
 
+def test_tables_for_several_numbers_of_threads_are_measured_in_turn(folder, tmp_path):
+    flags = [f"--space={folder / 'small.json'}", "--rounds=2", *FLAGS]
+    result = measure(*flags, "--threads=1,2", f"--output={tmp_path / 'host.json'}")
+    assert result.returncode == 0, result.stderr
+    files = [tmp_path / f"host_{threads}_threads.json" for threads in (1, 2)]
+    assert sorted(tmp_path.iterdir()) == files
+    tables = list(map(latency_table.read, files))
+    assert [table["device"]["threads"] for table in tables] == [1, 2]
+    assert all(
+        table["complete"] and str(file) in result.stdout for table, file in zip(tables, files)
+    )
+    assert tables[0]["measured"] != tables[1]["measured"]
+    # A table for one number is the same table.
+    result = measure(*flags, "--threads=2", f"--output={files[1]}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_xnnpack_did_not_run_is_in_the_table(folder, tmp_path):
+    hard = SPACE | {"head": {"filters": 16, "activation": "hard_silu"}}
+    (tmp_path / "hard.json").write_text(json.dumps(hard))
+    flags = [f"--space={tmp_path / 'hard.json'}", "--rounds=1", *FLAGS, "--quantize=int8"]
+    result = measure(*flags, f"--output={tmp_path / 'table.json'}")
+    assert result.returncode == 0, result.stderr
+    table = latency_table.read(tmp_path / "table.json")
+    heads = [name for name in table["entries"] if name.startswith("head")]
+    assert table["shares"] == dict.fromkeys(heads, pytest.approx(3 / 4))
+    assert all(0.5 < share < 1 for share in table["proof"]["shares"])
+    assert "XNNPACK ran only a part of 2 measured entries, at worst 75%" in result.stdout
+
+
+def test_a_table_of_an_earlier_version_is_read(tmp_path, table):
+    content = json.loads(table.read_text())
+    del content["shares"]
+    phone = {"kind": "adb", "name": "Pixel 8", "threads": 1, "gpu": True}
+    (tmp_path / "old.json").write_text(json.dumps(content | {"device": phone}))
+    read = latency_table.read(tmp_path / "old.json")
+    del phone["gpu"]
+    assert read["device"] == phone | {"core_mask": "", "delegate": "gpu"}
+    assert read["shares"] == {}
+
+
 @pytest.fixture
 def phone(tmp_path):
     """A stand-in for adb on the PATH, and the flags of the phone behind it."""
@@ -179,7 +221,7 @@ def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, 
     assert set(map(tuple, content["measured"].values())) == {(1.498,)}
     runs = [line for line in (tmp_path / "adb.log").read_text().splitlines() if "--graph" in line]
     assert sum("networks" not in line for line in runs[:8]) == 8
-    assert "taskset f0" in runs[0] and "--use_xnnpack=true" in runs[0]
+    assert "taskset f0" in runs[0] and "--use_xnnpack=true --use_gpu=false" in runs[0]
     # 7 entries and the failure, then the other 5 and all networks twice.
     assert (len(runs) - 8 - 5) % 2 == 0 and len(runs) > 13 + 2 * content["proof"]["networks"]
 
@@ -239,45 +281,79 @@ def test_a_time_that_is_none_is_refused(value):
         devices.parse_benchmark(f"Inference timings in us: Inference (avg): {value}", "x")
 
 
+REPLACING = (
+    "INFO: Replacing {} out of {} node(s) with delegate ({}) node, yielding {} partitions for the "
+    "whole graph.\n"
+)
 APPLIED = "Explicitly applied {} delegate, and the model graph will be {} executed by the delegate"
 
 
 @pytest.mark.parametrize(
-    ("text", "delegate", "partial"),
+    ("text", "delegate", "share"),
     [
-        (APPLIED.format("GPU", "completely"), "GPU", False),
-        (APPLIED.format("GPU", "partially") + " w/ 2 delegate kernels.", "GPU", True),
-        ("Applied GPU delegate.", "GPU", False),
+        (APPLIED.format("GPU", "completely"), "gpu", 1.0),
+        (APPLIED.format("GPU", "partially") + " w/ 2 delegate kernels.", "gpu", None),
+        (
+            REPLACING.format(30, 40, "TfLiteGpuDelegateV2", 2)
+            + REPLACING.format(10, 42, "TfLiteXNNPackDelegate", 1)
+            + APPLIED.format("GPU", "partially"),
+            "gpu",
+            0.75,
+        ),
+        ("Applied GPU delegate.", "gpu", 1.0),
+        (
+            "INFO: Created TensorFlow Lite delegate for NNAPI.\nApplied NNAPI delegate.",
+            "nnapi",
+            1.0,
+        ),
+        (
+            REPLACING.format(9, 10, "TfLiteNnapiDelegate", 1)
+            + APPLIED.format("NNAPI", "partially"),
+            "nnapi",
+            0.9,
+        ),
         (
             "Num threads: [4]\nINFO: Created TensorFlow Lite XNNPACK delegate for CPU.",
-            "XNNPACK",
-            False,
+            "xnnpack",
+            1.0,
         ),
-        ("#threads used for CPU inference: [4]\nApplied XNNPACK delegate.", "XNNPACK", False),
+        ("#threads used for CPU inference: [4]\nApplied XNNPACK delegate.", "xnnpack", 1.0),
     ],
 )
-def test_a_run_under_the_conditions_that_were_asked_for(text, delegate, partial):
-    assert devices.check_conditions(text, "x", 4, delegate) == partial
+def test_a_run_under_the_conditions_that_were_asked_for(text, delegate, share):
+    assert devices.check_conditions(text, "x", 4, delegate) == share
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("Cpus_allowed:\t0f", "0f"), ("Cpus_allowed:\t00000000,000000ff", "ff"), ("", "nothing")],
+)
+def test_other_cores_than_those_that_were_asked_for_are_refused(text, said):
+    applied = "\nApplied XNNPACK delegate."
+    assert devices.check_conditions("Cpus_allowed:\t0F0" + applied, "x", 1, "xnnpack", "f0") == 1
+    with pytest.raises(UserError, match=rf"to run on the cores f0. The phone says: .*{said}"):
+        devices.check_conditions(text + applied, "x", 1, "xnnpack", "f0")
 
 
 @pytest.mark.parametrize(
     ("text", "delegate", "message"),
     [
-        ("Num threads: [1]\nApplied GPU delegate.", "GPU", "on 4 threads. .* says: 1 threads"),
-        ("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.", "GPU", "GPU was to run x"),
-        ("", "XNNPACK", "XNNPACK was to run x, and benchmark_model does not say"),
-        ("XNNPACK delegate created.\nFailed to apply XNNPACK delegate.", "XNNPACK", "Failed to"),
+        ("Num threads: [1]\nApplied GPU delegate.", "gpu", "on 4 threads. .* says: 1 threads"),
+        ("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.", "gpu", "GPU was to run x"),
+        ("", "nnapi", "NNAPI was to run x"),
+        ("", "xnnpack", "XNNPACK was to run x, and benchmark_model does not say"),
+        ("XNNPACK delegate created.\nFailed to apply XNNPACK delegate.", "xnnpack", "Failed to"),
         (
             "GPU delegate created.\nThough GPU delegate is explicitly applied, the model graph "
             "will not be executed by the delegate.",
-            "GPU",
+            "gpu",
             "GPU does not run x. benchmark_model says: Though GPU",
         ),
-        ("GPU delegate is not supported on this platform.", "GPU", "not supported on this"),
+        ("GPU delegate is not supported on this platform.", "gpu", "not supported on this"),
         (
             "INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
             "ERROR: ModifyGraphWithDelegate is disallowed when graph is immutable.",
-            "XNNPACK",
+            "xnnpack",
             "is disallowed",
         ),
     ],
@@ -295,6 +371,20 @@ def test_a_run_that_was_elsewhere_is_refused(text, delegate, message):
         (["--architecture=a.json"], "--architecture needs --latency_table"),
         (["--space=mobile_mini", "--output=t.json", "--device=adb"], "needs --benchmark_model"),
         (["--space=no", "--output=t.json"], "`space` must be one of"),
+        (["--space=no", "--output=t.json", "--threads=1,1"], "`threads` must be different numbers"),
+        (["--space=no", "--output=t.json", "--threads=1,x"], "`threads` must be an integer from 1"),
+        (["--architecture=a", "--latency_table=t", "--threads=1,2"], "needs one number of"),
+        (["--space=no", "--output=t.json", "--delegate=gpu"], "--delegate: only for phones"),
+        (
+            [
+                "--space=no",
+                "--output=t.json",
+                "--device=adb",
+                "--benchmark_model=b",
+                "--core_mask=x",
+            ],
+            "`core_mask` must be a hexadecimal number",
+        ),
         (["--space=mobile_mini", "--output=no/t.json"], "existing folder"),
     ],
 )

@@ -15,7 +15,7 @@ from fpnas_keras.files import abbreviate, check_format, check_keys, read_json
 FORMAT = 1
 KEYS = (
     *("format", "complete", "space", "input_shape", "num_classes", "device", "quantize"),
-    *("versions", "created", "fit", "proof", "measured", "entries"),
+    *("versions", "created", "fit", "proof", "measured", "shares", "entries"),
 )
 DEVICE_KEYS = ("kind", "name", "threads")
 # Gives, for a part of a network, the names of the entries whose sum is its latency.
@@ -55,6 +55,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """
 
     def checked(data):
+        data = _of_today(data)
         check_keys(data, KEYS, "the latency table")
         check_format(data, FORMAT)
         device = data["device"]
@@ -64,10 +65,11 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
                 f"Received: device={abbreviate(device)}"
             )
         check_entries(data["entries"], "`entries`")
-        if not isinstance(data["measured"], dict):
-            raise UserError(
-                f"`measured` must be an object with keys. Received: {abbreviate(data['measured'])}"
-            )
+        for key in ("measured", "shares"):
+            if not isinstance(data[key], dict):
+                raise UserError(
+                    f"`{key}` must be an object with keys. Received: {abbreviate(data[key])}"
+                )
         for name, times in data["measured"].items():
             if not isinstance(times, list):
                 raise UserError(
@@ -77,6 +79,19 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         return data
 
     return read_json(path, "a latency table", checked)
+
+
+def _of_today(table):
+    """A table as it would be written now. Earlier versions wrote some keys differently."""
+    if not isinstance(table, dict):
+        return table
+    table = {"shares": {}, **table}
+    device = table.get("device")
+    if isinstance(device, dict) and device.get("kind") == "adb":
+        device = {"core_mask": "", "gpu": False, **device}
+        delegate = "gpu" if device.pop("gpu") else "xnnpack"
+        table["device"] = {"delegate": delegate, **device}
+    return table
 
 
 def names(part: Part) -> list[str]:

@@ -1,0 +1,112 @@
+"""What each format of `.tflite` file costs: accuracy, bytes, milliseconds, and who runs it.
+
+python benchmarks/formats.py --data_dir=DATA --flowers=FOLDER
+
+The networks are the four that the project comes with (`docs/networks.md`), a random one of each of
+three other spaces, and MobileNetV3-Small. Each is trained by the short protocol: on 10,000 images
+of Fashion-MNIST, or on the flowers. Then it is exported in every format with the defaults of
+`fpnas export`, whatever accuracy is lost. The files of a network are timed in turn.
+
+A file of int8 numbers is also compiled by Vela for Arm's Ethos NPU, if `ethos-u-vela` is installed.
+Finished rows are appended to --output. A run that was interrupted continues from there.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import harness
+from networks import draw_random_networks, scale_published
+
+import fpnas_keras as fpnas
+from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import setting
+
+FORMATS = ("none", "float16", "dynamic", "int8", "qat")
+_FASHION, _FLOWERS = "fashion_mnist", "flowers"
+
+
+class Network(NamedTuple):
+    """A network to export.
+
+    Attributes:
+        architecture: The network.
+        data: What it is trained on: "fashion_mnist" or "flowers".
+    """
+
+    architecture: fpnas.Architecture
+    data: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FormatsSettings(harness.ProjectSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {**harness.ProjectSettings.SMOKE, "input_size": 8}
+
+    output: str = harness.output_setting("formats.jsonl")
+    flowers: str | None = setting("Image folder of the flowers.", None, basic=True)
+
+    def check(self) -> None:
+        """Raises `UserError` when the flowers are not given."""
+        if not self.smoke and self.flowers is None:
+            raise UserError("--flowers must be given")
+
+
+def make_networks(settings: FormatsSettings) -> dict[str, Network]:
+    """The networks by name."""
+    if settings.smoke:
+        space = fpnas.spaces.get(settings.space, (8, 8, 1), 10)
+        return {"smallest": Network(draw_random_networks(space, 30e3, 1)[0], _FASHION)}
+    folder = harness.ROOT / "configs" / "architectures"
+    found = {
+        name: Network(fpnas.Architecture.load(folder / f"{name}.json"), data)
+        for name, data in {
+            "fashion_mnist_2500k_macs": _FASHION,
+            "fashion_mnist_1000k_macs": _FASHION,
+            "fashion_mnist_30us_host": _FASHION,
+            "flowers_20m_macs": _FLOWERS,
+        }.items()
+    }
+    grey, photo = ((28, 28, 1), 10), ((64, 64, 3), 5)
+    for space, data, (shape, classes), target in (
+        ("mobile_40", _FASHION, grey, 1.5e6),
+        ("fbnetv2_f", _FLOWERS, photo, 8e6),
+        ("fpnas", _FLOWERS, photo, 20e6),
+    ):
+        drawn = draw_random_networks(fpnas.spaces.get(space, shape, classes), target, 1)
+        found[f"random of {space}"] = Network(drawn[0], data)
+    published = scale_published("MobileNetV3-Small", *grey, 1.5e6)
+    return found | {"MobileNetV3-Small": Network(published, _FASHION)}
+
+
+def trainings(
+    runs: harness.Runs, settings: FormatsSettings, networks: Mapping[str, Network]
+) -> dict[str, harness.Job]:
+    """The trainings by name."""
+    jobs = {}
+    for name, (architecture, data) in networks.items():
+        file = runs.work_dir / f"{name.replace(' ', '_')}.json"
+        architecture.save(file)
+        changes = {}
+        if data == _FLOWERS:
+            changes = {"data": f"folder:{pathlib.Path(settings.flowers).absolute()}"}
+            changes |= {"train_images": None, "batch_size": 32, "random_crop": 6}
+        jobs |= runs.train(f"train {name}", file, **changes, random_flip=True)
+    return jobs
+
+
+def run(settings: FormatsSettings) -> None:
+    """Runs the jobs that have no row yet, and reports."""
+    runs = harness.Runs(settings)
+    networks = make_networks(settings)
+    rows = runs.run_phases([trainings(runs, settings, networks)])
+
+
+COMMAND = harness.make_command(__file__, __doc__, FormatsSettings, run)
+
+if __name__ == "__main__":
+    sys.exit(run_command(COMMAND))
