@@ -11,18 +11,25 @@ A file of int8 numbers is also compiled by Vela for Arm's Ethos NPU, if `ethos-u
 Finished rows are appended to --output. A run that was interrupted continues from there.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import harness
+import numpy as np
 from networks import draw_random_networks, scale_published
 
 import fpnas_keras as fpnas
+from export import devices, export_tflite
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
+from fpnas_keras.runs import TrainingRun
 from fpnas_keras.settings import setting
 
 FORMATS = ("none", "float16", "dynamic", "int8", "qat")
@@ -45,10 +52,15 @@ class Network(NamedTuple):
 class FormatsSettings(harness.ProjectSettings):
     """Settings of this benchmark."""
 
-    SMOKE: ClassVar[Mapping[str, Any]] = {**harness.ProjectSettings.SMOKE, "input_size": 8}
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **harness.ProjectSettings.SMOKE,
+        "input_size": 8,
+        "rounds": 1,
+    }
 
     output: str = harness.output_setting("formats.jsonl")
     flowers: str | None = setting("Image folder of the flowers.", None, basic=True)
+    rounds: int = setting("Rounds in which the files of a network are timed.", 100, least=1)
 
     def check(self) -> None:
         """Raises `UserError` when the flowers are not given."""
@@ -99,11 +111,91 @@ def trainings(
     return jobs
 
 
+def export_formats(
+    settings: FormatsSettings, name: str, model: pathlib.Path, folder: pathlib.Path
+) -> list[harness.Row]:
+    """Exports a network in every format, and times the files in turn.
+
+    Args:
+        settings: The settings.
+        name: Name of the network.
+        model: Its `model.keras`.
+        folder: Where the files go.
+    """
+    folder.mkdir(exist_ok=True)
+    rows, files = {}, {}
+    for quantize in FORMATS:
+        exported = export_tflite(
+            model=model,
+            quantize=quantize,
+            output=str(folder / f"{quantize}.tflite"),
+            overwrite=True,
+            max_accuracy_drop=1.0,
+            min_agreement=0.0,
+        )
+        files[quantize] = exported.path
+        rows[quantize] = {
+            "name": f"{name} {quantize}",
+            **exported.report,
+            "vela": compile_for_npu(exported.path) if quantize in ("int8", "qat") else None,
+        }
+    with contextlib.closing(devices.Host()) as host:
+        times = devices.times(host, files, settings.rounds)
+    for quantize, row in rows.items():
+        row["milliseconds"] = devices.tenth_percentile(times[quantize])
+    return list(rows.values())
+
+
+def compile_for_npu(file: pathlib.Path) -> str | None:
+    """What Vela says of the operators on the NPU; `None` where it is not installed."""
+    vela = pathlib.Path(sys.executable).with_name("vela")
+    if not vela.exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [vela, file, f"--output-dir={folder}"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.search(r"NPU operators = (.*)", said)[1]
+
+
+def report(rows: Mapping[str, harness.Row], networks: Mapping[str, Network]) -> None:
+    """Prints a line for each network and format."""
+    print(
+        "\n| network | format | accuracy, % | lost, points | kB | ms | XNNPACK | Ethos NPU |\n"
+        f"{'|---' * 8}|"
+    )
+    for name in networks:
+        for quantize in FORMATS:
+            row = rows[f"{name} {quantize}"]
+            lost = 100 * (row["keras_accuracy"] - row["tflite_accuracy"])
+            count = sum(row["operators"].values())
+            left = sum(row["interpreter_operators"].values())
+            print(
+                f"| {name} | {quantize} | {100 * row['tflite_accuracy']:.2f} | {lost:+.2f} | "
+                f"{row['bytes'] / 1000:.0f} | {row['milliseconds']:.3f} | {count - left} of "
+                f"{count} | {row['vela'] or ''} |"
+            )
+    for quantize in FORMATS:
+        losses = [
+            100 * (rows[key]["keras_accuracy"] - rows[key]["tflite_accuracy"])
+            for key in (f"{name} {quantize}" for name in networks)
+        ]
+        print(f"{quantize}: mean loss {np.mean(losses):+.2f} points, largest {max(losses):+.2f}")
+
+
 def run(settings: FormatsSettings) -> None:
     """Runs the jobs that have no row yet, and reports."""
     runs = harness.Runs(settings)
     networks = make_networks(settings)
     rows = runs.run_phases([trainings(runs, settings, networks)])
+    for name in networks:
+        if f"{name} {FORMATS[-1]}" in rows:
+            continue
+        model = TrainingRun(runs.directory(f"train {name}")).model_file
+        folder = runs.work_dir / f"{name.replace(' ', '_')}_files"
+        for row in export_formats(settings, name, model, folder):
+            rows[row["name"]] = row
+            harness.append(settings.output, row)
+    report(rows, networks)
 
 
 COMMAND = harness.make_command(__file__, __doc__, FormatsSettings, run)

@@ -78,15 +78,29 @@ def convert(
         raise UserError(message) from None
 
 
-def representative_images(images: data.Images, count: int) -> list[np.ndarray]:
-    """Images, float32 pixels, evenly spread over a set, for `convert`.
+def representative_images(images: data.Images, count: int) -> data.Images:
+    """Random images of a set, equally many of each class where there are enough of it.
 
-    The first one gets one black and one white pixel value: pixels are then quantized with
+    Args:
+        images: The set.
+        count: Number of images.
+    """
+    order = np.random.default_rng(0).permutation(len(images.y))
+    # Place of each image among those of its class: first come the first ones of all classes.
+    places = np.zeros(len(order), int)
+    for label in np.unique(images.y):
+        own = order[images.y[order] == label]
+        places[own] = np.arange(len(own))
+    return images.part(order[np.argsort(places[order], kind="stable")][:count])
+
+
+def representative_pixels(images: data.Images) -> list[np.ndarray]:
+    """The pixels of images, float32, for `convert`.
+
+    The first image gets one black and one white pixel value: pixels are then quantized with
     scale 1, whatever the images are.
     """
-    part = np.linspace(0, len(images.y) - 1, min(count, len(images.y))).astype(int)
-    some = images.part(part)
-    found = [x for batch, _ in data.test_batches(some) for x in batch.numpy()]
+    found = [x for batch, _ in data.test_batches(images) for x in batch.numpy()]
     found[0][0, 0, 0], found[0][-1, -1, -1] = 0, 255
     return found
 

@@ -21,7 +21,12 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.networks import NetworkBuilder
 
 _quantize = tfmot.quantization.keras
+# Of hard swish. Of 3 itself the converter makes HARD_SWISH, unless there is rounding in between.
+_SHIFT = 3.000001
 _CALIBRATION_BATCHES = 50
+# Ranges are settled when no end moves by more than this share.
+_NEAR, _MOST_REPEATS = 0.01, 30
+_NO_RANGE = 1e-6
 # Largest difference of a logit between a model and its twin, relative to the largest logit.
 _MAX_DIFFERENCE = 1e-3
 # Of tfmot's moving averages of ranges.
@@ -48,7 +53,7 @@ class TwinBuilder(NetworkBuilder):
             return super().activation(x, function, name)
         # As in Keras 3: tf_keras has no hard_silu, and its hard_sigmoid is different. XNNPACK runs
         # these simple layers in int8, but not HARD_SWISH.
-        gate = layers.Rescaling(1.0, 3.0, name=f"{name}_shift")(x)
+        gate = layers.Rescaling(1.0, _SHIFT, name=f"{name}_shift")(x)
         gate = layers.ReLU(6.0, name=f"{name}_relu6")(gate)
         gate = layers.Rescaling(1 / 6, name=f"{name}_scale")(gate)
         return gate if function == "hard_sigmoid" else layers.Multiply(name=name)([x, gate])
@@ -110,18 +115,16 @@ def with_softmax(model: tf_keras.Model) -> tf_keras.Model:
 
 
 def fine_tune(
-    model: keras.Model,
-    architecture: Architecture,
+    network: tf_keras.Model,
     batches: tf.data.Dataset,
     epochs: int = 3,
     learning_rate: float = 0.01,
     sparsity: float = 0.0,
 ) -> tf_keras.Model:
-    """Fine-tunes a model, with weights and activations rounded as in the int8 file.
+    """Fine-tunes a network, with weights and activations rounded as in the int8 file.
 
     Args:
-        model: The trained Keras model.
-        architecture: Its architecture.
+        network: The `twin` of a trained model.
         batches: Pixels and labels; a new iteration is a new epoch.
         epochs: Epochs.
         learning_rate: Peak learning rate, cosine to 0.
@@ -131,10 +134,9 @@ def fine_tune(
     Returns:
         A model of tf_keras, to be converted as "int8" without representative images.
     """
-    network = twin(model, architecture)
     if sparsity:
         network = _prune(network, batches, epochs, learning_rate, sparsity)
-    quantized = quantize(network, batches, keeps_zeros=sparsity > 0)
+    quantized = quantize(network, batches.take(_CALIBRATION_BATCHES), keeps_zeros=sparsity > 0)
     _fit(quantized, batches, epochs, learning_rate)
     return quantized
 
@@ -143,7 +145,6 @@ def quantize(
     network: tf_keras.Model,
     batches: tf.data.Dataset,
     keeps_zeros: bool = False,
-    calibration_batches: int = _CALIBRATION_BATCHES,
 ) -> tf_keras.Model:
     """A network whose weights and activations are rounded as in the int8 file.
 
@@ -151,7 +152,6 @@ def quantize(
         network: A network of a `TwinBuilder`.
         batches: Inputs and labels, from which the ranges of activations are taken.
         keeps_zeros: Whether weights that are 0 stay 0.
-        calibration_batches: Number of batches for the ranges.
     """
     annotated = tf_keras.models.clone_model(network, clone_function=_annotate)
     annotated.set_weights(network.get_weights())
@@ -161,12 +161,12 @@ def quantize(
             quantized = _quantize.quantize_apply(annotated, scheme)
         else:
             quantized = _quantize.quantize_apply(annotated)
-    _calibrate(quantized, batches, calibration_batches)
+    _calibrate(quantized, batches)
     return quantized
 
 
-def _calibrate(model, batches, count):
-    """Starts the ranges of activations at what they are on some batches.
+def _calibrate(model, batches):
+    """Sets the ranges of activations to the least and largest value on some batches.
 
     tfmot starts them at -6 to 6 and moves them by a thousandth a step, so that a short training
     would end far from the ranges of its activations.
@@ -176,27 +176,51 @@ def _calibrate(model, batches, count):
         layer, name = each.name.removesuffix(":0").split("/")[-2:]
         if not name.endswith(("_min", "_max")) or "kernel" in name:
             continue
-        if layer.startswith(
-            "quantize_layer"
-        ):  # The pixels; their range is the widest that was ever met.
+        if layer.startswith("quantize_layer"):  # The pixels.
             each.assign(255.0 if name.endswith("_max") else 0.0)
         else:
             moving.append(each)
 
-    @tf.function
+    # Else training=True, which moves the ranges, would also take the statistics of the batch.
+    norms = [
+        each.layer
+        for each in model.layers
+        if isinstance(getattr(each, "layer", None), tf_keras.layers.BatchNormalization)
+    ]
+    for norm in norms:
+        norm.trainable = False
+
+    @tf.function(reduce_retracing=True)
     def observe(x):
         before = [tf.identity(each) for each in moving]
         model(x, training=True)
         return [(new - _DECAY * old) / (1 - _DECAY) for new, old in zip(moving, before)]
 
-    observed = []
-    for x, _ in batches.repeat().take(count):
-        observed.append([each.numpy() for each in observe(x)])
-        # A layer's inputs are right as soon as the ranges of all before it are.
-        for each, value in zip(moving, observed[-1]):
+    def observed(x):
+        ranges = [each.numpy() for each in moving]
+        found = [each.numpy() for each in observe(x)]
+        for each, value in zip(moving, ranges):
             each.assign(value)
-    for each, values in zip(moving, zip(*observed[count // 2 :])):
-        each.assign(np.mean(values))
+        return np.array(found)
+
+    # What a layer takes is right as soon as all ranges before it are.
+    (first, _), *_ = batches.take(1)
+    for _ in range(_MOST_REPEATS):
+        ranges = np.array([each.numpy() for each in moving])
+        found = observed(first)
+        for each, value in zip(moving, found):
+            each.assign(value)
+        if np.allclose(found, ranges, rtol=_NEAR, atol=_NEAR):
+            break
+    ranges = np.array([observed(x) for x, _ in batches])
+    least, largest = ranges.min(axis=0), ranges.max(axis=0)
+    ends = zip(moving[::2], moving[1::2], least[::2], largest[1::2], strict=True)
+    for low, high, low_value, high_value in ends:
+        low.assign(low_value)
+        # XNNPACK refuses a layer that always gives 0.
+        high.assign(high_value if high_value - low_value > _NO_RANGE else low_value + 1.0)
+    for norm in norms:
+        norm.trainable = True
 
 
 def _fit(model, batches, epochs, learning_rate, callbacks=()):

@@ -29,6 +29,8 @@ _INTERFACE, _INT8, _CHECK, _QAT, _FILES, _DATA = (
 )
 _AS_TRAINED = " Default: as the training that made the model."
 _LATENCY_ROUNDS = 30
+# Images at once, from which the ranges of int8 are taken.
+_CALIBRATION_BATCH = 125
 # What files take, and networks of this project are trained on.
 _PIXELS = (0.0, 255.0)
 
@@ -113,8 +115,8 @@ class TfliteSettings(Settings):
         group=_CHECK,
     )
     architecture: str | None = setting(
-        "Architecture of the model, for --quantize=qat. Default: architecture.json beside the "
-        "model.",
+        "Architecture of the model, for --quantize=int8 and qat. Default: architecture.json beside "
+        "the model.",
         None,
         group=_QAT,
         path=True,
@@ -333,20 +335,41 @@ class _Export:
         common["input_type"] = settings.input_type
         images = self._load_images("train")
         with data.naming_unreadable(images):
-            if settings.quantize == "int8":
-                count = settings.representative_images
-                representative = export.conversion.representative_images(images, count)
-                return export.conversion.convert(scores, "int8", representative, **common)
-            return export.conversion.convert(self._fine_tune(images), "int8", **common)
+            twin = self._twin()
+            if twin is None:
+                conversion = export.conversion
+                few = conversion.representative_images(images, settings.representative_images)
+                pixels = conversion.representative_pixels(few)
+                return conversion.convert(scores, "int8", pixels, **common)
+            quantized = self._quantize(twin, images)
+            if settings.scores == "probabilities":
+                quantized = export.qat.with_softmax(quantized)
+            return export.conversion.convert(quantized, "int8", **common)
 
-    def _fine_tune(self, images):
-        """A model of tf_keras, fine-tuned for int8, whose weights are kept in a file."""
+    def _twin(self):
+        """The network in tf_keras, to be quantized; `None` for a model of other projects."""
         settings = self.settings
+        if settings.input_range != _PIXELS:
+            return None
+        try:
+            self.architecture = _find_architecture(settings, self.model)
+            logits = networks.to_logits(self.model, f"the model {settings.model}")
+            return export.qat.twin(logits, self.architecture)
+        except UserError as error:
+            if settings.quantize == "qat" or settings.architecture:
+                raise
+            logging.info("TensorFlow's converter rounds the model: %s", error)
+            return None
+
+    def _quantize(self, twin, images):
+        """A model of tf_keras that rounds as int8 does, fine-tuned for it if that is asked for."""
+        settings = self.settings
+        if settings.quantize == "int8":
+            few = export.conversion.representative_images(images, settings.representative_images)
+            return export.qat.quantize(twin, data.test_batches(few, _CALIBRATION_BATCH))
         augmentation = data.Augmentation(settings.random_crop, settings.random_flip)
-        architecture = _find_architecture(settings, self.model)
         tuned = export.qat.fine_tune(
-            networks.to_logits(self.model, f"the model {settings.model}"),
-            architecture,
+            twin,
             data.train_batches(images, settings.qat_batch_size, settings.seed, augmentation),
             settings.qat_epochs,
             settings.qat_learning_rate,
@@ -354,9 +377,9 @@ class _Export:
         )
         file = self.output.with_suffix(".keras")
         with replacing(file) as temporary:
-            export.qat.tuned_network(tuned, architecture).save(temporary)
+            export.qat.tuned_network(tuned, self.architecture).save(temporary)
         logging.info("the fine-tuned weights: %s", file)
-        return export.qat.with_softmax(tuned) if settings.scores == "probabilities" else tuned
+        return tuned
 
     def _metadata(self, images):
         settings = self.settings
@@ -383,6 +406,7 @@ class _Export:
             "batch_size": settings.batch_size,
             "resizable": conversion.resizable(content, x),
             "operators": conversion.operators(content),
+            "interpreter_operators": conversion.interpreter_operators(content),
             "float_operators": conversion.float_operators(content),
             "delegated_partitions": conversion.delegated_partitions(content),
             "host_milliseconds": milliseconds,
@@ -402,15 +426,15 @@ def _report_with_training(model_folder):
 
 
 def _find_architecture(settings, model):
-    """The architecture of the model, which --quantize=qat builds again."""
+    """The architecture of the model, which is built again to be quantized."""
     path = settings.architecture
     if not path:
         path = runs.TrainingRun(pathlib.Path(settings.model).parent).architecture_file
         if not path.is_file():
             raise UserError(
-                "--quantize=qat is for networks of this project, and there is no "
-                f"{path.name} beside {settings.model}: give --architecture, or take "
-                "--quantize=int8, which works for any model"
+                f"there is no {path.name} beside {settings.model}. --quantize=qat is for networks "
+                "of this project: give --architecture, or take --quantize=int8, which works for "
+                "any model"
             )
     architecture = Architecture.load(path)
     expected = [weight.shape for weight in architecture.build().weights]
@@ -473,6 +497,11 @@ def _export_and_print(settings):
         f"{report['max_difference']:.1e}; {report['host_milliseconds']:.3g} ms an image on one "
         "thread of this machine"
     )
+    if report["delegated_partitions"] > 1:
+        left = ", ".join(
+            f"{count} {name}" for name, count in report["interpreter_operators"].items()
+        )
+        print(f"XNNPACK does not run {left}. These split the network, which makes it slower")
     if not report["resizable"]:
         print(f"it takes {report['batch_size']} at a time and cannot be resized: --batch_size")
     print(

@@ -162,16 +162,21 @@ def test_tables_for_several_numbers_of_threads_are_measured_in_turn(folder, tmp_
 
 
 def test_what_xnnpack_did_not_run_is_in_the_table(folder, tmp_path):
-    hard = SPACE | {"head": {"filters": 16, "activation": "hard_silu"}}
-    (tmp_path / "hard.json").write_text(json.dumps(hard))
-    flags = [f"--space={tmp_path / 'hard.json'}", "--rounds=1", *FLAGS, "--quantize=int8"]
+    # XNNPACK has no softmax over splits in int8.
+    split = SPACE["blocks"][1] | {"splits": [0, 4]}
+    (tmp_path / "split.json").write_text(
+        json.dumps(SPACE | {"blocks": [SPACE["blocks"][0], split]})
+    )
+    flags = [f"--space={tmp_path / 'split.json'}", "--rounds=1", *FLAGS, "--quantize=int8"]
     result = measure(*flags, f"--output={tmp_path / 'table.json'}")
     assert result.returncode == 0, result.stderr
     table = latency_table.read(tmp_path / "table.json")
-    heads = [name for name in table["entries"] if name.startswith("head")]
-    assert table["shares"] == dict.fromkeys(heads, pytest.approx(3 / 4))
-    assert all(0.5 < share < 1 for share in table["proof"]["shares"])
-    assert "XNNPACK ran only a part of 2 measured entries, at worst 75%" in result.stdout
+    blocks = {name for name in table["entries"] if name.endswith("splits4")}
+    assert blocks and set(table["shares"]) == blocks
+    assert all(0.5 < share < 1 for share in table["shares"].values())
+    proof = table["proof"]
+    assert len(proof["shares"]) == proof["networks"]
+    assert f"XNNPACK ran only a part of {len(blocks)} measured entries, at worst" in result.stdout
 
 
 def test_a_table_of_an_earlier_version_is_read(tmp_path, table):
@@ -401,12 +406,12 @@ def test_parts_are_timed_in_each_format_that_export_writes(tmp_path, quantize):
     latency_parts.write_file(part, quantize, tmp_path / "part.tflite")
     content = (tmp_path / "part.tflite").read_bytes()
     operators = conversion.operators(content)
-    # qat has other operators for hard swish, so that XNNPACK runs all of it.
-    assert ("HARD_SWISH" in operators) == (quantize != "qat")
+    # int8 files have other operators for hard swish, so that XNNPACK runs all of it.
     is_whole = quantize in ("int8", "qat")
+    assert ("HARD_SWISH" in operators) != is_whole
     assert (conversion.float_operators(content) == {}) == is_whole
-    if quantize == "qat":
-        assert conversion.delegated_partitions(content) == 1
+    if is_whole:
+        assert conversion.interpreter_operators(content) == {}
     # The ends of a part are those of the parts beside it.
     assert "QUANTIZE" not in operators
 

@@ -69,7 +69,8 @@ def test_every_choice_is_exported_and_gives_the_same_logits(block):
 def assert_quantized(model, quantize, bound):
     """Converts, and compares logits with a bound relative to their range; the file."""
     images = random_images(100)
-    representative = conversion.representative_images(images, 50)
+    few = conversion.representative_images(images, 50)
+    representative = conversion.representative_pixels(few)
     content = conversion.convert(model, quantize, representative, "int8")
     compared = comparison.compare(model, content, images)
     logits = model.predict(images.x.astype(np.float32), verbose=0)
@@ -135,3 +136,13 @@ def test_models_that_are_no_classifiers_are_refused(tmp_path):
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(path)
     with pytest.raises(ValueError, match="must go from"):
         load_model(path)
+
+
+def test_representative_images_are_of_all_classes():
+    y = np.repeat([0, 1, 2], [100, 12, 3]).astype(np.int32)
+    x = np.arange(len(y), dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    images = data.Images(x, y, ("a", "b", "c"), (2, 2, 1))
+    few = conversion.representative_images(images, 24)
+    assert np.bincount(few.y).tolist() == [11, 10, 3]
+    assert len(np.unique(few.x[:, 0, 0, 0])) == 24
+    assert len(conversion.representative_images(images, 1000).y) == len(y)

@@ -1,9 +1,12 @@
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from test_export_tflite import calibrated, random_images
 
-from export import conversion, qat
+from export import conversion, devices, qat
 from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
 
@@ -53,7 +56,7 @@ def test_fine_tuned_networks_are_int8_in_every_part_and_do_what_they_did(
     logits = model.predict(images.x.astype(np.float32), verbose=0)
     images = images._replace(y=logits.argmax(-1).astype(np.int32))
     batches = data.train_batches(images, 20)
-    tuned = qat.fine_tune(model, architecture, batches, 1, 1e-3, sparsity)
+    tuned = qat.fine_tune(qat.twin(model, architecture), batches, 1, 1e-3, sparsity)
     content = conversion.convert(tuned, "int8", input_type="uint8")
     assert conversion.float_operators(content) == {}
     assert conversion.delegated_partitions(content) == partitions
@@ -69,3 +72,31 @@ def test_fine_tuned_networks_are_int8_in_every_part_and_do_what_they_did(
             if layer.name.startswith("quant_block") and layer.name.endswith(("_expand", "_project"))
         ]
         assert np.mean(zeros) == pytest.approx(sparsity, abs=0.1)
+
+
+def test_ranges_are_those_of_the_images_and_norms_stay():
+    model = calibrated(SMALL.build())
+    twin = qat.twin(model, SMALL)
+    x = random_images(60).x.astype(np.float32)
+    batches = tf.data.Dataset.from_tensor_slices((x, np.zeros(60))).batch(20)
+    quantized = qat.quantize(twin, batches)
+    norms = [each for each in twin.weights if "moving" in each.name]
+    assert norms
+    values = {each.name: each.numpy() for each in quantized.weights}
+    for each in norms:
+        np.testing.assert_array_equal(values[each.name], each.numpy())
+    head = tf_keras.Model(twin.input, twin.get_layer("head_activation").output)(x).numpy()
+    assert values["quant_head_activation/output_max:0"] == pytest.approx(head.max(), rel=0.05)
+
+
+def test_a_layer_that_gives_0_for_all_images_runs_on_xnnpack(tmp_path):
+    model = calibrated(EVERYTHING.build())
+    dead = next(each for each in model.trainable_variables if each.path.endswith("reduce/bias"))
+    dead.assign(tf.fill(dead.shape, -1000.0))
+    x = random_images(20).x.astype(np.float32)
+    batches = tf.data.Dataset.from_tensors((x, np.zeros(20)))
+    quantized = qat.quantize(qat.twin(model, EVERYTHING), batches)
+    file = tmp_path / "dead.tflite"
+    file.write_bytes(conversion.convert(quantized, "int8"))
+    with contextlib.closing(devices.Host()) as host:
+        assert devices.times(host, {"dead": file}, 1)["dead"][0] > 0
