@@ -72,7 +72,9 @@ def make_networks(settings: FormatsSettings) -> dict[str, Network]:
     """The networks by name."""
     if settings.smoke:
         space = fpnas.spaces.get(settings.space, (8, 8, 1), 10)
-        return {"smallest": Network(draw_random_networks(space, 30e3, 1)[0], _FASHION)}
+        return {
+            "fashion_mnist_1000k_macs": Network(draw_random_networks(space, 30e3, 1)[0], _FASHION)
+        }
     folder = harness.ROOT / "configs" / "architectures"
     found = {
         name: Network(fpnas.Architecture.load(folder / f"{name}.json"), data)
@@ -112,32 +114,39 @@ def trainings(
 
 
 def export_formats(
-    settings: FormatsSettings, name: str, model: pathlib.Path, folder: pathlib.Path
+    settings: FormatsSettings,
+    name: str,
+    model: pathlib.Path,
+    folder: pathlib.Path,
+    rows: Mapping[str, harness.Row],
 ) -> list[harness.Row]:
-    """Exports a network in every format, and times the files in turn.
+    """Exports a network in the formats that have no row yet, and times all files in turn.
 
     Args:
         settings: The settings.
         name: Name of the network.
         model: Its `model.keras`.
         folder: Where the files go.
+        rows: The rows so far, by name.
     """
     folder.mkdir(exist_ok=True)
-    rows, files = {}, {}
-    for quantize in FORMATS:
+    rows = {quantize: rows.get(f"{name} {quantize}") for quantize in FORMATS}
+    files = {quantize: folder / f"{quantize}.tflite" for quantize in FORMATS}
+    for quantize, file in files.items():
+        if rows[quantize] is not None and file.exists():
+            continue
         exported = export_tflite(
             model=model,
             quantize=quantize,
-            output=str(folder / f"{quantize}.tflite"),
+            output=str(file),
             overwrite=True,
             max_accuracy_drop=1.0,
             min_agreement=0.0,
         )
-        files[quantize] = exported.path
         rows[quantize] = {
             "name": f"{name} {quantize}",
             **exported.report,
-            "vela": compile_for_npu(exported.path) if quantize in ("int8", "qat") else None,
+            "vela": compile_for_npu(file) if quantize in ("int8", "qat") else None,
         }
     with contextlib.closing(devices.Host()) as host:
         times = devices.times(host, files, settings.rounds)
@@ -188,11 +197,11 @@ def run(settings: FormatsSettings) -> None:
     networks = make_networks(settings)
     rows = runs.run_phases([trainings(runs, settings, networks)])
     for name in networks:
-        if f"{name} {FORMATS[-1]}" in rows:
+        if all(f"{name} {quantize}" in rows for quantize in FORMATS):
             continue
         model = TrainingRun(runs.directory(f"train {name}")).model_file
         folder = runs.work_dir / f"{name.replace(' ', '_')}_files"
-        for row in export_formats(settings, name, model, folder):
+        for row in export_formats(settings, name, model, folder, rows):
             rows[row["name"]] = row
             harness.append(settings.output, row)
     report(rows, networks)

@@ -5,6 +5,8 @@ python benchmarks/step_time.py
 * For 24 random architectures of each space: the weight half of a search step for one sample
   (forward, backward, accumulation) against a step of Keras' own `fit` on the plain network; and the
   forward passes of both.
+* For some of them: a step of `fpnas train` against a step of Keras' own `fit`, and by how much the
+  losses after 200 steps on the same batch differ.
 * Whole search steps, with data, against their samples alone. The difference is Python, input,
   sampling, cost and updates.
 * Seconds from the command of the quickstart to its first search step.
@@ -31,6 +33,7 @@ import fpnas_keras as fpnas
 from fpnas_keras.commands import run_command
 from fpnas_keras.cost import SpaceCost
 from fpnas_keras.method import Samples
+from fpnas_keras.networks import build_for_training
 from fpnas_keras.settings import setting
 
 # Samples in a timed call: they share its overhead, as in a search step.
@@ -44,6 +47,8 @@ class StepTimeSettings(harness.SpeedSettings):
     SMOKE: ClassVar[Mapping[str, Any]] = {
         **harness.SpeedSettings.SMOKE,
         "architectures": 1,
+        "trained_architectures": 1,
+        "compared_steps": 3,
         "whole_steps": 1,
         "untimed_steps": 0,
         "starts": 1,
@@ -52,6 +57,8 @@ class StepTimeSettings(harness.SpeedSettings):
 
     output: str = harness.output_setting("step_time.jsonl")
     architectures: int = setting("Random architectures of a space.", 24, least=1)
+    trained_architectures: int = setting("Those of them that are trained.", 6, least=1)
+    compared_steps: int = setting("Steps after which their losses are compared.", 200, least=3)
     whole_steps: int = setting("Timed steps of `fit`.", 40, least=1)
     untimed_steps: int = setting(
         "Steps of `fit` before those, in which most shapes are met.", 20, least=0
@@ -88,6 +95,29 @@ def samples(settings: StepTimeSettings, name: str) -> dict[str, list[float]]:
         for key, seconds in harness.in_turn(runs, settings.repeats).items():
             rows.setdefault(key, []).append(seconds / COPIES)
         print(f"{len(rows['macs'])} of {settings.architectures}", file=sys.stderr, end="\r")
+        keras.backend.clear_session()
+    return rows
+
+
+def training_steps(settings: StepTimeSettings, name: str) -> dict[str, list[float]]:
+    """Seconds per training step of random architectures of a space, ours and Keras' own."""
+    space, batch_size = settings.measured_space(name)
+    search = fpnas.ArchitectureSearch(space)
+    batch = harness.noise(space, batch_size, 0)
+    rows = {}
+    for _, architecture in harness.draw_networks(search, settings.trained_architectures):
+        models = {"keras": architecture.build(), "ours": build_for_training(architecture)}
+        models["ours"].set_weights(models["keras"].get_weights())
+        steps = {key: harness.keras_step(model, batch) for key, model in models.items()}
+        for key, seconds in harness.in_turn(steps, settings.repeats).items():
+            rows.setdefault(key, []).append(seconds)
+        rows.setdefault("macs", []).append(architecture.macs())
+        done = settings.repeats + 1  # and an untimed one
+        losses = [
+            [float(step()) for _ in range(settings.compared_steps - done)][-1]
+            for step in steps.values()
+        ]
+        rows.setdefault("losses", []).append(losses)
         keras.backend.clear_session()
     return rows
 
@@ -173,6 +203,10 @@ def report(settings: StepTimeSettings, rows: dict[str, harness.Row]) -> None:
         line(f"sample / Keras step, `{name}`", np.divide(row["supernet"], row["keras"]))
         ratios = np.divide(row["supernet_forward"], row["keras_forward"])
         line(f"forward / Keras forward, `{name}`", ratios)
+        row = rows[f"trainings of {name}"]
+        line(f"training step / Keras step, `{name}`", np.divide(row["ours"], row["keras"]))
+        ours, theirs = np.transpose(row["losses"])
+        line(f"difference of the losses, `{name}`", np.abs(ours - theirs))
         row = rows[f"steps of {name}"]
         line(f"share outside the samples, `{name}`", 1 - np.divide(row["samples"], row["step"]))
     line("seconds to the first step of the quickstart", rows["start"]["seconds"])
@@ -182,7 +216,11 @@ def run(settings: StepTimeSettings) -> None:
     """Runs the jobs that have no row yet, and reports."""
     jobs = {
         f"{kind} of {name}": functools.partial(function, settings, name)
-        for kind, function in (("samples", samples), ("steps", whole_steps))
+        for kind, function in (
+            ("samples", samples),
+            ("trainings", training_steps),
+            ("steps", whole_steps),
+        )
         for name in settings.spaces
     }
     jobs["start"] = functools.partial(start, settings)

@@ -214,13 +214,31 @@ def _calibrate(model, batches):
             break
     ranges = np.array([observed(x) for x, _ in batches])
     least, largest = ranges.min(axis=0), ranges.max(axis=0)
+    bounds = _useful_ranges(model)
     ends = zip(moving[::2], moving[1::2], least[::2], largest[1::2], strict=True)
     for low, high, low_value, high_value in ends:
+        bound = bounds.get(low.name.split("/")[-2], (-np.inf, np.inf))
+        low_value, high_value = np.clip((low_value, high_value), *bound)
         low.assign(low_value)
         # XNNPACK refuses a layer that always gives 0.
         high.assign(high_value if high_value - low_value > _NO_RANGE else low_value + 1.0)
     for norm in norms:
         norm.trainable = True
+
+
+def _useful_ranges(model):
+    """Ranges of layers outside of which a hard swish or hard sigmoid gives the same anyway.
+
+    Both add 3 and clip to 0..6. So a hard swish is 0 for everything below -3.
+    """
+    bounds = {}
+    for layer in model.layers:
+        if not layer.name.endswith(("_activation_shift", "_gate_shift")):
+            continue
+        bounds[layer.name] = (0.0, 6.0)
+        source = layer.inbound_nodes[0].inbound_layers
+        bounds[source.name] = (-3.0, 3.0 if layer.name.endswith("_gate_shift") else np.inf)
+    return bounds
 
 
 def _fit(model, batches, epochs, learning_rate, callbacks=()):

@@ -427,9 +427,11 @@ class _Training:
 
         settings, policy = self.settings, keras.config.dtype_policy()
         precision = settings.mixed_precision
-        keras.config.set_dtype_policy("float32" if precision == "none" else f"mixed_{precision}")
+        is_float32 = precision == "none"
+        keras.config.set_dtype_policy("float32" if is_float32 else f"mixed_{precision}")
         try:
-            network = self.architecture.build()
+            build = networks.build_for_training if is_float32 else networks.build_network
+            network = build(self.architecture)
         finally:
             keras.config.set_dtype_policy(policy)
         if settings.init == "supernet" and is_new:

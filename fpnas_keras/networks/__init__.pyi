@@ -12,3 +12,4 @@ from .plain_network import load_model as load_model
 from .plain_network import recalibrate as recalibrate
 from .plain_network import to_logits as to_logits
 from .supernet import Supernet as Supernet
+from .training_layers import build_for_training as build_for_training

@@ -206,7 +206,7 @@ def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
 
     def activated(x, index):
         def gradient(dy):
-            branches = [lambda name=name: _activation_gradient(name, x, dy) for name in names]
+            branches = [lambda name=name: activation_gradient(name, x, dy) for name in names]
             return switch(index, branches), None
 
         branches = [lambda name=name: keras.activations.get(name)(x) for name in names]
@@ -215,8 +215,14 @@ def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
     return _with_gradient(activated, x, index)
 
 
-def _activation_gradient(name, x, dy):
-    """Gradient with respect to `x` of an activation of `x`, given that of its output."""
+def activation_gradient(name: str, x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+    """Gradient with respect to `x` of an activation of `x`.
+
+    Args:
+        name: Name of the activation, of Keras.
+        x: Features.
+        dy: Gradient with respect to the activation.
+    """
     if name == "relu":
         return tf.raw_ops.ReluGrad(gradients=dy, features=x)
     if name == "relu6":
@@ -291,14 +297,20 @@ def _depthwise_backprop_filter(x, kernel_shape, dy, stride, largest_kernel_size)
     # branch: number 0 for 1x1 and 3x3, 1 for 5x5, 2 for 7x7, and so on.
     paddings = ["SAME"]
     for kernel_size in range(5, largest_kernel_size + 1, 2):
-        height, width = (_same_padding(n, kernel_size, stride) for n in x.shape[1:3])
+        height, width = (same_padding(n, kernel_size, stride) for n in x.shape[1:3])
         paddings.append([[0, 0], height, width, [0, 0]])
     branches = [lambda padding=padding: gradient_with(padding) for padding in paddings]
     return switch(tf.maximum(kernel_shape[0] // 2 - 1, 0), branches)
 
 
-def _same_padding(size, kernel_size, stride):
-    """Pixels before and after an axis of `size` pixels under "SAME" padding."""
+def same_padding(size: int, kernel_size: int, stride: int) -> list[int]:
+    """Pixels before and after an axis under "SAME" padding.
+
+    Args:
+        size: Pixels of the axis.
+        kernel_size: Side of the kernel.
+        stride: Stride.
+    """
     size_out = -(-size // stride)  # rounded up
     total = max(0, (size_out - 1) * stride + kernel_size - size)
     return [total // 2, total - total // 2]

@@ -1,0 +1,125 @@
+"""Layers that compute what Keras' own do, in less time where they are trained on CPUs.
+
+`build_for_training` makes a network of them. Its weights are those of the plain network, in the
+same order.
+"""
+
+import types
+
+import keras
+import tensorflow as tf
+
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.networks.plain_network import NetworkBuilder
+from fpnas_keras.networks.sliced_layers import activation_gradient, same_padding
+
+
+def build_for_training(architecture: Architecture) -> keras.Model:
+    """Builds the network of an architecture from the layers of this file, in float32.
+
+    It is there to be trained, not to be saved: give its weights to `architecture.build()`.
+
+    Args:
+        architecture: The architecture.
+
+    Example:
+
+    ```python
+    network = build_for_training(architecture)
+    network.compile("sgd", loss, jit_compile=False)
+    network.fit(batches)
+    model = architecture.build()
+    model.set_weights(network.get_weights())
+    ```
+    """
+    return _TrainingBuilder().network(architecture)
+
+
+class _TrainingBuilder(NetworkBuilder):
+    def __init__(self):
+        super().__init__()
+        own = {
+            "Activation": _Activation,
+            "BatchNormalization": _BatchNormalization,
+            "Conv2D": _Conv2D,
+            "DepthwiseConv2D": _DepthwiseConv2D,
+        }
+        self.layers = types.SimpleNamespace(**vars(keras.layers) | own)
+
+
+class _BatchNormalization(keras.layers.BatchNormalization):
+    """Uses TensorFlow's fused operation, which Keras' layer does not use on a CPU."""
+
+    def call(self, x, training=None):
+        moving = {"mean": self.moving_mean, "variance": self.moving_variance}
+        is_training = bool(training) and self.trainable
+        y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            x,
+            self.gamma,
+            self.beta,
+            epsilon=self.epsilon,
+            is_training=is_training,
+            **({} if is_training else moving),
+        )
+        if is_training:
+            # The operation gives the estimate for the population. Keras averages the variance of
+            # the batch.
+            count = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
+            self._move(self.moving_mean, mean)
+            self._move(self.moving_variance, variance * ((count - 1) / count))
+        return y
+
+    def _move(self, moving, value):
+        moving.assign(moving * self.momentum + value * (1 - self.momentum))
+
+
+class _Conv2D(keras.layers.Conv2D):
+    """Computes 1x1 convolutions as matrix products."""
+
+    def call(self, x):
+        if self.kernel_size != (1, 1) or self.strides != (1, 1):
+            return super().call(x)
+        kernel = tf.reshape(self.kernel, self.kernel.shape[2:])
+        y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
+        y = tf.reshape(y, (-1, *x.shape[1:3], self.filters))
+        return y + self.bias if self.use_bias else y
+
+
+class _DepthwiseConv2D(keras.layers.DepthwiseConv2D):
+    """Has a faster gradient of kernels larger than 3x3; see `SlicedDepthwiseConv`."""
+
+    def call(self, x):
+        (size, _), (stride, _) = self.kernel_size, self.strides
+        if size <= 3:
+            return super().call(x)
+        strides, shape = [1, stride, stride, 1], self.kernel.shape
+        sides = (same_padding(n, size, stride) for n in x.shape[1:3])
+        padding = [[0, 0], *sides, [0, 0]]
+
+        @tf.custom_gradient
+        def conv(x, kernel):
+            def gradient(dy):
+                dx = tf.nn.depthwise_conv2d_backprop_input(
+                    tf.shape(x), kernel, dy, strides, padding="SAME"
+                )
+                return dx, tf.nn.depthwise_conv2d_backprop_filter(
+                    x, shape, dy, strides, padding=padding
+                )
+
+            return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME"), gradient
+
+        return conv(x, tf.convert_to_tensor(self.kernel))
+
+
+class _Activation(keras.layers.Activation):
+    """Computes the gradient of hard swish from its input alone."""
+
+    def call(self, x):
+        if self.activation is not keras.activations.hard_silu:
+            return super().call(x)
+
+        @tf.custom_gradient
+        def activate(x):
+            return self.activation(x), lambda dy: activation_gradient("hard_silu", x, dy)
+
+        return activate(x)
