@@ -74,10 +74,10 @@ class _BatchNormalization(keras.layers.BatchNormalization):
 
 
 class _Conv2D(keras.layers.Conv2D):
-    """Computes 1x1 convolutions as matrix products."""
+    """Computes 1x1 convolutions as matrix products in training, where the backward pass gains."""
 
-    def call(self, x):
-        if self.kernel_size != (1, 1) or self.strides != (1, 1):
+    def call(self, x, training=None):
+        if not training or self.kernel_size != (1, 1) or self.strides != (1, 1):
             return super().call(x)
         kernel = tf.reshape(self.kernel, self.kernel.shape[2:])
         y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
