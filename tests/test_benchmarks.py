@@ -102,6 +102,7 @@ def test_measured_rows_are_complete(name, tmp_path, capsys):
     others = {
         "baselines": [f"--work_dir={tmp_path}/runs"],
         "fashion_mnist": [f"--work_dir={tmp_path}/runs"],
+        "formats": [f"--work_dir={tmp_path}/runs", "--flowers=flowers"],
         "scaling": [f"--picture={tmp_path}/scaling.png"],
     }
     arguments = [f"--output={output}", *others.get(name, [])]
