@@ -116,7 +116,7 @@ class LatencySettings(Settings):
         "What runs the files on the phone: its CPU by XNNPACK, its GPU, or by NNAPI what Android "
         "has for it.",
         "xnnpack",
-        choices=("xnnpack", "gpu", "nnapi"),
+        choices=tuple(export.devices.DELEGATES),
         group=_DEVICE,
     )
     rest_seconds: float = setting(

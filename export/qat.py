@@ -171,16 +171,9 @@ def _calibrate(model, batches):
     tfmot starts them at -6 to 6 and moves them by a thousandth a step, so that a short training
     would end far from the ranges of its activations.
     """
-    moving = []
-    for each in model.non_trainable_variables:
-        layer, name = each.name.removesuffix(":0").split("/")[-2:]
-        if not name.endswith(("_min", "_max")) or "kernel" in name:
-            continue
-        if layer.startswith("quantize_layer"):  # The pixels.
-            each.assign(255.0 if name.endswith("_max") else 0.0)
-        else:
-            moving.append(each)
-
+    pixels, moving = _range_variables(model)
+    for each, value in zip(pixels, (0.0, 255.0), strict=True):
+        each.assign(value)
     # Else training=True, which moves the ranges, would also take the statistics of the batch.
     norms = [
         each.layer
@@ -192,27 +185,24 @@ def _calibrate(model, batches):
 
     @tf.function(reduce_retracing=True)
     def observe(x):
+        """The ends of the ranges on a batch. The ranges stay as they are."""
         before = [tf.identity(each) for each in moving]
         model(x, training=True)
-        return [(new - _DECAY * old) / (1 - _DECAY) for new, old in zip(moving, before)]
-
-    def observed(x):
-        ranges = [each.numpy() for each in moving]
-        found = [each.numpy() for each in observe(x)]
-        for each, value in zip(moving, ranges):
+        found = [(new - _DECAY * old) / (1 - _DECAY) for new, old in zip(moving, before)]
+        for each, value in zip(moving, before):
             each.assign(value)
-        return np.array(found)
+        return tf.stack(found)
 
     # What a layer takes is right as soon as all ranges before it are.
     (first, _), *_ = batches.take(1)
     for _ in range(_MOST_REPEATS):
         ranges = np.array([each.numpy() for each in moving])
-        found = observed(first)
+        found = observe(first).numpy()
         for each, value in zip(moving, found):
             each.assign(value)
         if np.allclose(found, ranges, rtol=_NEAR, atol=_NEAR):
             break
-    ranges = np.array([observed(x) for x, _ in batches])
+    ranges = np.array([observe(x).numpy() for x, _ in batches])
     least, largest = ranges.min(axis=0), ranges.max(axis=0)
     bounds = _useful_ranges(model)
     ends = zip(moving[::2], moving[1::2], least[::2], largest[1::2], strict=True)
@@ -224,6 +214,16 @@ def _calibrate(model, batches):
         high.assign(high_value if high_value - low_value > _NO_RANGE else low_value + 1.0)
     for norm in norms:
         norm.trainable = True
+
+
+def _range_variables(model):
+    """The ends of the range of the pixels, and those of all activations: least, largest, ..."""
+    pixels, activations = [], []
+    for each in model.non_trainable_variables:
+        layer, name = each.name.removesuffix(":0").split("/")[-2:]
+        if name.endswith(("_min", "_max")) and "kernel" not in name:
+            (pixels if layer.startswith("quantize_layer") else activations).append(each)
+    return pixels, activations
 
 
 def _useful_ranges(model):

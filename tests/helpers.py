@@ -16,12 +16,26 @@ import keras
 import numpy as np
 from absl import logging
 
-from fpnas_keras.architecture import Head, Stem
+from fpnas_keras.architecture import Architecture, Block, Head, Stem
 from fpnas_keras.commands import run_command
 from fpnas_keras.cost import latency_table
 from fpnas_keras.spaces import SAME, SearchBlock, Space
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Every activation, every attention, a projection, a residual, no expansion, a dense layer.
+EVERYTHING = Architecture(
+    (16, 16, 3),
+    5,
+    Stem(8, 3, 2, "hard_silu"),
+    (
+        Block(8, 3, 1, 1, "relu", 1),
+        Block(12, 5, 3, 2, "hard_silu", 2),
+        Block(12, 3, 3, 1, "relu6", 4),
+        Block(16, skip=True),
+        Block(16, 7, 2, 1, "hard_silu", 0),
+    ),
+    Head(24, "hard_silu", 16),
+)
 # A space file for commands: 612 networks of two blocks, of which a search is traced soon.
 SMALL_SPACE = {
     "format": 1,

@@ -4,26 +4,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from helpers import EVERYTHING
 from test_export_tflite import calibrated, random_images
 
 from export import conversion, devices, qat
 from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
 
-# Every activation, every attention, a projection, a residual, no expansion, a dense layer.
-EVERYTHING = Architecture(
-    (16, 16, 3),
-    5,
-    Stem(8, 3, 2, "hard_silu"),
-    (
-        Block(8, 3, 1, 1, "relu", 1),
-        Block(12, 5, 3, 2, "hard_silu", 2),
-        Block(12, 3, 3, 1, "relu6", 4),
-        Block(16, skip=True),
-        Block(16, 7, 2, 1, "hard_silu", 0),
-    ),
-    Head(24, "hard_silu", 16),
-)
 # Enough to prune: two blocks with an expansion.
 SMALL = Architecture(
     (16, 16, 3),

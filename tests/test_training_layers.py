@@ -1,28 +1,21 @@
 """Networks of faster layers against the same networks of Keras' own."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import EVERYTHING
 
-from fpnas_keras.architecture import Architecture, Block, Head, Stem
+from fpnas_keras.architecture import Block
 from fpnas_keras.networks import build_for_training
 
-# Every activation, attention, kernel size and stride; no expansion; a projection; a dense layer.
-EVERYTHING = Architecture(
-    (18, 18, 3),
-    5,
-    Stem(8, 3, 2, "hard_silu"),
-    (
-        Block(8, 3, 1, 1, "relu", 1),
-        Block(12, 5, 3, 2, "hard_silu", 2),
-        Block(12, 3, 3, 1, "relu6", 4),
-        Block(16, skip=True),
-        Block(16, 7, 2, 1, "hard_silu", 0),
-        Block(16, skip=True, strides=2),
-        Block(16, 5, 2, 2, "relu", 0),
-    ),
-    Head(24, "hard_silu", 16),
+# Also odd sizes of features, and large kernels and projections with stride 2.
+MORE = dataclasses.replace(
+    EVERYTHING,
+    input_shape=(18, 18, 3),
+    blocks=(*EVERYTHING.blocks, Block(16, skip=True, strides=2), Block(16, 5, 2, 2, "relu", 0)),
 )
 
 
@@ -40,7 +33,7 @@ def fit(model, steps):
 @pytest.fixture(scope="module")
 def trained():
     """The network of Keras' layers and that of ours, after the same steps."""
-    plain, fast = EVERYTHING.build(), build_for_training(EVERYTHING)
+    plain, fast = MORE.build(), build_for_training(MORE)
     fast.set_weights(plain.get_weights())
     losses = fit(plain, 8), fit(fast, 8)
     return plain, fast, losses
@@ -56,7 +49,7 @@ def test_training_is_the_same_to_rounding(trained):
 
 def test_the_plain_network_takes_the_weights(trained):
     _, fast, _ = trained
-    model = EVERYTHING.build()
+    model = MORE.build()
     model.set_weights(fast.get_weights())
     x = 255 * tf.random.stateless_uniform((8, 18, 18, 3), (3, 4))
     np.testing.assert_allclose(

@@ -5,6 +5,7 @@ leading channels and the middle of the kernel. The sizes are tensors, so one gra
 architecture, and a call costs what that architecture costs.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import keras
@@ -70,8 +71,7 @@ class SlicedConv(keras.layers.Layer):
             # oneDNN's 1x1 convolutions reorder their weights. A matrix product is faster, above
             # all in the backward pass.
             kernel = _slice(tf.reshape(self.kernel, self.shape[2:]), (0, 0), (filters_in, filters))
-            y = tf.matmul(tf.reshape(x, (-1, filters_in)), kernel)
-            x = tf.reshape(y, (-1, *x.shape[1:3], filters))
+            x = multiply_channels(x, kernel, filters_in, filters)
         else:
             size = (kernel_size, kernel_size, filters_in, filters)
             x = tf.nn.conv2d(x, _slice(self.kernel, (0,) * 4, size), self.strides, "SAME")
@@ -112,7 +112,7 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         first = (self.shape[0] - kernel_size) // 2
         size = (kernel_size, kernel_size, tf.shape(x)[-1], 1)
         kernel = _slice(self.kernel, (first, first, 0, 0), size)
-        return _depthwise_conv2d(x, kernel, self.strides, self.shape[0])
+        return depthwise_conv2d(x, kernel, self.strides, range(3, self.shape[0] + 1, 2))
 
 
 class SlicedBatchNorm(keras.layers.Layer):
@@ -187,6 +187,21 @@ def copy_slices(shared: keras.layers.Layer, layer: keras.layers.Layer) -> None:
         variable.assign(value[tuple(slice(n) for n in shape)])
 
 
+def multiply_channels(
+    x: tf.Tensor, kernel: tf.Tensor, filters_in: tf.Tensor | int, filters: tf.Tensor | int
+) -> tf.Tensor:
+    """A 1x1 convolution as a matrix product.
+
+    Args:
+        x: Features, `(batch, height, width, filters_in)`.
+        kernel: The kernel, `(filters_in, filters)`.
+        filters_in: Number of input channels.
+        filters: Number of output channels.
+    """
+    y = tf.matmul(tf.reshape(x, (-1, filters_in)), kernel)
+    return tf.reshape(y, (-1, *x.shape[1:3], filters))
+
+
 def switch(index: tf.Tensor, branches: Sequence[Callable[[], tf.Tensor]]) -> tf.Tensor:
     """Runs `branches[index]`. A single branch runs without a conditional."""
     return branches[0]() if len(branches) == 1 else tf.switch_case(index, branches)
@@ -206,7 +221,7 @@ def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
 
     def activated(x, index):
         def gradient(dy):
-            branches = [lambda name=name: activation_gradient(name, x, dy) for name in names]
+            branches = [lambda name=name: _activation_gradient(name, x, dy) for name in names]
             return switch(index, branches), None
 
         branches = [lambda name=name: keras.activations.get(name)(x) for name in names]
@@ -215,14 +230,8 @@ def activate(x: tf.Tensor, index: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
     return _with_gradient(activated, x, index)
 
 
-def activation_gradient(name: str, x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-    """Gradient with respect to `x` of an activation of `x`.
-
-    Args:
-        name: Name of the activation, of Keras.
-        x: Features.
-        dy: Gradient with respect to the activation.
-    """
+def _activation_gradient(name, x, dy):
+    """Gradient with respect to `x` of an activation of `x`, given that of its output."""
     if name == "relu":
         return tf.raw_ops.ReluGrad(gradients=dy, features=x)
     if name == "relu6":
@@ -261,10 +270,20 @@ def _slice(weight, begin, size):
     return _with_gradient(sliced, tf.convert_to_tensor(weight), tf.stack(begin))
 
 
-def _depthwise_conv2d(x, kernel, stride, largest_kernel_size):
-    """`tf.nn.depthwise_conv2d`, with a faster gradient for kernels larger than 3x3."""
+def depthwise_conv2d(
+    x: tf.Tensor, kernel: tf.Tensor, stride: int, kernel_sizes: Sequence[int]
+) -> tf.Tensor:
+    """`tf.nn.depthwise_conv2d` with "SAME" padding, and a faster gradient for large kernels.
+
+    Args:
+        x: Features.
+        kernel: The kernel.
+        stride: Stride.
+        kernel_sizes: The sides that the kernel can have, in steps of 2. The first one also stands
+            for smaller kernels.
+    """
     strides = [1, stride, stride, 1]
-    if largest_kernel_size <= 3:
+    if all(size <= 3 for size in kernel_sizes):
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME")
 
     def conv(x, kernel):
@@ -272,16 +291,14 @@ def _depthwise_conv2d(x, kernel, stride, largest_kernel_size):
             dx = tf.nn.depthwise_conv2d_backprop_input(
                 tf.shape(x), kernel, dy, strides, padding="SAME"
             )
-            return dx, _depthwise_backprop_filter(
-                x, tf.shape(kernel), dy, stride, largest_kernel_size
-            )
+            return dx, _depthwise_backprop_filter(x, tf.shape(kernel), dy, stride, kernel_sizes)
 
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME"), gradient
 
     return _with_gradient(conv, x, kernel)
 
 
-def _depthwise_backprop_filter(x, kernel_shape, dy, stride, largest_kernel_size):
+def _depthwise_backprop_filter(x, kernel_shape, dy, stride, kernel_sizes):
     """`tf.nn.depthwise_conv2d_backprop_filter` with "SAME" padding, but faster.
 
     With "SAME" padding and kernels larger than 3x3, TensorFlow computes it by a grouped
@@ -293,24 +310,20 @@ def _depthwise_backprop_filter(x, kernel_shape, dy, stride, largest_kernel_size)
             x, kernel_shape, dy, [1, stride, stride, 1], padding=padding
         )
 
-    # The size of the kernel is a tensor, but padding must be a constant. So each size has a
-    # branch: number 0 for 1x1 and 3x3, 1 for 5x5, 2 for 7x7, and so on.
-    paddings = ["SAME"]
-    for kernel_size in range(5, largest_kernel_size + 1, 2):
-        height, width = (same_padding(n, kernel_size, stride) for n in x.shape[1:3])
-        paddings.append([[0, 0], height, width, [0, 0]])
-    branches = [lambda padding=padding: gradient_with(padding) for padding in paddings]
-    return switch(tf.maximum(kernel_shape[0] // 2 - 1, 0), branches)
+    def padding_of(size):
+        if size <= 3:
+            return "SAME"
+        height, width = (_same_padding(n, size, stride) for n in x.shape[1:3])
+        return [[0, 0], height, width, [0, 0]]
+
+    # The size of the kernel is a tensor, but padding must be a constant. So each size has a branch.
+    paddings = map(padding_of, kernel_sizes)
+    branches = [functools.partial(gradient_with, padding) for padding in paddings]
+    return switch(tf.maximum((kernel_shape[0] - kernel_sizes[0]) // 2, 0), branches)
 
 
-def same_padding(size: int, kernel_size: int, stride: int) -> list[int]:
-    """Pixels before and after an axis under "SAME" padding.
-
-    Args:
-        size: Pixels of the axis.
-        kernel_size: Side of the kernel.
-        stride: Stride.
-    """
+def _same_padding(size, kernel_size, stride):
+    """Pixels before and after an axis of `size` pixels under "SAME" padding."""
     size_out = -(-size // stride)  # rounded up
     total = max(0, (size_out - 1) * stride + kernel_size - size)
     return [total // 2, total - total // 2]

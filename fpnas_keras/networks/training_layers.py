@@ -10,8 +10,8 @@ import keras
 import tensorflow as tf
 
 from fpnas_keras.architecture import Architecture
+from fpnas_keras.networks import sliced_layers
 from fpnas_keras.networks.plain_network import NetworkBuilder
-from fpnas_keras.networks.sliced_layers import activation_gradient, same_padding
 
 
 def build_for_training(architecture: Architecture) -> keras.Model:
@@ -80,35 +80,16 @@ class _Conv2D(keras.layers.Conv2D):
         if not training or self.kernel_size != (1, 1) or self.strides != (1, 1):
             return super().call(x)
         kernel = tf.reshape(self.kernel, self.kernel.shape[2:])
-        y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
-        y = tf.reshape(y, (-1, *x.shape[1:3], self.filters))
+        y = sliced_layers.multiply_channels(x, kernel, *kernel.shape)
         return y + self.bias if self.use_bias else y
 
 
 class _DepthwiseConv2D(keras.layers.DepthwiseConv2D):
-    """Has a faster gradient of kernels larger than 3x3; see `SlicedDepthwiseConv`."""
+    """Has the faster gradient of `SlicedDepthwiseConv`."""
 
     def call(self, x):
         (size, _), (stride, _) = self.kernel_size, self.strides
-        if size <= 3:
-            return super().call(x)
-        strides, shape = [1, stride, stride, 1], self.kernel.shape
-        sides = (same_padding(n, size, stride) for n in x.shape[1:3])
-        padding = [[0, 0], *sides, [0, 0]]
-
-        @tf.custom_gradient
-        def conv(x, kernel):
-            def gradient(dy):
-                dx = tf.nn.depthwise_conv2d_backprop_input(
-                    tf.shape(x), kernel, dy, strides, padding="SAME"
-                )
-                return dx, tf.nn.depthwise_conv2d_backprop_filter(
-                    x, shape, dy, strides, padding=padding
-                )
-
-            return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME"), gradient
-
-        return conv(x, tf.convert_to_tensor(self.kernel))
+        return sliced_layers.depthwise_conv2d(x, self.kernel.value, stride, [size])
 
 
 class _Activation(keras.layers.Activation):
@@ -117,9 +98,4 @@ class _Activation(keras.layers.Activation):
     def call(self, x):
         if self.activation is not keras.activations.hard_silu:
             return super().call(x)
-
-        @tf.custom_gradient
-        def activate(x):
-            return self.activation(x), lambda dy: activation_gradient("hard_silu", x, dy)
-
-        return activate(x)
+        return sliced_layers.activate(x, tf.constant(0), ["hard_silu"])
