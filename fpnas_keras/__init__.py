@@ -10,8 +10,8 @@ import os
 import lazy_loader
 
 # Kernels of oneDNN: TensorFlow takes them by itself on few processors, such as those with AVX-512
-# VNNI. On one with AVX2 a training step takes 0.65 of the time with them. TensorFlow reads this
-# variable when it is imported.
+# VNNI. On one with AVX2 a training step takes 0.6 of the time with them (docs/benchmarks.md).
+# TensorFlow reads this variable when it is imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
