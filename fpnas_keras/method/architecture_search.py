@@ -814,6 +814,8 @@ class ArchitectureSearch(keras.Model):
             sums, factor = sums.add_score(score)
             # The factor scales the loss, which is cheaper than to scale the gradients.
             gradients = tape.gradient(loss, inputs, factor, unconnected_gradients="zero")
+            for gradient, each in zip(gradients, inputs):
+                gradient.set_shape(each.shape)  # The blocks run functions for any size.
             results = results.write(index, loss_and_accuracy)
             return index + 1, sums.add_scaled(gradients), results
 

@@ -70,7 +70,7 @@ class SlicedConv(keras.layers.Layer):
         if kernel_size == self.strides == 1:
             # oneDNN's 1x1 convolutions reorder their weights. A matrix product is faster, above
             # all in the backward pass.
-            kernel = _slice(tf.reshape(self.kernel, self.shape[2:]), (0, 0), (filters_in, filters))
+            kernel = _slice(tf.squeeze(self.kernel, (0, 1)), (0, 0), (filters_in, filters))
             x = multiply_channels(x, kernel, filters_in, filters)
         else:
             size = (kernel_size, kernel_size, filters_in, filters)
@@ -85,12 +85,22 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         filters: Largest number of channels.
         kernel_size: Largest side of the kernel, odd.
         strides: Stride.
+        image_size: `(height, width)` of the features. With a stride of 2 they may have any other
+            size that is odd or even alike, and with a stride of 1 any size.
     """
 
-    def __init__(self, filters: int, kernel_size: int, strides: int = 1, **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int,
+        strides: int = 1,
+        image_size: tuple[int, int] | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.shape = (kernel_size, kernel_size, filters, 1)
         self.strides = strides
+        self.image_size = image_size
         self.build()
 
     def build(self, input_shape: object = None) -> None:
@@ -112,7 +122,8 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         first = (self.shape[0] - kernel_size) // 2
         size = (kernel_size, kernel_size, tf.shape(x)[-1], 1)
         kernel = _slice(self.kernel, (first, first, 0, 0), size)
-        return depthwise_conv2d(x, kernel, self.strides, range(3, self.shape[0] + 1, 2))
+        sizes = range(3, self.shape[0] + 1, 2)
+        return depthwise_conv2d(x, kernel, self.strides, sizes, self.image_size)
 
 
 class SlicedBatchNorm(keras.layers.Layer):
@@ -199,7 +210,8 @@ def multiply_channels(
         filters: Number of output channels.
     """
     y = tf.matmul(tf.reshape(x, (-1, filters_in)), kernel)
-    return tf.reshape(y, (-1, *x.shape[1:3], filters))
+    sizes = tf.shape(x)[1:3]
+    return tf.reshape(y, (-1, sizes[0], sizes[1], filters))
 
 
 def switch(index: tf.Tensor, branches: Sequence[Callable[[], tf.Tensor]]) -> tf.Tensor:
@@ -258,20 +270,25 @@ def _slice(weight, begin, size):
     strided slices.
     """
 
-    def sliced(weight, begin):
+    def sliced(weight, begin, shape):
         def gradient(dy):
-            after = weight.shape - begin - tf.shape(dy)
+            after = shape - begin - tf.shape(dy)
             dw = tf.pad(dy, tf.stack([begin, after], axis=1))
             dw.set_shape(weight.shape)
-            return dw, None
+            return dw, None, None
 
         return tf.slice(weight, begin, size), gradient
 
-    return _with_gradient(sliced, tf.convert_to_tensor(weight), tf.stack(begin))
+    weight = tf.convert_to_tensor(weight)
+    return _with_gradient(sliced, weight, tf.stack(begin), tf.shape(weight))
 
 
 def depthwise_conv2d(
-    x: tf.Tensor, kernel: tf.Tensor, stride: int, kernel_sizes: Sequence[int]
+    x: tf.Tensor,
+    kernel: tf.Tensor,
+    stride: int,
+    kernel_sizes: Sequence[int],
+    image_size: tuple[int, int] | None = None,
 ) -> tf.Tensor:
     """`tf.nn.depthwise_conv2d` with "SAME" padding, and a faster gradient for large kernels.
 
@@ -281,7 +298,9 @@ def depthwise_conv2d(
         stride: Stride.
         kernel_sizes: The sides that the kernel can have, in steps of 2. The first one also stands
             for smaller kernels.
+        image_size: As for `SlicedDepthwiseConv`. Default: that of `x`.
     """
+    image_size = image_size or x.shape[1:3]
     strides = [1, stride, stride, 1]
     if all(size <= 3 for size in kernel_sizes):
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME")
@@ -291,14 +310,17 @@ def depthwise_conv2d(
             dx = tf.nn.depthwise_conv2d_backprop_input(
                 tf.shape(x), kernel, dy, strides, padding="SAME"
             )
-            return dx, _depthwise_backprop_filter(x, tf.shape(kernel), dy, stride, kernel_sizes)
+            dw = _depthwise_backprop_filter(
+                x, tf.shape(kernel), dy, stride, kernel_sizes, image_size
+            )
+            return dx, dw
 
         return tf.nn.depthwise_conv2d(x, kernel, strides, "SAME"), gradient
 
     return _with_gradient(conv, x, kernel)
 
 
-def _depthwise_backprop_filter(x, kernel_shape, dy, stride, kernel_sizes):
+def _depthwise_backprop_filter(x, kernel_shape, dy, stride, kernel_sizes, image_size):
     """`tf.nn.depthwise_conv2d_backprop_filter` with "SAME" padding, but faster.
 
     With "SAME" padding and kernels larger than 3x3, TensorFlow computes it by a grouped
@@ -313,7 +335,7 @@ def _depthwise_backprop_filter(x, kernel_shape, dy, stride, kernel_sizes):
     def padding_of(size):
         if size <= 3:
             return "SAME"
-        height, width = (_same_padding(n, size, stride) for n in x.shape[1:3])
+        height, width = (_same_padding(n, size, stride) for n in image_size)
         return [[0, 0], height, width, [0, 0]]
 
     # The size of the kernel is a tensor, but padding must be a constant. So each size has a branch.
@@ -324,6 +346,8 @@ def _depthwise_backprop_filter(x, kernel_shape, dy, stride, kernel_sizes):
 
 def _same_padding(size, kernel_size, stride):
     """Pixels before and after an axis of `size` pixels under "SAME" padding."""
+    if stride == 1:  # The size does not matter, and may be unknown.
+        return [kernel_size // 2, kernel_size // 2]
     size_out = -(-size // stride)  # rounded up
     total = max(0, (size_out - 1) * stride + kernel_size - size)
     return [total // 2, total - total // 2]

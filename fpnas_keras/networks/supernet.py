@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fpnas_keras.architecture import attention_filters, expanded_filters
+from fpnas_keras.architecture import attention_filters, expanded_filters, output_size
 from fpnas_keras.errors import UserError
 from fpnas_keras.networks.conventions import check_floatx, make_rescaling
 from fpnas_keras.networks.sliced_layers import (
@@ -72,12 +72,18 @@ class Supernet(keras.layers.Layer):
         self.blocks = []
         # For each of them, the index of its search block, whose choices it has.
         self.search_block_indices = []
+        # One block of each structure. Only their graphs are traced, optimized and kept in memory.
+        models = {}
         filters = (space.stem.filters,)
+        size = output_size(space.input_shape[:2], space.stem.strides)
         for index, repeated_block in enumerate(space.blocks):
             for search_block in repeated_block.unrolled:
                 name = f"block_{len(self.blocks)}"
-                self.blocks.append(SupernetBlock(search_block, filters, name=name))
+                block = SupernetBlock(search_block, filters, size, name=name)
+                block.share_function(models.setdefault(block.structure, block))
+                self.blocks.append(block)
                 self.search_block_indices.append(index)
+                size = output_size(size, search_block.strides)
                 filters = filters if search_block.keeps_filters else search_block.filters
         return filters
 
@@ -207,17 +213,28 @@ class SupernetBlock(keras.layers.Layer):
     Args:
         search_block: The choices of one block (no repeats).
         filters_in: The choices of the number of input channels.
+        image_size: `(height, width)` of the features that come in.
 
     Attributes:
+        structure: All that decides what the graph of the block looks like. It leaves out how large
+            its weights and features are, and the values of the choices of `filters` and
+            `expansion`.
         expanded: Expanded channels for each choice of the input channels and each choice of
             `expansion`, int32 of shape `(len(filters_in), len(search_block.expansion))`.
         bottleneck: Channels of the bottleneck of the attention, of the same shape.
     """
 
-    def __init__(self, search_block: SearchBlock, filters_in: tuple[int, ...], **kwargs):
+    def __init__(
+        self,
+        search_block: SearchBlock,
+        filters_in: tuple[int, ...],
+        image_size: tuple[int, int],
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.search_block = search_block
         self.filters_in = filters_in
+        self.image_size = image_size
         expanded = [[expanded_filters(n, e) for e in search_block.expansion] for n in filters_in]
         bottleneck = [[attention_filters(n) for n in row] for row in expanded]
         self.expanded = np.array(expanded, np.int32)
@@ -226,6 +243,19 @@ class SupernetBlock(keras.layers.Layer):
         self._compare_shapes(filters_out)
         self._make_convolutions(max(filters_out))
         self.built = True
+        self.structure = (
+            search_block.strides,
+            # What "same" padding depends on.
+            tuple(size % search_block.strides for size in image_size),
+            max(search_block.kernel_size),
+            tuple(expansion == 1 for expansion in search_block.expansion),
+            search_block.activation,
+            search_block.splits,
+            search_block.skip,
+            self.shapes_can_match,
+            self.shapes_always_match,
+        )
+        self._shared_function = _SharedFunction(self._run)
 
     def _compare_shapes(self, filters_out):
         """Finds whether input and output can have the same shape, and whether they always do."""
@@ -246,7 +276,11 @@ class SupernetBlock(keras.layers.Layer):
         splits = range(max(1, *block.splits))
         self.depthwise = [
             SlicedDepthwiseConv(
-                expanded, max(block.kernel_size), block.strides, name=f"{name}_depthwise_{split}"
+                expanded,
+                max(block.kernel_size),
+                block.strides,
+                self.image_size,
+                name=f"{name}_depthwise_{split}",
             )
             for split in splits
         ]
@@ -314,11 +348,28 @@ class SupernetBlock(keras.layers.Layer):
         """
         choice = dict(zip(VARIABLES, tf.unstack(choices, num=len(VARIABLES))))
         sizes = self._look_up_sizes(x, choice, filters_in_index)
+        weights = [tf.convert_to_tensor(each) for each in self.trainable_variables]
+        y = self._shared_function(x, choices, sizes, weights)
+        y.set_shape((None, *output_size(self.image_size, self.search_block.strides), None))
+        return y
+
+    def share_function(self, other: "SupernetBlock") -> None:
+        """Makes `call` run the graph of another block of the same structure."""
+        self._shared_function = other._shared_function
+
+    def _run(self, x, choices, sizes, weights):
+        """Runs the block with the weights of any block of its structure."""
+        choice = dict(zip(VARIABLES, tf.unstack(choices, num=len(VARIABLES))))
         branches = [
             functools.partial(self._skipped if skip else self._mbconv, x, choice, sizes)
             for skip in self.search_block.skip
         ]
-        return switch(choice["skip"], branches)
+        scope = keras.StatelessScope()
+        for variable, weight in zip(self.trainable_variables, weights):
+            # Not as an argument of the scope, which refuses weights of another size.
+            scope.add_update((variable, weight))
+        with scope:
+            return switch(choice["skip"], branches)
 
     def _look_up_sizes(self, x, choice, filters_in_index):
         block = self.search_block
@@ -405,3 +456,27 @@ class SupernetBlock(keras.layers.Layer):
         if self.shapes_always_match:
             return match()
         return tf.cond(tf.equal(tf.shape(x)[-1], sizes.filters), match, differ)
+
+
+class _SharedFunction:
+    """A `tf.function` that takes tensors of any size, and is not inlined where it is called.
+
+    Inlined, each call would be one more copy in the graph.
+    """
+
+    def __init__(self, function):
+        self._python_function, self._function = function, None
+
+    def __call__(self, *arguments):
+        if self._function is None:
+            self._function = tf.function(
+                self._python_function,
+                input_signature=tf.nest.map_structure(_any_size, arguments),
+                autograph=False,
+                experimental_attributes={"_noinline": True},
+            )
+        return self._function(*arguments)
+
+
+def _any_size(tensor):
+    return tf.TensorSpec([None] * tensor.shape.rank, tensor.dtype)
