@@ -1,5 +1,6 @@
 """The supernet against the plain networks, its gradients, and how its weights are handed over."""
 
+import dataclasses
 import itertools
 import pathlib
 
@@ -10,9 +11,10 @@ import tensorflow as tf
 from helpers import make_tiny_space, random_choices
 
 from fpnas_keras import Architecture, MacsCost, ParamsCost, UserError, spaces
+from fpnas_keras.architecture import Head, Stem
 from fpnas_keras.cost import SpaceCost
 from fpnas_keras.networks import Supernet, check_floatx
-from fpnas_keras.spaces import VARIABLES
+from fpnas_keras.spaces import VARIABLES, SearchBlock, Space
 
 BASE = np.array(
     [[0, 1, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]], np.int32
@@ -184,6 +186,53 @@ def test_every_weight_gets_a_gradient_under_some_architecture():
     assert np.all(corner[:, 2:] >= 4)
     assert len(corner) == 4 * 4
     assert not unreached
+
+
+def make_halving_space(side, blocks):
+    """A space whose blocks all halve the features and have one structure, but for odd sizes."""
+    block = SearchBlock(filters=(4, 8), kernel_size=(3, 5), expansion=(2, 3), strides=2)
+    widened = dataclasses.replace(block, filters=(8, 12))
+    return Space(
+        name="halving",
+        input_shape=(side, side, 1),
+        num_classes=3,
+        stem=Stem(filters=8, kernel_size=3, strides=1, activation="relu"),
+        blocks=(block, widened, *[block] * (blocks - 2)),
+        head=Head(filters=16, activation="relu"),
+    )
+
+
+@pytest.mark.parametrize("side", [10, 24])  # 10, 5, 3, 2 and 24, 12, 6, 3
+def test_gradients_are_those_of_the_plain_network(side):
+    space = make_halving_space(side, blocks=3)
+    supernet = Supernet(space)
+    choices = np.array([[0, 1, 1, 1, 0, 0]] * 3, np.int32)  # all weights
+    model = space.architecture(choices).build()
+    supernet.give_weights(model)
+    x = 255 * tf.random.stateless_uniform((16, *space.input_shape), (1, 2))
+    with tf.GradientTape(persistent=True) as tape:
+        received = tf.reduce_sum(supernet(x, tf.constant(choices)) ** 2)
+        expected = tf.reduce_sum(model(x, training=True) ** 2)
+    for name, layer in supernet.layers_by_plain_name().items():
+        plain = {v.name: v for v in model.get_layer(name).trainable_variables}
+        for variable in layer.trainable_variables:
+            ours = tape.gradient(received, variable.value)
+            theirs = tape.gradient(expected, plain[variable.name].value)
+            atol = (
+                1e-5 + 1e-3 * np.abs(theirs).max()
+            )  # Some are 0: batch norms take away what they add.
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=variable.path)
+
+
+def test_the_graph_does_not_grow_with_blocks_of_the_same_structure():
+    def functions(blocks):
+        space = make_halving_space(64, blocks)
+        run = tf.function(Supernet(space))
+        images = tf.TensorSpec((2, *space.input_shape))
+        traced = run.get_concrete_function(images, tf.TensorSpec((blocks, 6), tf.int32))
+        return len(traced.graph.as_graph_def().library.function)
+
+    assert functions(5) == functions(3) > 0
 
 
 def test_a_sample_leaves_alone_what_it_does_not_use():
