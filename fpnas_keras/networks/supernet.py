@@ -73,14 +73,14 @@ class Supernet(keras.layers.Layer):
         # For each of them, the index of its search block, whose choices it has.
         self.search_block_indices = []
         # One block of each structure. Only their graphs are traced, optimized and kept in memory.
-        models = {}
+        representatives = {}
         filters = (space.stem.filters,)
         size = output_size(space.input_shape[:2], space.stem.strides)
         for index, repeated_block in enumerate(space.blocks):
             for search_block in repeated_block.unrolled:
                 name = f"block_{len(self.blocks)}"
                 block = SupernetBlock(search_block, filters, size, name=name)
-                block.share_function(models.setdefault(block.structure, block))
+                block.share_function(representatives.setdefault(block.structure, block))
                 self.blocks.append(block)
                 self.search_block_indices.append(index)
                 size = output_size(size, search_block.strides)
