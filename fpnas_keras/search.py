@@ -410,12 +410,9 @@ class SearchSettings(RunSettings):
         import keras
 
         schedule = make_schedule(self.learning_rate, steps, int(self.learning_rate_warmup * steps))
-        clip_norm = self.clip_norm or None
         if self.optimizer == "adam":
-            return keras.optimizers.Adam(schedule, global_clipnorm=clip_norm, name="weights_adam")
-        return keras.optimizers.SGD(
-            schedule, momentum=0.9, nesterov=True, global_clipnorm=clip_norm, name="sgd"
-        )
+            return keras.optimizers.Adam(schedule, name="weights_adam")
+        return keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, name="sgd")
 
     def count_warmup_steps(self, steps_per_epoch: int) -> int:
         """Steps of the warm-up.
@@ -591,6 +588,7 @@ def _make_search(
         architecture_optimizer=keras.optimizers.Adam(
             settings.architecture_learning_rate, name="adam"
         ),
+        clip_norm=settings.clip_norm or None,
     )
     return search
 

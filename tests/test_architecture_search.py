@@ -112,6 +112,21 @@ def test_one_step_is_the_formula(penalty, deduplicate, blocks):
     assert (int(search.step.numpy()), int(search.total_samples.numpy())) == (1, count)
 
 
+def test_clipping_is_that_of_keras():
+    weights = []
+    for clip_norm, global_clipnorm in ((0.01, None), (None, 0.01), (None, None)):
+        keras.utils.set_random_seed(0)
+        search = make_search()
+        optimizer = keras.optimizers.SGD(1.0, global_clipnorm=global_clipnorm)
+        search.compile(optimizer, "adam", clip_norm=clip_norm)
+        search.fit(batches(steps=1), verbose=0)
+        weights.append(search.supernet.get_weights())
+    ours, theirs, unclipped = weights
+    for one, other in zip(ours, theirs):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert any(np.abs(one - other).max() > 0.01 for one, other in zip(ours, unclipped))
+
+
 def test_each_optimizer_owns_its_variables_alone():
     search = make_search(
         keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.SGD(0.1, momentum=0.9)

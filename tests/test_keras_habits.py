@@ -191,6 +191,7 @@ def test_validation_data_evaluate_and_predict(small, images):
 @pytest.mark.parametrize("distribution", ["factorized", "joint", "coarse_to_fine"])
 def test_a_saved_search_goes_on_as_if_it_had_not_been_saved(tmp_path, small, images, distribution):
     search = make_search(small, distribution=distribution, seed=3)
+    search.compile(search.optimizer, search.architecture_optimizer, clip_norm=0.01)
     search.fit(fpnas.data.search_batches(*images, batch_size=4), verbose=0)
     if distribution == "coarse_to_fine":
         search.refine()

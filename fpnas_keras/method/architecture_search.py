@@ -210,12 +210,13 @@ class ArchitectureSearch(keras.Model):
         """The arguments of `compile`, for `save`."""
         if self.architecture_optimizer is None:
             return {}
-        optimizers = {
+        arguments = {
             "optimizer": self.optimizer,
             "architecture_optimizer": self.architecture_optimizer,
+            "clip_norm": self.clip_norm,
         }
         serialize = keras.saving.serialize_keras_object
-        return {name: serialize(each) for name, each in optimizers.items()}
+        return {name: serialize(each) for name, each in arguments.items()}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the search from `get_compile_config`."""
@@ -261,6 +262,7 @@ class ArchitectureSearch(keras.Model):
         self,
         optimizer: str | keras.optimizers.Optimizer = "sgd",
         architecture_optimizer: str | keras.optimizers.Optimizer = "adam",
+        clip_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
         """Configures the search.
@@ -268,11 +270,15 @@ class ArchitectureSearch(keras.Model):
         Args:
             optimizer: Updates the shared weights and nothing else.
             architecture_optimizer: Updates the logits and nothing else.
+            clip_norm: Largest norm of the gradient of all shared weights together. A longer one is
+                scaled down to it. `global_clipnorm` of an optimizer does the same, but the
+                first step of a large space then takes minutes longer.
             **kwargs: Arguments of `keras.Model.compile`. `loss`, `metrics` and `jit_compile` must
                 not be given: the method sets the first two, and shapes are dynamic.
         """
         super().compile(optimizer=self._place_optimizer(optimizer), jit_compile=False, **kwargs)
         self.architecture_optimizer = self._place_optimizer(architecture_optimizer)
+        self.clip_norm = clip_norm
         with self._scope():
             self.optimizer.build(self._weights())
             self.architecture_optimizer.build([layer.logits for layer in self.distributions])
@@ -431,6 +437,8 @@ class ArchitectureSearch(keras.Model):
             gradients, train, validation = self._evaluate_on_replicas(
                 samples, train_batch, validation_batch
             )
+        if self.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
         self.optimizer.apply(gradients, self._weights())
         for part, results in (("train", train), ("validation", validation)):
             loss, accuracy = tf.unstack(results, axis=1)
