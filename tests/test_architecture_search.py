@@ -5,7 +5,7 @@ import tensorflow as tf
 from helpers import all_choices, all_entries, make_tiny_space
 
 import fpnas_keras as fpnas
-from fpnas_keras.method.architecture_search import _loss_and_accuracy
+from fpnas_keras.method.architecture_search import _clip, _loss_and_accuracy
 from fpnas_keras.method.distributions import JointLogits
 from fpnas_keras.networks.supernet import Supernet
 from fpnas_keras.runs.callbacks import StopOnDivergence
@@ -125,6 +125,20 @@ def test_clipping_is_that_of_keras():
     for one, other in zip(ours, theirs):
         np.testing.assert_allclose(one, other, atol=1e-6)
     assert any(np.abs(one - other).max() > 0.01 for one, other in zip(ours, unclipped))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 5.0, np.inf, np.nan])
+def test_clipping_is_that_of_tensorflow(value):
+    gradients = [tf.constant([1.0, value]), tf.constant([[2.0]])]
+    expected, _ = tf.clip_by_global_norm(gradients, 2.5)
+    for one, other in zip(_clip(gradients, 2.5), expected):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [0, -1.0, np.nan])
+def test_bad_norms_are_refused(clip_norm):
+    with pytest.raises(fpnas.UserError, match="`clip_norm` must be above 0"):
+        make_search().compile(clip_norm=clip_norm)
 
 
 def test_each_optimizer_owns_its_variables_alone():

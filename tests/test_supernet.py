@@ -218,9 +218,8 @@ def test_gradients_are_those_of_the_plain_network(side):
         for variable in layer.trainable_variables:
             ours = tape.gradient(received, variable.value)
             theirs = tape.gradient(expected, plain[variable.name].value)
-            atol = (
-                1e-5 + 1e-3 * np.abs(theirs).max()
-            )  # Some are 0: batch norms take away what they add.
+            # Some are 0: batch norms take away what they add.
+            atol = 1e-5 + 1e-3 * np.abs(theirs).max()
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=variable.path)
 
 

@@ -275,7 +275,14 @@ class ArchitectureSearch(keras.Model):
                 first step of a large space then takes minutes longer.
             **kwargs: Arguments of `keras.Model.compile`. `loss`, `metrics` and `jit_compile` must
                 not be given: the method sets the first two, and shapes are dynamic.
+
+        Raises:
+            UserError: When `clip_norm` is not above 0.
         """
+        if clip_norm is not None and not clip_norm > 0:
+            raise UserError(
+                f"`clip_norm` must be above 0, or None. Received: clip_norm={clip_norm}"
+            )
         super().compile(optimizer=self._place_optimizer(optimizer), jit_compile=False, **kwargs)
         self.architecture_optimizer = self._place_optimizer(architecture_optimizer)
         self.clip_norm = clip_norm
@@ -905,10 +912,10 @@ def _clip(gradients, clip_norm):
     """Scales gradients down to a global norm.
 
     For hundreds of gradients `tf.clip_by_global_norm`, which stacks their norms, makes a graph that
-    takes minutes to start.
+    takes minutes to start. A norm that is not finite makes all gradients NaN, as there.
     """
     norm = tf.sqrt(2 * tf.add_n([tf.nn.l2_loss(each) for each in gradients]))
-    scale = tf.minimum(1.0, clip_norm / norm)
+    scale = tf.minimum(1.0, clip_norm / norm) + (norm - norm)
     return [scale * each for each in gradients]
 
 

@@ -85,8 +85,9 @@ class SlicedDepthwiseConv(keras.layers.Layer):
         filters: Largest number of channels.
         kernel_size: Largest side of the kernel, odd.
         strides: Stride.
-        image_size: `(height, width)` of the features. With a stride of 2 they may have any other
-            size that is odd or even alike, and with a stride of 1 any size.
+        image_size: `(height, width)` of the features, or any other size that leaves the same
+            remainders when it is divided by the stride: they decide the padding. Default: that of
+            the features, which must be known then.
     """
 
     def __init__(
@@ -210,8 +211,7 @@ def multiply_channels(
         filters: Number of output channels.
     """
     y = tf.matmul(tf.reshape(x, (-1, filters_in)), kernel)
-    sizes = tf.shape(x)[1:3]
-    return tf.reshape(y, (-1, sizes[0], sizes[1], filters))
+    return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [filters]], axis=0))
 
 
 def switch(index: tf.Tensor, branches: Sequence[Callable[[], tf.Tensor]]) -> tf.Tensor:
@@ -273,9 +273,7 @@ def _slice(weight, begin, size):
     def sliced(weight, begin, shape):
         def gradient(dy):
             after = shape - begin - tf.shape(dy)
-            dw = tf.pad(dy, tf.stack([begin, after], axis=1))
-            dw.set_shape(weight.shape)
-            return dw, None, None
+            return tf.pad(dy, tf.stack([begin, after], axis=1)), None, None
 
         return tf.slice(weight, begin, size), gradient
 
@@ -298,7 +296,7 @@ def depthwise_conv2d(
         stride: Stride.
         kernel_sizes: The sides that the kernel can have, in steps of 2. The first one also stands
             for smaller kernels.
-        image_size: As for `SlicedDepthwiseConv`. Default: that of `x`.
+        image_size: As for `SlicedDepthwiseConv`.
     """
     image_size = image_size or x.shape[1:3]
     strides = [1, stride, stride, 1]
@@ -346,8 +344,6 @@ def _depthwise_backprop_filter(x, kernel_shape, dy, stride, kernel_sizes, image_
 
 def _same_padding(size, kernel_size, stride):
     """Pixels before and after an axis of `size` pixels under "SAME" padding."""
-    if stride == 1:  # The size does not matter, and may be unknown.
-        return [kernel_size // 2, kernel_size // 2]
     size_out = -(-size // stride)  # rounded up
     total = max(0, (size_out - 1) * stride + kernel_size - size)
     return [total // 2, total - total // 2]

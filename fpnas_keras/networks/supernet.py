@@ -349,7 +349,7 @@ class SupernetBlock(keras.layers.Layer):
         choice = dict(zip(VARIABLES, tf.unstack(choices, num=len(VARIABLES))))
         sizes = self._look_up_sizes(x, choice, filters_in_index)
         weights = [tf.convert_to_tensor(each) for each in self.trainable_variables]
-        y = self._shared_function(x, choices, sizes, weights)
+        y = self._shared_function(x, choice, sizes, weights)
         y.set_shape((None, *output_size(self.image_size, self.search_block.strides), None))
         return y
 
@@ -357,9 +357,8 @@ class SupernetBlock(keras.layers.Layer):
         """Makes `call` run the graph of another block of the same structure."""
         self._shared_function = other._shared_function
 
-    def _run(self, x, choices, sizes, weights):
+    def _run(self, x, choice, sizes, weights):
         """Runs the block with the weights of any block of its structure."""
-        choice = dict(zip(VARIABLES, tf.unstack(choices, num=len(VARIABLES))))
         branches = [
             functools.partial(self._skipped if skip else self._mbconv, x, choice, sizes)
             for skip in self.search_block.skip
