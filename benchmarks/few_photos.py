@@ -22,10 +22,10 @@ from typing import Any, ClassVar
 import harness
 import keras
 import numpy as np
-from networks import scale_published
 
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
+from fpnas_keras.published import scale_published
 from fpnas_keras.settings import setting
 
 # Of EfficientNet-B0: kernel size, strides, expansion, filters and number of blocks of each stage.

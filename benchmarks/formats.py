@@ -23,12 +23,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import harness
 import numpy as np
-from networks import draw_random_networks, scale_published
+from networks import draw_random_networks
 
 import fpnas_keras as fpnas
 from export import devices, export_tflite
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
+from fpnas_keras.published import scale_published
 from fpnas_keras.runs import TrainingRun
 from fpnas_keras.settings import setting
 

@@ -20,10 +20,11 @@ from typing import Any, ClassVar
 
 import harness
 import scipy.stats
-from networks import draw_random_networks, largest_network, scale_published
+from networks import draw_random_networks, largest_network
 
 import fpnas_keras as fpnas
 from fpnas_keras.commands import run_command
+from fpnas_keras.published import scale_published
 from fpnas_keras.runs import Evaluation, Ranked, SearchRun
 from fpnas_keras.settings import setting
 

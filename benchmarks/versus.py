@@ -32,12 +32,13 @@ import harness
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from networks import PUBLISHED, draw_random_networks, scale_published
+from networks import draw_random_networks
 
 import fpnas_keras as fpnas
 from fpnas_keras.commands import run_command
 from fpnas_keras.data.settings import DATA_FLAGS, DataSettings
 from fpnas_keras.errors import UserError
+from fpnas_keras.published import PUBLISHED, scale_published
 from fpnas_keras.settings import setting
 
 RECIPES = {

@@ -6,6 +6,7 @@ from . import report as report
 from . import runs as runs
 from . import spaces as spaces
 from .architecture import Architecture as Architecture
+from .building.build import build as build
 from .cost import Cost as Cost
 from .cost import LatencyCost as LatencyCost
 from .cost import MacsCost as MacsCost

@@ -9,6 +9,7 @@ from fpnas_keras.commands import Command, run_command
 
 # The module of each command. None of them loads TensorFlow before its job begins.
 MODULES = {
+    "build": "fpnas_keras.building.build",
     "search": "fpnas_keras.search",
     "train": "fpnas_keras.train",
     "rank": "fpnas_keras.rank",

@@ -192,7 +192,9 @@ def _describe(field):
     """A flag, its help and its default."""
     choices, default = field.metadata["choices"], field.default
     name = f"--{field.name}="
-    if field.metadata["positional"]:
+    if field.metadata["of"]:
+        name = f"--{field.name}.FLAG=VALUE"
+    elif field.metadata["positional"]:
         name = field.name.upper()
     elif kind_of(field) is bool:
         name = f"--[no]{field.name}"

@@ -1,14 +1,18 @@
 """Progress of long work: a bar on a terminal, a line now and then in a log file."""
 
+import contextlib
 import datetime
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from absl import logging
 from tqdm import tqdm
 
 _LINE_SECONDS = 30
+# Says where the whole is of which the work is a part.
+_describe_whole: Callable[[float], str] | None = None
 
 
 def track(total: int, description: str, unit: str, first_seconds: float = 5) -> "tqdm | _Lines":
@@ -34,6 +38,27 @@ def format_seconds(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
+def describe_left(seconds: float) -> str:
+    """Such as "0:01:30 left", and what `part_of` adds."""
+    text = f"{format_seconds(seconds)} left"
+    return text if _describe_whole is None else f"{text}; {_describe_whole(seconds)}"
+
+
+@contextlib.contextmanager
+def part_of(describe: Callable[[float], str]) -> Iterator[None]:
+    """The work inside the block is a part of something larger, which its lines also describe.
+
+    Args:
+        describe: Describes the whole, from the seconds that are left of the part.
+    """
+    global _describe_whole
+    before, _describe_whole = _describe_whole, describe
+    try:
+        yield
+    finally:
+        _describe_whole = before
+
+
 class _Lines:
     """Logs a line every 30 seconds."""
 
@@ -57,8 +82,8 @@ class _Lines:
         now = time.monotonic()
         if now >= self._due and 0 < self.n < self._total:
             self._due = now + _LINE_SECONDS
-            left = format_seconds((now - self._start) / self.n * (self._total - self.n))
+            left = describe_left((now - self._start) / self.n * (self._total - self.n))
             logging.info(
-                "%s: %d of %d %s, %s left",
+                "%s: %d of %d %s, %s",
                 *(self._description, self.n, self._total, self._unit, left),
             )

@@ -13,7 +13,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from absl import flags
@@ -38,6 +38,8 @@ def setting(
     path: bool = False,
     may_change: bool = False,
     positional: bool = False,
+    of: "type[Settings] | None" = None,
+    without: Collection[str] = (),
 ) -> Any:
     """A field of a `Settings` class.
 
@@ -53,6 +55,9 @@ def setting(
             `configs/architectures/mobilenet_v2.json`.
         may_change: Whether a run can be continued with another value.
         positional: Whether it takes the arguments of a command that are no flags, as texts.
+        of: Settings of another job, some of which this setting holds, as a dict by name. Each has a
+            flag of its own: `--train.epochs=50` for the setting `train`.
+        without: Names of the settings of that job which it may not hold.
     """
     metadata = {
         "help": help,
@@ -64,6 +69,8 @@ def setting(
         "path": path,
         "may_change": may_change,
         "positional": positional,
+        "of": of,
+        "without": frozenset(without),
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -97,7 +104,13 @@ class Settings:
 
     def to_flags(self) -> list[str]:
         """The flags that give these settings, sorted by name, without those that are `None`."""
-        return [format_flag(name, value) for name, value in sorted(self.given().items())]
+        flags = []
+        for name, value in sorted(self.given().items()):
+            if isinstance(value, Mapping):
+                flags += [format_flag(f"{name}.{key}", each) for key, each in sorted(value.items())]
+            else:
+                flags.append(format_flag(name, value))
+        return flags
 
     def given(self) -> dict[str, Any]:
         """The settings by name, without those that are `None`."""
@@ -134,12 +147,21 @@ def define_flags(cls: type[Settings]) -> flags.FlagValues:
     """Flags for the fields of a `Settings` class, apart from absl's global flags."""
     values = flags.FlagValues()
     for field in dataclasses.fields(cls):
-        default = None if field.default is dataclasses.MISSING else field.default
-        if kind_of(field) is bool:
-            flags.DEFINE_boolean(field.name, default, "", flag_values=values)
+        if field.metadata["of"] is None:
+            default = None if field.default is dataclasses.MISSING else field.default
+            _define_flag(values, field.name, field, default)
         else:
-            flags.DEFINE(_Parser(field), field.name, default, "", values)
+            # Also those that it may not hold, so that the error says so.
+            for inner in dataclasses.fields(field.metadata["of"]):
+                _define_flag(values, f"{field.name}.{inner.name}", inner, None)
     return values
+
+
+def _define_flag(values, name, field, default):
+    if kind_of(field) is bool:
+        flags.DEFINE_boolean(name, default, "", flag_values=values)
+    else:
+        flags.DEFINE(_Parser(field, name), name, default, "", values)
 
 
 def parse_flags(
@@ -170,7 +192,14 @@ def parse_flags(
         raise UserError(str(error)) from None
     if others and positional is None:
         raise UserError(f"unexpected argument {others[0]!r}; flags begin with --")
-    given = {name: values[name].value for name in values if values[name].present}
+    given = {}
+    for name in values:
+        if values[name].present:
+            outer, dot, inner = name.partition(".")
+            if dot:
+                given.setdefault(outer, {})[inner] = values[name].value
+            else:
+                given[name] = values[name].value
     return given | {positional: tuple(others)} if others else given
 
 
@@ -202,7 +231,7 @@ def flag_values(lines: Iterable[str]) -> dict[str, str]:
 
 
 def kind_of(field: dataclasses.Field) -> type:
-    """int, float, bool, str or tuple: the type of a setting that may also be `None`."""
+    """int, float, bool, str, tuple or Mapping: the type of a setting that may also be `None`."""
     kind = _annotation(field)
     return typing.get_origin(kind) or kind
 
@@ -218,9 +247,10 @@ def _annotation(field):
 class _Parser(flags.ArgumentParser):
     """Parses and checks the flag of one field."""
 
-    def __init__(self, field):
+    def __init__(self, field, name):
         super().__init__()
         self._field = field
+        self._name = name
 
     def parse(self, argument):
         kind = kind_of(self._field)
@@ -229,7 +259,7 @@ class _Parser(flags.ArgumentParser):
             argument = tuple(_parse(of, each) for each in argument.split(",") if argument)
         elif isinstance(argument, str):
             argument = _parse(kind, argument)
-        return _checked(self._field, argument)
+        return _checked(self._field, argument, self._name)
 
     def flag_type(self):
         return kind_of(self._field).__name__
@@ -243,49 +273,72 @@ def _parse(kind, text):
     return text
 
 
-def _checked(field, value):
-    """The value in the type of the field, or a `UserError`."""
+def _checked(field, value, name=None):
+    """The value in the type of the field, or a `UserError` that names it by `name`."""
+    name = name or field.name
     if value is None and field.default is None:
         return None
     kind = kind_of(field)
+    if kind is Mapping:
+        return _checked_inner(field, value)
     if kind in (int, float):
-        return _checked_number(field, kind, value)
+        return _checked_number(field, kind, value, name)
     if kind is tuple:
-        return _checked_list(field, value)
+        return _checked_list(field, value, name)
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is str and isinstance(value, str):  # `--output_dir=~/x` is not expanded by shells.
         value = os.path.expanduser(value)
     if not isinstance(value, kind):
-        raise _error(field, {str: "text", bool: "true or false"}[kind], value)
+        raise _error(name, {str: "text", bool: "true or false"}[kind], value)
     choices = field.metadata["choices"]
     if choices and value not in choices:
-        raise _error(field, f"one of {', '.join(choices)}", value)
+        raise _error(name, f"one of {', '.join(choices)}", value)
     return find_file(value) if field.metadata["path"] else value
 
 
-def _checked_list(field, value):
+def _checked_inner(field, value):
+    """Settings of another job by name, or a `UserError`."""
+    if not isinstance(value, Mapping):
+        raise _error(field.name, "a dict of settings by name", value)
+    inner, known = {each.name: each for each in dataclasses.fields(field.metadata["of"])}, {}
+    for name, each in value.items():
+        if name in field.metadata["without"]:
+            raise UserError(
+                f"`{field.name}.{name}` cannot be given: the job itself sets it. "
+                f"Received: {field.name}.{name}={each}"
+            )
+        if name not in inner:
+            raise UserError(
+                f"`{field.name}` must hold settings of {field.metadata['of'].__name__}. "
+                f"Received: {field.name}.{name}={each}"
+            )
+        known[name] = _checked(inner[name], each, f"{field.name}.{name}")
+    return known
+
+
+def _checked_list(field, value, name):
     """A tuple of texts or numbers. A number may stand for a list of one."""
     of, *_ = typing.get_args(_annotation(field))
     if of is str:
         if isinstance(value, list):
             value = tuple(map(os.fspath, value))
         if not isinstance(value, tuple):
-            raise _error(field, "a list of texts", value)
+            raise _error(name, "a list of texts", value)
         return value
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not values:
-        raise _error(field, "a list of numbers", value)
-    return tuple(_checked_number(field, of, each) for each in values)
+        raise _error(name, "a list of numbers", value)
+    return tuple(_checked_number(field, of, each, name) for each in values)
 
 
-def _checked_number(field, kind, value):
+def _checked_number(field, kind, value, name):
     least, most = field.metadata["least"], field.metadata["most"]
     legal = numbers.Integral if kind is int else numbers.Real
     is_number = isinstance(value, legal) and not isinstance(value, bool)
     # Also finite: NaN is in no range, and no integer is above all floats but in a message.
     if not is_number or not least <= value <= most or abs(value) > sys.float_info.max:
-        raise _error(field, _describe_range(kind, least, most), value)
+        raise _error(name, _describe_range(kind, least, most), value)
     return kind(value)
 
 
@@ -295,9 +348,9 @@ def _describe_range(kind, least, most):
     return text if most == math.inf else f"{text} to {most:g}"
 
 
-def _error(field, expected, value):
+def _error(name, expected, value):
     received = value if isinstance(value, str) else abbreviate(value)
-    return UserError(f"`{field.name}` must be {expected}. Received: {field.name}={received}")
+    return UserError(f"`{name}` must be {expected}. Received: {name}={received}")
 
 
 def _with_found_flag_file(argument):

@@ -7,6 +7,8 @@ from .image_files import read_image as read_image
 from .reading import Images as Images
 from .reading import choose_weights_share as choose_weights_share
 from .reading import load as load
+from .reading import look_at as look_at
 from .reading import naming_unreadable as naming_unreadable
+from .reading import remembering as remembering
 from .reading import split as split
 from .settings import DataSettings as DataSettings

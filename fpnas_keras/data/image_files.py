@@ -44,6 +44,16 @@ def is_grey(file: str | bytes) -> bool:
         return image.mode in _GREY_MODES or image.mode.startswith("I")
 
 
+def size_of(file: str | bytes) -> tuple[int, int]:
+    """Width and height of an image file, of which only the header is read.
+
+    Raises:
+        UserError: When the file cannot be read.
+    """
+    with _opened(file) as image:
+        return image.size
+
+
 def read_file(file: str | bytes, channels: int, least_size: int = 0) -> np.ndarray:
     """The pixels of an image file.
 

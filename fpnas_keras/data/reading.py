@@ -19,6 +19,7 @@ from fpnas_keras.data.image_files import (
     is_grey,
     read_file,
     resize_image,
+    size_of,
 )
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
@@ -29,6 +30,11 @@ MEMORY_LIMIT = 4 * 2**30
 # Share of the images held out as test set where the data comes without one.
 TEST_FRACTION = 0.2
 _HELD_OUT = "from a fifth of train"
+# Images that `look_at` looks at.
+_FEW = 50
+# What `load` keeps while it is `remembering`.
+_remembered: dict[tuple, "Images"] = {}
+_is_remembering = False
 _AUTOTUNE = tf.data.AUTOTUNE
 
 
@@ -43,7 +49,7 @@ class Images(NamedTuple):
         class_names: Names of the classes.
         image_shape: `(height, width, channels)`.
         resize: How images that are not square become square: "stretch", "crop" or "pad".
-        description: What the data holds, in one line.
+        description: What the data holds, in one line. Empty where `load` remembers them.
         digest: Of the names and sizes of the files, if they are files.
         weights: Weight of each image in the loss, float32 of shape `(n,)`. `None`: all count the
             same.
@@ -112,14 +118,77 @@ def load(
     if split not in ("train", "test"):
         raise UserError(f"`split` must be train or test. Received: split={split!r}")
     check_resize(resize)
+    key = (name, split, image_size, data_dir, resize)
+    if key in _remembered:
+        return _remembered[key]._replace(description="")
+    kind, rest = _parse_name(name)
+    if kind == "digits":
+        images = _digits(split, image_size)
+    elif kind == "tfds":
+        images = _tfds(rest, split, image_size, data_dir, download, resize)
+    else:
+        images = _folder(pathlib.Path(rest).expanduser(), split, image_size, resize)
+    if (
+        _is_remembering
+        and sum(each.x.nbytes for each in (images, *_remembered.values())) <= MEMORY_LIMIT
+    ):
+        _remembered[key] = images
+    return images
+
+
+def _parse_name(name):
+    """The kind of data, and what follows the colon."""
     kind, _, rest = name.partition(":")
-    if name == "digits":
-        return _digits(split, image_size)
-    if kind == "tfds" and rest:
-        return _tfds(rest, split, image_size, data_dir, download, resize)
-    if kind == "folder" and rest:
-        return _folder(pathlib.Path(rest).expanduser(), split, image_size, resize)
-    raise UserError(f"`data` must be digits, tfds:NAME or folder:PATH. Received: data={name!r}")
+    if name != "digits" and not (kind in ("tfds", "folder") and rest):
+        raise UserError(f"`data` must be digits, tfds:NAME or folder:PATH. Received: data={name!r}")
+    return kind, rest
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Inside the block, `load` reads the same images once, if they take at most 4 GiB together."""
+    global _is_remembering
+    _is_remembering = True
+    try:
+        yield
+    finally:
+        _is_remembering = False
+        _remembered.clear()
+
+
+def look_at(
+    name: str, data_dir: str | None = None, download: bool = True
+) -> tuple[tuple[int, int, int], int]:
+    """The shape of the images as they are, before any resizing, and the number of classes.
+
+    Args:
+        name: As for `load`.
+        data_dir: As for `load`.
+        download: As for `load`.
+
+    Returns:
+        `(size, size, channels)`, where size is the median of the shorter sides of up to 50 images,
+        and the number of classes.
+
+    Raises:
+        UserError: When there is no such data.
+    """
+    kind, rest = _parse_name(name)
+    if kind == "digits":
+        return (8, 8, 1), 10
+    if kind == "tfds":
+        builder, _, dataset = _open_tfds(rest, "train", data_dir, download)
+        features = builder.info.features
+        image, label = (features[key] for key in builder.info.supervised_keys[:2])
+        sizes = [min(x.shape[:2]) for x, _ in dataset.take(_FEW).as_numpy_iterator()]
+        channels, num_classes = image.shape[-1] or 3, label.num_classes
+    else:
+        train = folders.scan(pathlib.Path(rest).expanduser()).train
+        some = train.files[:: -(-len(train.files) // _FEW)]
+        sizes = [min(size_of(file)) for file in some]
+        channels, num_classes = 1 if all(map(is_grey, train.files)) else 3, len(train.names)
+    size = int(np.median(sizes))
+    return (size, size, channels), num_classes
 
 
 def split(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,7 +293,8 @@ def _digits(split_name, image_size):
     )
 
 
-def _tfds(name, split_name, image_size, data_dir, download, resize):
+def _open_tfds(name, split_name, data_dir, download):
+    """The builder of a data set, its test split if it has one, and a split's images and labels."""
     import tensorflow_datasets as tfds
 
     try:
@@ -248,6 +318,14 @@ def _tfds(name, split_name, image_size, data_dir, download, resize):
             f"the data set `{name}` must have uint8 images and one class label each. "
             f"Received: {image} and {label}"
         )
+    return builder, test, dataset
+
+
+def _tfds(name, split_name, image_size, data_dir, download, resize):
+    builder, test, dataset = _open_tfds(name, split_name, data_dir, download)
+    info = builder.info
+    source = test if split_name == "test" and test else "train"
+    image, label = (info.features[key] for key in info.supervised_keys[:2])
     image_shape = (image_size, image_size, image.shape[-1] or 3)
     count = info.splits[source].num_examples
     if count * np.prod(image_shape, dtype=np.int64) > MEMORY_LIMIT:

@@ -75,7 +75,7 @@ class DataSettings(Settings):
         images = images_data.load(
             self.data, split, image_size, self.data_dir, self.download, self.resize
         )
-        if not again:
+        if images.description and not again:
             logging.info("%s: %s", self.data, images.description)
             _warn_of_classes(images)
         if split != "train" or self.train_images is None:

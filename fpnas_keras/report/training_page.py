@@ -53,12 +53,8 @@ def make_page(run: TrainingRun, plots: dict[str, Plot]) -> str:
         command=run.next_command,
         tiles=_tiles(run, summary),
         sections={
-            "progress": _progress(run, plots),
-            "classes": _classes(summary),
-            "confusion": _confusion(summary),
-            "mistakes": [
-                each | {"probability": f"{each['probability']:.0%}"} for each in run.mistakes
-            ],
+            "progress": learning_curves(run, plots),
+            **describe_mistakes(run, summary),
             "network": _network(run),
             "exports": [_export_row(file, each) for file, each in run.exports.items()],
             "totals": format_totals(summary, _LABELS),
@@ -81,7 +77,13 @@ def _tiles(run, summary):
     return tiles
 
 
-def _progress(run, plots):
+def learning_curves(run: TrainingRun, plots: dict[str, Plot]) -> dict[str, Any]:
+    """The curves of a training, for the macro of that name.
+
+    Args:
+        run: The training.
+        plots: Its plots by the name of the metric.
+    """
     first, last = run.epochs[0], run.epochs[-1]
     return {
         "held_out": "val_loss" in last,
@@ -89,6 +91,20 @@ def _progress(run, plots):
             (plot, f"{name} from {first[name]:.3g} to {last[name]:.3g}")
             for name, plot in plots.items()
         ],
+    }
+
+
+def describe_mistakes(run: TrainingRun, summary: dict[str, Any]) -> dict[str, Any]:
+    """The sections `classes`, `confusion` and `mistakes` of a page.
+
+    Args:
+        run: The training.
+        summary: Its summary; empty for an unfinished one.
+    """
+    return {
+        "classes": _classes(summary),
+        "confusion": _confusion(summary),
+        "mistakes": [each | {"probability": f"{each['probability']:.0%}"} for each in run.mistakes],
     }
 
 

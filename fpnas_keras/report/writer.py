@@ -1,14 +1,16 @@
-"""Writes the report of a search or a training into its run directory."""
+"""Writes the report of a search, a training or a build into its directory."""
 
 import os
 import pathlib
+from types import ModuleType
 
 from fpnas_keras.files import replacing
-from fpnas_keras.report import search_page, training_page
+from fpnas_keras.report import build_page, search_page, training_page
 from fpnas_keras.report.parts import Plot
 from fpnas_keras.report.plots import available_plots, to_data_uri
 from fpnas_keras.report.themes import DARK, LIGHT, PIXELS_PER_INCH
-from fpnas_keras.runs.run_directory import SearchRun, TrainingRun
+from fpnas_keras.runs.build_run import BuildRun
+from fpnas_keras.runs.run_directory import RunDirectory, SearchRun, TrainingRun
 
 
 def write_report(directory: str | os.PathLike) -> pathlib.Path:
@@ -18,7 +20,7 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
     has not written yet. The page needs no other file and no network.
 
     Args:
-        directory: The run directory of a search or a training, finished or not.
+        directory: The directory of a search, a training or a build, finished or not.
 
     Returns:
         Path of the page.
@@ -36,14 +38,9 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
     page = write_report("runs/quickstart")
     ```
     """
-    run = TrainingRun(directory)
-    module = training_page
-    if not run.is_training:
-        run, module = SearchRun(directory), search_page
+    run, module = _open(directory)
     run.check()
-    figures = {
-        name: (draw(run, LIGHT), draw(run, DARK)) for name, draw in available_plots(run).items()
-    }
+    figures = _draw(run)
     plots = {
         name: Plot(
             light=to_data_uri(light),
@@ -60,3 +57,29 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
     with replacing(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return run.report
+
+
+def _open(directory: str | os.PathLike) -> tuple[RunDirectory, ModuleType]:
+    """The run, and the module of its page."""
+    if (build := BuildRun(directory)).is_build:
+        return build, build_page
+    if (training := TrainingRun(directory)).is_training:
+        return training, training_page
+    return SearchRun(directory), search_page
+
+
+def _draw(run):
+    """The plots by name, each light and dark. Those of a build are those of its finished steps."""
+    if not isinstance(run, BuildRun):
+        return {
+            name: (draw(run, LIGHT), draw(run, DARK)) for name, draw in available_plots(run).items()
+        }
+    figures = {}
+    for step, own, names in (
+        ("search", run.search, ("entropy", "cost")),
+        ("training", run.training, ("loss", "accuracy")),
+    ):
+        if own.finished:
+            drawn = _draw(own)
+            figures |= {f"{step}_{name}": drawn[name] for name in names}
+    return figures

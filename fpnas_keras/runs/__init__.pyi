@@ -1,3 +1,4 @@
+from .build_run import BuildRun as BuildRun
 from .callbacks import MetricsFile as MetricsFile
 from .callbacks import Progress as Progress
 from .callbacks import StopOnDivergence as StopOnDivergence

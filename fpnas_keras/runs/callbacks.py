@@ -17,7 +17,7 @@ from absl import logging
 
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
-from fpnas_keras.progress import format_seconds, track
+from fpnas_keras.progress import describe_left, track
 
 
 class StopOnDivergence(keras.callbacks.Callback):
@@ -79,8 +79,8 @@ class Progress(keras.callbacks.Callback):
         left = self.cost_of_steps(end, self.params["epochs"] * self.steps)
         left *= statistics.median(self.rates[-5:])
         logging.info(
-            "epoch %d of %d: %s; %s left",
-            *(epoch + 1, self.params["epochs"], self.line(epoch, logs), format_seconds(left)),
+            "epoch %d of %d: %s; %s",
+            *(epoch + 1, self.params["epochs"], self.line(epoch, logs), describe_left(left)),
         )
 
 

@@ -370,7 +370,7 @@ class TrainingRun(RunDirectory):
             model = self.model_file
             if model.exists() and path.stat().st_mtime < model.stat().st_mtime:
                 continue  # of the model before the run went on
-            found[name] = read_json(path, "a report of an export", _checked_export)
+            found[name] = read_json(path, "a report of an export", checked_export)
         return found
 
     def _check_flags(self):
@@ -423,20 +423,31 @@ class SearchRun(RunDirectory):
         return tables[0] if tables else None
 
     @property
-    def verdict(self) -> str:
-        """Whether a finished search has decided, in words; empty before the end."""
+    def is_decided(self) -> bool | None:
+        """Whether half of the entropy is gone; `None` before the end."""
         summary = self.summary
         if not summary or "initial_entropy" not in summary:  # which earlier versions did not have
+            return None
+        return summary["entropy"] <= summary["initial_entropy"] / 2
+
+    @property
+    def decision(self) -> str:
+        """Whether a finished search has decided, in words; empty before the end."""
+        if self.is_decided is None:
             return ""
-        left = (
-            f"{summary['entropy']:.1f} of {summary['initial_entropy']:.1f} nats of entropy are left"
+        summary = self.summary
+        return (
+            f"The search is {'decided' if self.is_decided else 'undecided'}: "
+            f"{summary['entropy']:.1f} of {summary['initial_entropy']:.1f} nats of entropy are "
+            "left."
         )
-        if summary["entropy"] > summary["initial_entropy"] / 2:
-            return (
-                f"The search is undecided: {left}. Raise --epochs: the command then goes on from "
-                "here."
-            )
-        return f"The search is decided: {left}."
+
+    @property
+    def verdict(self) -> str:
+        """The decision, and what to do if there is none."""
+        if self.is_decided is False:
+            return f"{self.decision} Raise --epochs: the command then goes on from here."
+        return self.decision
 
     @property
     def cost_kind(self) -> str:
@@ -634,7 +645,8 @@ def _checked_mistakes(data):
     return data
 
 
-def _checked_export(data):
+def checked_export(data: Any) -> dict[str, Any]:
+    """The content of the report of an export, for `read_json`."""
     numbers = {"bytes": int, "tflite_accuracy": float, "agreement": float}
     check_fields(data, "the report", quantize=str, host_milliseconds=float, **numbers)
     return data

@@ -1,0 +1,272 @@
+"""The same images, machine and time: `fpnas build`, a network by hand, Keras Tuner, AutoKeras.
+
+python benchmarks/build.py --flowers=FOLDER --lite0=NPZ
+
+For each number of photos a class, on one core and for --time: `fpnas build`; MobileNetV3-Small at
+the largest width within the target, trained by `fpnas train` for as long, with and without a
+pretrained teacher (EfficientNet-Lite0); Hyperband of Keras Tuner over widths of MobileNetV3-Small;
+AutoKeras' `ImageClassifier`. The last two run in environments that the script makes, and are left
+out with a line where one cannot be installed. Every int8 file is run on the test images and timed
+in turn with the others. One method runs after the other. Finished rows are appended to --output.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import few_photos
+import harness
+import numpy as np
+import rivals
+
+from export import conversion, devices, export_tflite
+from fpnas_keras import data
+from fpnas_keras.building import planning
+from fpnas_keras.building.build import run_build
+from fpnas_keras.building.settings import BuildSettings
+from fpnas_keras.building.targets import parse_time
+from fpnas_keras.commands import run_command
+from fpnas_keras.published import scale_published
+from fpnas_keras.settings import setting
+from fpnas_keras.train import TrainSettings, run_training
+
+# What the environments of the others hold. AutoKeras 3.0 fails with later versions of Keras.
+REQUIREMENTS = {
+    "keras_tuner": ("keras-tuner==1.4.8", "tensorflow-cpu==2.21.0", "tensorboard"),
+    "autokeras": ("autokeras==3.0.0", "tensorflow-cpu==2.21.0", "tensorboard", "keras==3.10.0"),
+}
+NAMES = {
+    "build": "fpnas build",
+    "by_hand": "MobileNetV3-Small by hand",
+    "by_hand_taught": "the same with a pretrained teacher",
+    "keras_tuner": "Keras Tuner (Hyperband), MobileNetV3-Small",
+    "autokeras": "AutoKeras",
+}
+# Time for the files, of all time.
+_EXPORT_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildBenchmarkSettings(few_photos.FewPhotosSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        **few_photos.FewPhotosSettings.SMOKE,
+        "methods": ("build", "by_hand"),
+    }
+
+    output: str = harness.output_setting("build.jsonl")
+    photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "400"))
+    classes: int = setting("Number of classes, the first in their order.", 5, least=2)
+    target: float = setting("What the networks may cost, in MACs.", 2e6, least=0)
+    time: str = setting("Time of each method, on one core.", "15m")
+    methods: tuple[str, ...] = setting("What to compare.", tuple(NAMES))
+    method: str | None = setting("Run this method alone.", None, choices=tuple(NAMES))
+    seed: int = setting("Seed.", 0, least=0)
+
+    @property
+    def seconds(self) -> float:
+        """Time of each method."""
+        return parse_time(self.time)
+
+
+def run_method(settings: BuildBenchmarkSettings, folder: pathlib.Path) -> dict[str, Any]:
+    """Runs `settings.method` on a folder of photos, and gives its row."""
+    runs = harness.Runs(settings)
+    directory = runs.directory(f"{folder.name} {settings.method} {settings.seed}")
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "judged_int8.tflite"
+    start = time.monotonic()
+    if settings.method == "build":
+        lines = _build(settings, folder, directory, file)
+    elif settings.method in REQUIREMENTS:
+        lines = _run_rival(settings, folder, directory, file)
+    else:
+        lines = _train_by_hand(settings, folder, directory, file)
+    return {"file": str(file), "seconds": time.monotonic() - start, "lines": lines}
+
+
+def _build(settings, folder, directory, file):
+    short = {}
+    if settings.smoke:
+        search = {"epochs": 1, "steps_per_epoch": 2, "warmup_steps": 1, "ranked_samples": 0}
+        short = {"space": settings.space, "search": search, "train": {"epochs": 1}}
+        short["export"] = {"min_agreement": 0.0, "max_accuracy_drop": 1.0}
+    run = run_build(
+        BuildSettings(
+            **short,
+            data=f"folder:{folder}",
+            target=f"{settings.target / 1e6:g}M",
+            input_size=settings.input_size,
+            time=settings.time,
+            seed=settings.seed,
+            baseline=False,
+            output_dir=str(directory / "run"),
+        )
+    )
+    file.write_bytes(run.path(run.summary["file"]).read_bytes())
+    return 1
+
+
+def _train_by_hand(settings, folder, directory, file):
+    """MobileNetV3-Small, trained by `fpnas train` for as many epochs as fit into the time."""
+    shape = (settings.input_size, settings.input_size, 3)
+    images = data.load(f"folder:{folder}", image_size=settings.input_size)
+    architecture = directory / "architecture.json"
+    scale_published(
+        "MobileNetV3-Small",
+        *(shape, len(images.class_names), settings.target, 2 if shape[0] > 40 else 1),
+        settings.published_blocks,
+    ).save(architecture)
+    start = time.monotonic()
+    changes = {}
+    if settings.method == "by_hand_taught":
+        changes["teacher"] = str(harness.Runs(settings).work_dir / "lite0.keras")
+    train = TrainSettings(
+        architecture=str(architecture),
+        data=f"folder:{folder}",
+        random_flip=True,
+        seed=settings.seed,
+        output_dir=str(directory / "run"),
+        **changes,
+    )
+    # Without the teacher, whose logits are computed once: a step takes as long.
+    probe = planning.probe_training(dataclasses.replace(train, teacher=None), images)
+    teaching = 0.3 * len(images.y) if changes and not settings.smoke else 0
+    left = settings.seconds - _EXPORT_SECONDS - teaching - (time.monotonic() - start)
+    epochs = max(1, min(probe.epochs_in(left), 4 * probe.epochs))
+    run = run_training(dataclasses.replace(train, epochs=1 if settings.smoke else epochs))
+    exported = export_tflite(
+        model=run.model_file, quantize="int8", overwrite=True, min_agreement=0, max_accuracy_drop=1
+    )
+    file.write_bytes(exported.path.read_bytes())
+    return 2
+
+
+def _run_rival(settings, folder, directory, file):
+    images = data.load(f"folder:{folder}", image_size=settings.input_size)
+    np.savez(directory / "images.npz", x_train=images.x, y_train=images.y)
+    python = _environment(harness.Runs(settings).work_dir, settings.method)
+    command = [
+        *(str(python), str(pathlib.Path(rivals.__file__).absolute()), settings.method),
+        *("images.npz", str(file), str(settings.seconds - _EXPORT_SECONDS), str(settings.target)),
+    ]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}
+    with (directory / "log.txt").open("w") as log:
+        subprocess.run(command, check=True, cwd=directory, env=environment, stdout=log, stderr=log)
+    return len([line for line in inspect.getsource(_source(settings.method)).splitlines() if line])
+
+
+def _source(method) -> Callable:
+    return getattr(rivals, method)
+
+
+def _environment(work_dir, method):
+    """Python of an environment for a method, made if it is not there yet."""
+    folder = work_dir / f"environment_{method}"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        first = [each for each in REQUIREMENTS[method] if not each.startswith("keras==")]
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *first], check=True)
+        for pinned in set(REQUIREMENTS[method]) - set(first):  # against what TensorFlow asks for
+            subprocess.run([*pip, "--no-deps", pinned], check=True)
+        (folder / "complete").touch()
+    return python
+
+
+def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:
+    """Accuracy of an int8 file on the test images."""
+    images = data.load(f"folder:{folder}", "test", size)
+    interpreter = conversion.Interpreter(model_content=file.read_bytes())
+    interpreter.allocate_tensors()
+    (inputs,), (outputs,) = interpreter.get_input_details(), interpreter.get_output_details()
+    right = 0
+    for x, y in zip(images.x, images.y):
+        interpreter.set_tensor(inputs["index"], x[None].astype(inputs["dtype"]))
+        interpreter.invoke()
+        right += interpreter.get_tensor(outputs["index"]).argmax() == y
+    return float(right / len(images.y))
+
+
+def report(settings: BuildBenchmarkSettings, rows: Mapping[str, harness.Row]) -> None:
+    """Prints the table."""
+    print(
+        "\n| photos a class | method | test accuracy of the int8 file, % | ms | kB | minutes | "
+        f"lines of the user |\n{'|---' * 7}|"
+    )
+    for row in rows.values():
+        print(
+            f"| {row['photos']} | {NAMES[row['method']]} | {100 * row['accuracy']:.2f} | "
+            f"{row['milliseconds']:.3g} | {row['bytes'] / 1e3:.0f} | {row['seconds'] / 60:.1f} | "
+            f"{row['lines']} |"
+        )
+
+
+def run(settings: BuildBenchmarkSettings) -> None:
+    """Runs the methods that have no row yet, and reports."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    runs = harness.Runs(settings)
+    folders = few_photos.make_folders(settings, runs)
+    if settings.method is not None:
+        (folder,) = folders.values()
+        print(json.dumps(run_method(settings, folder)))
+        return
+    teacher = runs.work_dir / "lite0.keras"
+    if not teacher.exists() and "by_hand_taught" in settings.methods:
+        few_photos.build_lite0(settings.teacher_size, np.load(settings.lite0)).save(teacher)
+    rows = harness.finished(settings.output, "name")
+    for photos, folder in folders.items():
+        for method in settings.methods:
+            name = f"{photos} {method} {settings.seed}"
+            if name in rows:
+                continue
+            print(f"{name} ...", flush=True)
+            try:
+                row = _run_alone(settings, photos, method)
+            except (subprocess.CalledProcessError, OSError) as error:
+                print(f"left out: {name}: {error}")
+                continue
+            file = pathlib.Path(row.pop("file"))
+            with contextlib.closing(devices.Host()) as host:
+                (times,) = devices.times(host, {name: file}, 30).values()
+            rows[name] = {
+                "name": name,
+                "photos": photos,
+                "method": method,
+                "accuracy": judge(file, folder, settings.input_size),
+                "milliseconds": devices.tenth_percentile(times),
+                "bytes": file.stat().st_size,
+                "macs_target": settings.target,
+                "time": settings.time,
+                **row,
+            }
+            harness.append(settings.output, rows[name])
+    report(settings, rows)
+
+
+def _run_alone(settings, photos, method):
+    """The row of a method, from a process of its own on one core."""
+    alone = dataclasses.replace(settings, photos=(photos,), method=method)
+    if settings.smoke:
+        (folder,) = few_photos.make_folders(alone, harness.Runs(alone)).values()
+        return run_method(alone, folder)
+    core = min(os.sched_getaffinity(0))
+    command = ["taskset", "-c", str(core), sys.executable, __file__, *alone.to_flags()]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+COMMAND = harness.make_command(__file__, __doc__, BuildBenchmarkSettings, run)
+
+if __name__ == "__main__":
+    sys.exit(run_command(COMMAND))

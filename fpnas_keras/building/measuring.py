@@ -1,0 +1,229 @@
+"""What networks cost: on the device, as files, and what that means for a search."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+from absl import logging
+
+import export
+from export.latency import run_measuring
+from fpnas_keras import cost, method, spaces
+from fpnas_keras.architecture import Architecture
+from fpnas_keras.building.settings import BuildSettings, default_space
+from fpnas_keras.building.targets import Target, format_cost
+from fpnas_keras.cost import latency_table
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import replacing
+from fpnas_keras.progress import track
+from fpnas_keras.spaces import VARIABLES, Space
+
+_SIZES = (224, 192, 160, 128, 96, 64, 48, 32)
+# A smaller image than this is enlarged to it.
+_LEAST_SIZE = 16
+# The size of a file does not limit the size of the images. This one does.
+_MOST_PIXELS_BY_BYTES = 96
+# The target is at least so many times the cost of the smallest network.
+_ROOM = 2.0
+_ROUNDS = 30
+# Networks whose files say how many bytes a parameter takes, and draws to find them among.
+_FILES, _DRAWS = 4, 4000
+# Seconds that an entry of a latency table takes to be converted and measured, about.
+_SECONDS_PER_ENTRY = 0.8
+_MOST_ENTRIES, _LEAST_ENTRIES = 1500, 150
+
+
+def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classes: int) -> int:
+    """The height and width that images are resized to.
+
+    Args:
+        settings: The settings of the build.
+        shape: Shape of the images as they are.
+        num_classes: Number of classes.
+
+    Returns:
+        The largest one, up to that of the images, at which the target is twice the cost of the
+        smallest network of the space.
+
+    Raises:
+        UserError: When the target is below the cost of the smallest network at every size.
+    """
+    target = settings.parsed_target()
+    native = max(shape[0], _LEAST_SIZE)
+    if target.kind == "bytes":
+        native = min(native, _MOST_PIXELS_BY_BYTES)
+    sizes = [size for size in _SIZES if size <= native] or [native]
+    made = [
+        spaces.get(settings.space or default_space(size), (size, size, shape[-1]), num_classes)
+        for size in sizes
+    ]
+    with NetworkCosts(settings, target.kind) as costs_of:
+        costs = costs_of([smallest_network(space) for space in made])
+    for size, least in zip(sizes, costs):
+        if target.value >= _ROOM * least:
+            return size
+    if target.value >= costs[-1]:
+        return sizes[-1]
+    raise UserError(
+        f"`target` must be at least {format_cost(target.kind, costs[-1])}, the cost of the "
+        f"smallest network of {made[-1].name} for images of {sizes[-1]} pixels. "
+        f"Received: target={settings.target}"
+    )
+
+
+def smallest_network(space: Space) -> Architecture:
+    """The first choice of each variable, with all blocks skipped that can be."""
+    choices = np.zeros_like(space.cardinalities)
+    skip = VARIABLES.index("skip")
+    choices[:, skip] = space.cardinalities[:, skip] - 1
+    return space.architecture(choices)
+
+
+class NetworkCosts:
+    """What networks cost: MACs, milliseconds of their int8 files on the device, or their bytes.
+
+    Files are made in processes of their own, which stay as long as the block that this object is
+    used in. A script that asks for milliseconds or bytes needs `if __name__ == "__main__":`.
+
+    Args:
+        settings: The settings of the build.
+        kind: Kind of the target.
+    """
+
+    def __init__(self, settings: BuildSettings, kind: str):
+        self._settings = settings
+        self._kind = kind
+        self._stack = contextlib.ExitStack()
+        self._pool = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def __call__(self, architectures: Sequence[Architecture]) -> list[float]:
+        """The cost of each network."""
+        if self._kind == "macs":
+            return [float(each.macs()) for each in architectures]
+        files = self._write(architectures)
+        if self._kind == "bytes":
+            return [float(file.stat().st_size) for file in files]
+        return time_files(self._settings, files)
+
+    def _write(self, architectures):
+        if self._pool is None:
+            # The converter logs each file.
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+            workers = min(len(os.sched_getaffinity(0)), len(architectures))
+            self._folder = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            self._pool = self._stack.enter_context(
+                concurrent.futures.ProcessPoolExecutor(
+                    workers, mp_context=multiprocessing.get_context("spawn")
+                )
+            )
+        files = [self._folder / f"{uuid.uuid4().hex}.tflite" for _ in architectures]
+        count = len(files)
+        done = self._pool.map(
+            export.latency_parts.write_file, architectures, ["int8"] * count, files
+        )
+        with track(count, "converting", "networks") as progress:
+            for _ in done:
+                progress.update()
+        return files
+
+
+def time_files(settings: BuildSettings, files: Sequence[pathlib.Path]) -> list[float]:
+    """Milliseconds of each file on the device, measured in turn."""
+    latency = settings.latency_settings("mobile_mini", output="table.json")
+    names = {str(index): file for index, file in enumerate(files)}
+    with latency.open_device(latency.threads[0]) as device:
+        times = export.devices.times(device, names, latency.rounds or _ROUNDS)
+    return [export.devices.tenth_percentile(times[name]) for name in names]
+
+
+def find_table(settings: BuildSettings, space: Space, seconds: float | None) -> pathlib.Path:
+    """A latency table of the space for the device: one that is there, or a new one.
+
+    New tables go to `$XDG_CACHE_HOME/fpnas_keras`, by default in `~/.cache`, where later builds
+    find them.
+
+    Args:
+        settings: The settings of the build.
+        space: The space.
+        seconds: Time for measuring; `None` if there is no limit. It decides how many entries are
+            measured. A model that is fitted to them predicts the others.
+
+    Returns:
+        The file.
+    """
+    latency = settings.latency_settings(
+        settings.space or default_space(space.input_shape[0]),
+        input_size=space.input_shape[0],
+        channels=space.input_shape[-1],
+        num_classes=space.num_classes,
+        output="table.json",
+    )
+    with latency.open_device(latency.threads[0]) as device:
+        described = device.describe()
+    key = [space.name, repr(space), described, latency.number_format]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    file = cache / "fpnas_keras" / f"{pathlib.Path(space.name).stem}_{digest}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_file() and latency_table.read(file)["complete"]:
+        logging.info("latency table: %s, measured before", file)
+        return file
+    given = {"output": str(file)}
+    if seconds is not None and "max_entries" not in (settings.latency or {}):
+        given["max_entries"] = int(
+            min(max(seconds / _SECONDS_PER_ENTRY, _LEAST_ENTRIES), _MOST_ENTRIES)
+        )
+    run_measuring(dataclasses.replace(latency, **given))
+    return file
+
+
+def copy_table(table: str | os.PathLike, copy: pathlib.Path) -> None:
+    """Copies a latency table into the directory of a build."""
+    with replacing(copy) as temporary:
+        shutil.copyfile(table, temporary)
+
+
+def params_for_bytes(settings: BuildSettings, space: Space, target: Target) -> float:
+    """How many parameters a network may have, so that its int8 file is within the target.
+
+    A file holds the weights, the biases and scales of each channel, and the description of each
+    operator. So the bytes for each parameter depend on the network: those of networks of about the
+    right size are measured, and the most counts.
+
+    Raises:
+        UserError: When no network of the space is as small.
+    """
+    count_params = cost.SpaceCost(space, cost.ParamsCost())
+    distribution = method.FactorizedLogits(space)
+    entries = distribution.sample(_DRAWS, seed=settings.seed, step=0).numpy()
+    params = count_params(entries).numpy()
+    guess = target.value / 1.5
+    with NetworkCosts(settings, "bytes") as count_bytes:
+        for _ in range(2):
+            nearest = np.argsort(np.abs(params - guess), kind="stable")[:_FILES]
+            choices = space.entries.to_choices(entries[nearest])
+            sizes = np.array(count_bytes([space.architecture(each) for each in choices]))
+            guess = target.value / (sizes / params[nearest]).max()
+    if guess < float(count_params.least()):
+        raise UserError(
+            f"`target` is too small for the space {space.name}: its smallest network has "
+            f"{float(count_params.least()):,.0f} parameters. Received: target={settings.target}"
+        )
+    return guess

@@ -1,0 +1,92 @@
+"""The target of a build as text: `2ms`, `8M` multiply-adds, `300kB`; and its time: `2h`."""
+
+import re
+from typing import NamedTuple
+
+from fpnas_keras.errors import UserError
+
+_TARGET = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|us|k|M|G|kB|MB)")
+# Kind and factor of each unit.
+_UNITS = {
+    "ms": ("latency", 1.0),
+    "us": ("latency", 1e-3),
+    "k": ("macs", 1e3),
+    "M": ("macs", 1e6),
+    "G": ("macs", 1e9),
+    "kB": ("bytes", 1e3),
+    "MB": ("bytes", 1e6),
+}
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+
+
+class Target(NamedTuple):
+    """What the file of a build may cost.
+
+    Attributes:
+        kind: "macs", "latency" or "bytes".
+        value: Number of multiply-adds, of milliseconds or of bytes.
+    """
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return format_cost(self.kind, self.value)
+
+
+def parse_target(text: str) -> Target:
+    """Reads a target with its unit.
+
+    Raises:
+        UserError: When it is no number above 0 with one of the units.
+
+    Example:
+
+    >>> parse_target("8M")
+    Target(kind='macs', value=8000000.0)
+    """
+    match = _TARGET.fullmatch(text)
+    if not match or not float(match[1]):
+        raise UserError(
+            "`target` must be a number above 0 with its unit: milliseconds (2ms or 500us), "
+            "multiply-adds (800k, 8M or 1.2G), or the size of the file (300kB or 1.5MB). "
+            f"Received: target={text}"
+        )
+    kind, factor = _UNITS[match[2]]
+    return Target(kind, float(match[1]) * factor)
+
+
+def parse_time(text: str) -> float:
+    """Seconds of a time such as 2h, 90m, 1h30m or 45s.
+
+    Raises:
+        UserError: When it is no such time.
+
+    Example:
+
+    >>> parse_time("1h30m")
+    5400.0
+    """
+    match = _TIME.fullmatch(text)
+    hours, minutes, seconds = (float(each or 0) for each in match.groups()) if match else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total:
+        raise UserError(
+            "`time` must be hours, minutes or seconds, such as 2h, 90m, 1h30m or 600s. "
+            f"Received: time={text}"
+        )
+    return total
+
+
+def format_cost(kind: str, value: float) -> str:
+    """A cost with its unit, such as "7.92M MACs", "1.97 ms" or "298 kB".
+
+    Args:
+        kind: "macs", "latency" or "bytes".
+        value: The cost.
+    """
+    if kind == "latency":
+        return f"{value:.3g} ms"
+    if kind == "bytes":
+        return f"{value / 1e3:,.0f} kB"
+    return f"{value / 1e6:.3g}M MACs"

@@ -1,0 +1,124 @@
+"""The files of a build: the run directories of its steps, and what it leaves itself.
+
+| file | what it is |
+|---|---|
+| `flags.txt`, `chosen.txt`, `images.json` | as in every run directory |
+| `steps.json` | the steps that are finished, with the seconds that each took |
+| `latency_table.json` | the latency table, for a target in milliseconds |
+| `search/`, `training/` | the run directories of the search and the training |
+| `mobilenet_v3_small.json`, `baseline/` | the network to compare with, and its training |
+| `model.tflite`, `model_int8.tflite` or `model_qat.tflite`, `labels.txt` | the files for the app |
+| `baseline_int8.tflite` | the file of the network to compare with |
+| `*_report.json` | what was found when a file was checked |
+| `summary.json` | what was found; written last |
+| `report.html`, `report/` | a page about all of it, and its plots |
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from fpnas_keras.errors import UserError
+from fpnas_keras.files import check_fields, read_json, write_json
+from fpnas_keras.runs.run_directory import (
+    RunDirectory,
+    SearchRun,
+    TrainingRun,
+    checked_export,
+)
+
+
+class BuildRun(RunDirectory):
+    """What a build left in its directory. Unfinished builds can be read as well.
+
+    Example:
+
+    ```python
+    run = fpnas.build(data="folder:photos", target="8M", time="1h", output_dir="runs/photos")
+    run.summary["file"], run.summary["accuracy"]
+    ```
+    """
+
+    @property
+    def is_build(self) -> bool:
+        """Whether the directory holds a build, and not a search or a training."""
+        return self.flag_file.is_file() and "target" in self.flags and "cost" not in self.flags
+
+    @property
+    def search(self) -> SearchRun:
+        """The run of the search."""
+        return SearchRun(self.path("search"))
+
+    @property
+    def training(self) -> TrainingRun:
+        """The training of the network that the search found."""
+        return TrainingRun(self.path("training"))
+
+    @property
+    def baseline(self) -> TrainingRun:
+        """The training of the network to compare with."""
+        return TrainingRun(self.path("baseline"))
+
+    @property
+    def baseline_architecture_file(self) -> pathlib.Path:
+        """The network to compare with."""
+        return self.path("mobilenet_v3_small.json")
+
+    @property
+    def latency_table(self) -> pathlib.Path:
+        """The latency table, if the target is in milliseconds."""
+        return self.path("latency_table.json")
+
+    @property
+    def steps_file(self) -> pathlib.Path:
+        """The steps that are finished."""
+        return self.path("steps.json")
+
+    def tflite_file(self, quantize: str, name: str = "model") -> pathlib.Path:
+        """The `.tflite` file of a format of `fpnas export`."""
+        return self.path(f"{name}.tflite" if quantize == "none" else f"{name}_{quantize}.tflite")
+
+    def export_report(self, quantize: str, name: str = "model") -> dict[str, Any] | None:
+        """What was found when a file was checked; `None` before that."""
+        file = self.tflite_file(quantize, name)
+        report = file.with_name(f"{file.stem}_report.json")
+        if not file.is_file() or not report.is_file():
+            return None
+        return read_json(report, "a report of an export", checked_export)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The finished steps: `name`, `seconds`, `cpu_seconds` and `notes`, texts.
+
+        Raises:
+            UserError: When the file is damaged.
+        """
+        if not self.steps_file.is_file():
+            return []
+        return read_json(self.steps_file, "a list of steps", _checked_steps)
+
+    def add_step(self, name: str, seconds: float, cpu_seconds: float, notes: Sequence[str]) -> None:
+        """Writes down that a step is finished.
+
+        Args:
+            name: Its name.
+            seconds: What it took.
+            cpu_seconds: What it took of the processors.
+            notes: What was decided in it, in sentences.
+        """
+        step = {"name": name, "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
+        step["notes"] = list(notes)
+        write_json(self.steps_file, [*self.steps, step])
+
+    def check(self) -> None:
+        """Raises `UserError` unless the directory holds a build, finished or not."""
+        if not self.is_build:
+            raise UserError(f"{self.directory} must be the directory of a build")
+
+
+def _checked_steps(data):
+    if not isinstance(data, list):
+        raise UserError("it must be a list")
+    for each in data:
+        check_fields(each, "a step", name=str, seconds=float, cpu_seconds=float, notes=list)
+    return data

@@ -1,0 +1,413 @@
+"""`fpnas build`: from images to the file for the app, its plan, and builds that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from helpers import SMALL_SPACE, environment, run, run_process, write_latency_table
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fpnas_keras as fpnas
+from fpnas_keras import data
+from fpnas_keras.building import build, measuring, planning
+from fpnas_keras.building.planning import Probe
+from fpnas_keras.building.settings import BuildSettings
+from fpnas_keras.building.targets import parse_target, parse_time
+from fpnas_keras.errors import UserError
+from fpnas_keras.runs import BuildRun
+
+MODULE = "fpnas_keras.building.build"
+
+
+@pytest.fixture(scope="module")
+def small_space(tmp_path_factory):
+    file = tmp_path_factory.mktemp("space") / "small.json"
+    file.write_text(json.dumps(SMALL_SPACE))
+    return file
+
+
+def short_flags(space, directory):
+    """A build of digits in seconds."""
+    return [
+        *("--data=digits", "--train_images=200", f"--space={space}", "--input_size=16"),
+        *("--search.epochs=2", "--search.steps_per_epoch=3", "--search.ranked_samples=2"),
+        *("--train.epochs=4", "--train.batch_size=50", f"--output_dir={directory}"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, small_space):
+    """The directory of a build, and what the command printed."""
+    directory = tmp_path_factory.mktemp("build") / "run"
+    done = run_process(
+        "fpnas_keras", "build", "--target=166k", *short_flags(small_space, directory)
+    )
+    assert done.returncode == 0, done.stderr
+    return BuildRun(directory), done
+
+
+@given(st.floats(0.01, 999).map(lambda number: round(number, 2)), st.sampled_from("kMG"))
+def test_targets_in_macs(number, unit):
+    factor = {"k": 1e3, "M": 1e6, "G": 1e9}[unit]
+    assert parse_target(f"{number}{unit}") == ("macs", number * factor)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("2ms", ("latency", 2.0)),
+        ("500us", ("latency", 0.5)),
+        ("300kB", ("bytes", 300e3)),
+        ("1.5MB", ("bytes", 1.5e6)),
+        ("0.5 ms", ("latency", 0.5)),
+    ],
+)
+def test_targets_in_milliseconds_and_bytes(text, expected):
+    assert parse_target(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8", "0M", "-1M", "8e6", "1e3ms", "M", "8m", "8 kb", "nanM"])
+def test_bad_targets(text):
+    with pytest.raises(UserError, match="must be a number above 0 with its unit"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("0.5h", 1800), ("45s", 45)]
+)
+def test_times(text, seconds):
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "0h", "h", "30m1h", "-1h", "1 hour"])
+def test_bad_times(text):
+    with pytest.raises(UserError, match="must be hours, minutes or seconds"):
+        parse_time(text)
+
+
+def test_settings_of_steps_are_flags():
+    settings = BuildSettings(
+        target="8M",
+        output_dir="x",
+        train={"epochs": 3, "mix_up": 0.2},
+        search={"stratified": False},
+        latency={"threads": (2,)},
+    )
+    flags = settings.to_flags()
+    assert {"--train.epochs=3", "--nosearch.stratified", "--latency.threads=2"} <= set(flags)
+    assert BuildSettings.from_flags(flags) == settings
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--train.epochs=0", "`train.epochs` must be an integer from 1"),
+        ("--train.nothing=1", "train.nothing"),
+        ("--train.data=digits", "`train.data` cannot be given: the job itself sets it"),
+        ("--search.target=3e6", "`search.target` cannot be given"),
+        ("--search.samples=1", "`samples` must be at least 2"),
+        ("--export.prune=0.5", "--prune needs --quantize=qat"),
+        ("--latency.threads=1,2", "`latency.threads` must be one number"),
+        ("--device=adb", "--device=adb needs --benchmark_model"),
+        ("--latency_table=t.json", "--latency_table needs a target in milliseconds"),
+        ("--time=soon", "`time` must be hours, minutes or seconds"),
+        ("--data=folder:nowhere", "`data` names no folder"),
+    ],
+)
+def test_bad_flags_are_refused_before_any_work(tmp_path, flag, message):
+    directory = tmp_path / "run"
+    done = run(MODULE, "--target=8M", f"--output_dir={directory}", flag)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not directory.exists()
+
+
+def test_probe():
+    probe = Probe(start=10.0, step=0.5, steps_per_epoch=20, epochs=30)
+    assert probe.seconds(5) == 60.0
+    assert probe.epochs_in(60.0) == 5
+    assert probe.epochs_in(59.9) == 4
+    assert probe.epochs_in(9.0) < 0
+
+
+@given(st.floats(0, 1e4), st.floats(1e-4, 10), st.integers(1, 500), st.floats(0, 1e6))
+def test_as_many_epochs_as_fit(start, step, steps_per_epoch, seconds):
+    probe = Probe(start, step, steps_per_epoch, 20)
+    epochs = probe.epochs_in(seconds)
+    assert probe.seconds(epochs) <= seconds + 1e-6 * abs(seconds) + 1e-6
+    assert probe.seconds(epochs + 1) >= seconds - 1e-6 * abs(seconds) - 1e-6
+
+
+def test_files_and_summary(built):
+    run_, _ = built
+    summary = run_.summary
+    names = {"model.tflite", "model_int8.tflite", "labels.txt", "report.html", "steps.json"}
+    assert names <= {path.name for path in run_.directory.iterdir()}
+    assert summary["file"] == "model_int8.tflite"
+    assert summary["macs"] == run_.search.architecture.macs() <= 166e3
+    assert summary["baseline"]["macs"] <= 166e3
+    assert [step["name"] for step in run_.steps] == ["search", "training", "export", "baseline"]
+    assert sum(summary["class_counts"].values()) == 200
+    assert run_.training.summary["epochs"] == run_.baseline.summary["epochs"] == 4
+    report = json.loads(run_.path("model_int8_report.json").read_text())
+    assert summary["accuracy"] == report["tflite_accuracy"]
+    assert summary["bytes"] == run_.path("model_int8.tflite").stat().st_size
+
+
+def test_output(built):
+    run_, done = built
+    assert "step 1 of 4: search" in done.stderr
+    assert "; step 2 of 4" in done.stderr
+    assert "Traceback" not in done.stderr
+    # What the data holds is said once.
+    assert done.stderr.count("1,797 images") == 1
+    assert f"{run_.path('model_int8.tflite')}: " in done.stdout
+    assert "MobileNetV3-Small, trained as long: " in done.stdout
+    assert run_.summary["next"] in done.stdout
+
+
+def test_the_next_command_works(built, tmp_path):
+    run_, _ = built
+    photo = tmp_path / "photo.png"
+    image = fpnas.data.load("digits", image_size=16).x[0]
+    keras.utils.save_img(photo, image, scale=False)
+    command, *arguments = run_.summary["next"].removeprefix("fpnas ").split()
+    assert command == "predict"
+    done = run("export.predict", *arguments[:-1], photo)
+    assert done.returncode == 0, done.stderr
+    assert str(photo) in done.stdout
+
+
+def test_report(built):
+    run_, _ = built
+    page = run_.report.read_text()
+    for text in (
+        *("What the search bought", "Your images", "Files for the app", "baseline_int8.tflite"),
+        *("Which classes are taken for which", "Steps and their time", "train.epochs"),
+    ):
+        assert text in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    run_.report.unlink()
+    done = run("fpnas_keras.report.__main__", f"--run_dir={run_.directory}")
+    assert done.returncode == 0, done.stderr
+    assert run_.report.read_text() == page
+
+
+def test_a_finished_build_is_not_run_again(built, small_space):
+    run_, _ = built
+    before = {path: path.stat().st_mtime_ns for path in run_.directory.rglob("*")}
+    done = run(MODULE, "--target=166k", *short_flags(small_space, run_.directory))
+    assert done.returncode == 0, done.stderr
+    assert run_.summary["next"] in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in run_.directory.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "flag, name", [("--target=200k", "--target"), ("--train.epochs=5", "--train.epochs")]
+)
+def test_other_settings_are_refused_by_name(built, small_space, flag, name):
+    run_, _ = built
+    flags = ["--target=166k", *short_flags(small_space, run_.directory), flag]
+    done = run(MODULE, *flags)
+    assert done.returncode == 1
+    assert f"holds another run; it differs in {name}." in done.stderr
+
+
+@pytest.mark.parametrize("step", ["search", "training", "baseline"])
+def test_a_build_that_is_terminated_goes_on_bit_for_bit(built, small_space, tmp_path, step):
+    directory = tmp_path / "run"
+    flags = ["--target=166k", *short_flags(small_space, directory)]
+    command = [sys.executable, "-m", "fpnas_keras.building", *flags]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if f": {step}" in line:
+                break
+        rows = BuildRun(directory).path(step) / "metrics.csv"
+        while not (rows.is_file() and rows.read_text()) and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+    assert process.returncode in (0, 128 + signal.SIGTERM)
+    if process.returncode:
+        assert "to continue:\n  python -m fpnas_keras.building --flagfile=" in errors
+    done = run(MODULE, *flags)
+    assert done.returncode == 0, done.stderr
+    first, second = built[0], BuildRun(directory)
+    for name in ("training", "baseline"):
+        for one, other in zip(
+            getattr(first, name).model().get_weights(),
+            getattr(second, name).model().get_weights(),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
+    for key in ("accuracy", "bytes", "macs", "params"):
+        assert first.summary[key] == second.summary[key]
+
+
+def test_the_step_of_a_killed_build_keeps_its_settings(built, small_space, monkeypatch):
+    """With --time, a step that has begun is not planned again."""
+    run_, _ = built
+    settings = BuildSettings.from_flags(
+        ["--target=166k", *short_flags(small_space, run_.directory)]
+    )
+    session = fpnas.runs.Session(run_, settings, "x")
+    try:
+        job = build._Build(session)
+        known = job._resumed(fpnas.train.TrainSettings, run_.training)
+    finally:
+        session.close()
+    assert known.epochs == 4
+    assert known.output_dir == str(run_.training.directory.absolute())
+
+
+def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
+    """The plan follows from the probes; what was cut or added is said."""
+    monkeypatch.setattr(planning, "probe_search", lambda *_: Probe(5.0, 0.1, 50, 30))
+    monkeypatch.setattr(planning, "probe_training", lambda *_: Probe(5.0, 1.0, 10, 20))
+    directory = tmp_path / "run"
+    flags = [
+        flag
+        for flag in short_flags(small_space, directory)
+        if not flag.startswith(("--search.epochs", "--search.steps", "--train.epochs"))
+    ]
+    settings = BuildSettings.from_flags(["--target=166k", "--time=600s", *flags])
+    session = fpnas.runs.Session(BuildRun(directory), settings, "x")
+    job = build._Build(session)
+    job.settings = settings
+    job.images = data.load("digits", image_size=16)
+    job._started = time.monotonic() - 95
+    # 30% of 505 s are 151 s: 5 s to start, and 29 epochs of 5 s.
+    job.settings = job.settings.fit_to(job.images)
+    planned = job._plan_search(directory / "search")
+    assert (planned.epochs, planned.steps_per_epoch) == (29, 50)
+    # 5 s to start, and 19 epochs of 10 s.
+    train = job.settings.train_settings(directory / "training", "a.json")
+    assert job._plan_training(train, "training", 195.2).epochs == 19
+    assert job._plan_training(train, "training", 1e6).epochs == 4 * 20
+    assert job._plan_training(train, "training", 3.0).epochs == 1
+    assert job._notes == [
+        "search: 1,450 steps instead of 1,500, for lack of time",
+        "training: 19 epochs instead of 20, for lack of time",
+        "training: 80 epochs instead of 20, since there is time",
+        "training: not even one epoch fits into the time",
+    ]
+    job._started = time.monotonic() - 590
+    with pytest.raises(UserError, match="`time` must be at least 12m, with which the search"):
+        job._plan_search(directory / "search")
+
+
+def test_probes_measure_the_jobs(small_space, tmp_path):
+    images = data.load("digits", image_size=16)
+    settings = BuildSettings.from_flags(
+        ["--target=166k", "--data=digits", f"--space={small_space}", "--output_dir=x"]
+    ).fit_to(images)
+    search = settings.search_settings(
+        tmp_path / "search", str(small_space), 16, cost="macs", target=166e3
+    )
+    probe = planning.probe_search(search, images)
+    assert (probe.steps_per_epoch, probe.epochs) == (50, 30)
+    assert probe.start > 1 > probe.step > 0
+    file = tmp_path / "a.json"
+    measuring.smallest_network(fpnas.spaces.get(str(small_space), images.image_shape, 10)).save(
+        file
+    )
+    probe = planning.probe_training(settings.train_settings(tmp_path / "t", str(file)), images)
+    assert (probe.steps_per_epoch, probe.epochs) == (1437 // 16, 70)
+    assert probe.start > 0.1 > probe.step > 0
+    assert not list(tmp_path.glob("*/flags.txt"))
+
+
+@pytest.mark.parametrize(
+    "target, shape, expected",
+    [
+        ("8M", (128, 128, 3), 128),
+        ("8M", (300, 300, 3), 128),
+        ("2M", (300, 300, 3), 64),
+        ("2M", (32, 32, 3), 32),
+        ("2M", (28, 28, 1), 28),
+        ("500k", (8, 8, 1), 16),
+        ("40M", (3000, 3000, 3), 224),
+    ],
+)
+def test_image_size_by_target(target, shape, expected):
+    settings = BuildSettings(target=target, output_dir="x")
+    assert measuring.choose_size(settings, shape, 5) == expected
+
+
+def test_a_target_below_every_network_is_refused():
+    settings = BuildSettings(target="10k", output_dir="x")
+    with pytest.raises(UserError, match=r"must be at least .*M MACs, the cost of the small"):
+        measuring.choose_size(settings, (64, 64, 3), 5)
+
+
+def test_the_smallest_network_costs_least():
+    for name in ("mobile_40", "mobile_128", "mobile_224", "mobile_mini"):
+        space = fpnas.spaces.get(name, (64, 64, 3), 5)
+        least = float(fpnas.cost.SpaceCost(space, fpnas.MacsCost()).least())
+        assert measuring.smallest_network(space).macs() <= 1.05 * least
+
+
+def test_milliseconds_with_a_table_that_was_measured_before(small_space, tmp_path):
+    space = fpnas.spaces.get(str(small_space), (16, 16, 1), 10)
+    table = write_latency_table(tmp_path / "table.json", space, lambda part: 0.01, quantize="int8")
+    directory = tmp_path / "run"
+    done = run(
+        MODULE,
+        "--target=0.05ms",
+        f"--latency_table={table}",
+        "--nobaseline",
+        *short_flags(small_space, directory),
+    )
+    assert done.returncode == 0, done.stderr
+    run_ = BuildRun(directory)
+    assert [step["name"] for step in run_.steps][:2] == ["latency table", "search"]
+    assert run_.search.summary["cost"] == "latency"
+    assert run_.search.summary["found_cost"] <= 0.05
+    assert run_.summary["baseline"] is None
+    assert run_.summary["milliseconds"] > 0
+
+
+def test_size_of_the_file(small_space, tmp_path):
+    directory = tmp_path / "run"
+    done = run_process(
+        "fpnas_keras.building",
+        "--target=25kB",
+        "--nobaseline",
+        *short_flags(small_space, directory),
+    )
+    assert done.returncode == 0, done.stderr
+    run_ = BuildRun(directory)
+    assert run_.search.summary["cost"] == "params"
+    assert 0.8 * 25e3 < run_.summary["bytes"] <= 1.02 * 25e3
+
+
+def test_a_latency_table_is_found_again(small_space, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured = []
+
+    def measure(settings):
+        measured.append(settings)
+        write_latency_table(
+            tmp_path / "made.json", space, lambda part: 0.01, quantize="int8"
+        ).rename(settings.output)
+
+    monkeypatch.setattr(measuring, "run_measuring", measure)
+    space = fpnas.spaces.get(str(small_space), (16, 16, 1), 10)
+    settings = BuildSettings(target="1ms", output_dir="x", space=str(small_space))
+    first = measuring.find_table(settings, space, 200.0)
+    assert measured[0].max_entries == 250
+    assert measuring.find_table(settings, space, None) == first
+    assert len(measured) == 1
+    assert first.parent == tmp_path / "cache" / "fpnas_keras"
+    other = fpnas.spaces.get(str(small_space), (32, 32, 1), 10)
+    assert measuring.find_table(settings, other, None) != first
+    assert len(measured) == 2
+    assert os.listdir(first.parent)
