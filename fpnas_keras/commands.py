@@ -103,6 +103,11 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
 
 def _set_up_log():
     """Shows what this program says as plain lines, and not what TensorFlow says."""
+    stdlib_logging.basicConfig(handlers=[_make_handler()])
+    logging.set_verbosity(logging.INFO)
+
+
+def _make_handler():
     handler = stdlib_logging.StreamHandler()
     handler.setFormatter(_Formatter())
     handler.addFilter(
@@ -110,8 +115,28 @@ def _set_up_log():
             "/tensorflow/" not in record.pathname or logging.get_verbosity() >= logging.DEBUG
         )
     )
-    stdlib_logging.basicConfig(handlers=[handler])
+    return handler
+
+
+@contextlib.contextmanager
+def visible_log() -> Iterator[None]:
+    """Inside the block, the log is shown as by a command: in a notebook, hours would be silent.
+
+    Nothing changes if the verbosity of absl's log is not its default, or if the root logger has
+    handlers already.
+    """
+    root = stdlib_logging.getLogger()
+    if logging.get_verbosity() != logging.WARNING or root.handlers:
+        yield
+        return
+    handler = _make_handler()
+    root.addHandler(handler)
     logging.set_verbosity(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(logging.WARNING)
+        root.removeHandler(handler)
 
 
 def _set_verbosity(verbosity):

@@ -21,10 +21,12 @@ from PIL import Image
 import export.latency
 import export.tflite
 import fpnas_keras as fpnas
+import fpnas_keras.building.build
 import fpnas_keras.rank
 import fpnas_keras.search
 import fpnas_keras.train
 from fpnas_keras import __main__ as fpnas_command
+from fpnas_keras.building.settings import BuildSettings
 
 pytestmark = pytest.mark.xdist_group("docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,6 +45,16 @@ SHORT = {
     fpnas_keras.train: ("run_training", {"epochs": 1, "ema_momentum": 0.0}),
     fpnas_keras.rank: ("run_ranking", {"samples": 2, "evaluation_images": 100}),
     export.tflite: ("run_export", {"overwrite": True, "min_agreement": 0.0, "qat_epochs": 1}),
+    fpnas_keras.building.build: (
+        "run_build",
+        {
+            "search": {"epochs": 1, "steps_per_epoch": 2, "warmup_steps": 1, "ranked_samples": 0},
+            "train": {"epochs": 1},
+            "export": {"min_agreement": 0.0, "max_accuracy_drop": 1.0},
+            "input_size": 32,
+            "time": None,
+        },
+    ),
     export.latency: (
         "run_measuring",
         {"rounds": 1, "network_seconds": 0.0, "max_entries": 50, "proof_networks": 5},
@@ -52,6 +64,8 @@ SHORT = {
 
 def smaller(settings, space_file):
     """A search of a small space instead of `mobile_mini`, for a cost that this one has."""
+    if isinstance(settings, BuildSettings):
+        return {"space": str(space_file), "target": "200k"}
     if (settings.space, settings.cost) != ("mobile_mini", "macs"):
         return {}
     channels = 1 if settings.data == "digits" else 3
@@ -110,7 +124,7 @@ def shortened(folder, monkeypatch):
         function = getattr(module, name)
 
         def short(settings, function=function, changes=changes):
-            if isinstance(settings, fpnas_keras.search.SearchSettings):
+            if isinstance(settings, (fpnas_keras.search.SearchSettings, BuildSettings)):
                 changes = changes | smaller(settings, folder / "small.json")
             return function(dataclasses.replace(settings, **changes))
 

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from helpers import ROOT, environment
@@ -15,6 +17,7 @@ import fpnas_keras as fpnas
 from export.latency import LatencySettings
 from export.tflite import TfliteSettings
 from fpnas_keras import __main__ as fpnas_command
+from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import find_file
 from fpnas_keras.rank import RankSettings
@@ -30,6 +33,7 @@ JOBS = {
     ReportSettings: {"run_dir": "x"},
     TfliteSettings: {"model": "m.keras"},
     LatencySettings: {"space": "mobile_mini", "output": "t.json"},
+    BuildSettings: {"target": "8M", "output_dir": "x"},
 }
 
 
@@ -66,6 +70,33 @@ def test_flags_give_the_same_settings_again(example):
     assert flag_values(example.to_flags()).keys() == names - (
         {"maximum"} if example.maximum is None else set()
     )
+
+
+def test_settings_of_another_job_are_flags_of_their_own():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Outer(Settings):
+        inner: Mapping[str, Any] | None = setting("I.", None, of=Example, without={"name"})
+
+    outer = Outer(inner={"count": 4, "on": False, "files": ["a"], "maximum": 1})
+    assert outer.inner == {"count": 4, "on": False, "files": ("a",), "maximum": 1.0}
+    assert outer.to_flags() == [
+        "--inner.count=4",
+        "--inner.files=a",
+        "--inner.maximum=1.0",
+        "--noinner.on",
+    ]
+    assert Outer.from_flags(outer.to_flags()) == outer
+    assert Outer.from_flags([]) == Outer(inner=None)
+    for wrong, message in (
+        ({"count": 0}, "`inner.count` must be an integer from 1 to 9. Received: inner.count=0"),
+        ({"name": "n"}, "`inner.name` cannot be given"),
+        ({"nonesuch": 1}, "`inner` must hold settings of Example. Received: inner.nonesuch=1"),
+        (3, "`inner` must be a dict of settings by name. Received: inner=3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Outer(inner=wrong)
+    with pytest.raises(UserError, match=r"`inner.kind` must be one of a, b"):
+        Outer.from_flags(["--inner.kind=c"])
 
 
 def test_flags_stand_as_absl_writes_them():
@@ -153,6 +184,8 @@ def test_files_of_the_package_are_found_by_name_from_any_folder(tmp_path, monkey
         ["-m", "fpnas_keras", "--version"],
         ["-m", "fpnas_keras", "search", "--help"],
         ["-m", "fpnas_keras.train", "--help"],
+        ["-m", "fpnas_keras", "build", "--help"],
+        ["-m", "fpnas_keras", "build", "--target=8", "--output_dir=x"],
         ["-m", "export.tflite", "--help"],
         ["-m", "export.latency", "--epochs=1"],
         ["-m", "fpnas_keras.search", "--nonesuch"],
@@ -184,10 +217,10 @@ def test_answers_come_without_tensorflow(arguments, tmp_path):
 def test_the_console_command_names_its_commands(capsys):
     assert fpnas_command.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("search", "train", "rank", "report", "export", "latency"):
+    for name in ("build", "search", "train", "rank", "report", "export", "latency"):
         assert f"\n  {name} " in text
     assert fpnas_command.main(["evaluate"]) == 2
-    assert "must be one of search, train" in capsys.readouterr().err
+    assert "must be one of build, search, train" in capsys.readouterr().err
     assert fpnas_command.main(["search", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.index("Start with these") < text.index("--data=digits") < text.index("--seed=0")

@@ -18,7 +18,7 @@ from fpnas_keras import data, progress, report, runs, spaces
 from fpnas_keras.building import measuring, planning
 from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.building.targets import format_cost
-from fpnas_keras.commands import Command
+from fpnas_keras.commands import Command, visible_log
 from fpnas_keras.errors import Interrupted, UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.published import scale_published
@@ -49,6 +49,8 @@ def build(**settings: Any) -> runs.BuildRun:
     long, to compare with. If the directory holds an unfinished build with the same settings, it is
     continued. A finished one is not run again.
 
+    It says what it does, as the command, unless absl's verbosity has been changed.
+
     For a target in milliseconds or bytes, files are made in processes of their own: a script that
     calls this then needs `if __name__ == "__main__":`.
 
@@ -69,7 +71,8 @@ def build(**settings: Any) -> runs.BuildRun:
     run.summary["file"], run.summary["accuracy"]
     ```
     """
-    return run_build(BuildSettings(**settings))
+    with visible_log():
+        return run_build(BuildSettings(**settings))
 
 
 def run_build(settings: BuildSettings) -> runs.BuildRun:
@@ -125,6 +128,7 @@ class _Build:
         self.space = spaces.get(
             self.settings.space, self.images.image_shape, len(self.images.class_names)
         )
+        measuring.check_target(self.settings, self.space)
         self.session.begin(latency_table=settings.latency_table)
 
     def _do(self, name, work):
@@ -192,7 +196,10 @@ class _Build:
         settings = self._resumed(SearchSettings, self.run.search)
         if settings is None:
             settings = self._plan_search(directory)
-        return run_search(settings).summary["wall_seconds"]
+        run = run_search(settings)
+        if run.is_decided is False:
+            self._notes.append(f"{run.decision} It needs more time, or --search.epochs")
+        return run.summary["wall_seconds"]
 
     def _resumed(self, cls: type[RunSettings], run: RunDirectory) -> RunSettings | None:
         """The settings of a step that an earlier process has begun."""
@@ -236,7 +243,7 @@ class _Build:
         if self.target.kind == "latency":
             table = str(self.run.latency_table.absolute())
             return {"cost": "latency", "target": self.target.value, "latency_table": table}
-        params = measuring.params_for_bytes(self.settings, self.space, self.target)
+        params = measuring.params_for_bytes(self.settings, self.space, self.target, self.images)
         self._notes.append(f"search: {self.target} are about {params:,.0f} parameters")
         return {"cost": "params", "target": params}
 
@@ -323,6 +330,7 @@ class _Build:
             self._export_as("int8", self.run.baseline, "baseline")
         except UserError as error:
             self._notes.append(f"baseline: no int8 file: {error}")
+            self._export_as("none", self.run.baseline, "baseline")
         return whole
 
     def _scale_baseline(self):
@@ -338,8 +346,8 @@ class _Build:
 
     def _finish(self):
         """Times the files on the device, writes the summary and the report."""
-        found = self._describe(self._best_format(), self.run.training)
-        baseline = self._describe("int8", self.run.baseline, "baseline")
+        found = self._describe(self.run.training)
+        baseline = self._describe(self.run.baseline, "baseline")
         entries = [each for each in (found, baseline) if each]
         files = [self.run.path(each["file"]) for each in entries]
         for entry, milliseconds in zip(entries, measuring.time_files(self.settings, files)):
@@ -371,20 +379,17 @@ class _Build:
         )
         _write_report(self.run)
 
-    def _best_format(self):
-        """The format of the file for the app: the more accurate one of int8 and qat."""
-        reports = {each: self.run.export_report(each) for each in ("int8", "qat")}
-        known = {each: one["tflite_accuracy"] for each, one in reports.items() if one}
-        return max(known, key=known.get) if known else "none"
-
-    def _describe(self, quantize, training, name="model"):
-        """A network and its file, for the summary; `None` if there is no file."""
-        exported = self.run.export_report(quantize, name)
-        if exported is None or not training.finished:
+    def _describe(self, training, name="model"):
+        """A network and its file for the app, for the summary; `None` if there is no file."""
+        exports = [self.run.export_report(each, name) for each in ("int8", "qat", "none")]
+        if not training.finished or not any(exports):
             return None
+        # The more accurate one of int8 and qat; float32 if there is neither.
+        rounded = [each for each in exports[:2] if each] or exports[2:]
+        exported = max(rounded, key=lambda each: each["tflite_accuracy"])
         summary = training.summary
         return {
-            "file": self.run.tflite_file(quantize, name).name,
+            "file": self.run.tflite_file(exported["quantize"], name).name,
             "accuracy": exported["tflite_accuracy"],
             "keras_accuracy": exported["keras_accuracy"],
             "bytes": exported["bytes"],

@@ -19,7 +19,7 @@ from absl import logging
 
 import export
 from export.latency import run_measuring
-from fpnas_keras import cost, method, spaces
+from fpnas_keras import cost, data, method, spaces
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.building.settings import BuildSettings, default_space
 from fpnas_keras.building.targets import Target, format_cost
@@ -39,6 +39,7 @@ _ROOM = 2.0
 _ROUNDS = 30
 # Networks whose files say how many bytes a parameter takes, and draws to find them among.
 _FILES, _DRAWS = 4, 4000
+_FEW_IMAGES = 20
 # Seconds that an entry of a latency table takes to be converted and measured, about.
 _SECONDS_PER_ENTRY = 0.8
 _MOST_ENTRIES, _LEAST_ENTRIES = 1500, 150
@@ -80,6 +81,25 @@ def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classe
         f"smallest network of {made[-1].name} for images of {sizes[-1]} pixels. "
         f"Received: target={settings.target}"
     )
+
+
+def check_target(settings: BuildSettings, space: Space) -> None:
+    """Raises `UserError` when no network of the space costs the target.
+
+    Milliseconds and bytes are checked by the search, when they are measured.
+    """
+    target = settings.parsed_target()
+    if target.kind != "macs":
+        return
+    space_cost = cost.SpaceCost(space, cost.MacsCost())
+    least, largest = float(space_cost.least()), float(space_cost.largest())
+    if not least <= target.value <= largest:
+        raise UserError(
+            f"`target` must be from {format_cost('macs', least)} to "
+            f"{format_cost('macs', largest)}, the least and the largest cost in the space "
+            f"`{space.name}` for images of {space.input_shape[0]} pixels. "
+            f"Received: target={settings.target}"
+        )
 
 
 def smallest_network(space: Space) -> Architecture:
@@ -200,30 +220,59 @@ def copy_table(table: str | os.PathLike, copy: pathlib.Path) -> None:
         shutil.copyfile(table, temporary)
 
 
-def params_for_bytes(settings: BuildSettings, space: Space, target: Target) -> float:
+def params_for_bytes(
+    settings: BuildSettings, space: Space, target: Target, images: "data.Images"
+) -> float:
     """How many parameters a network may have, so that its int8 file is within the target.
 
     A file holds the weights, the biases and scales of each channel, and the description of each
     operator. So the bytes for each parameter depend on the network: those of networks of about the
     right size are measured, and the most counts.
 
+    Args:
+        settings: The settings of the build.
+        space: The space.
+        target: The target in bytes.
+        images: Training images.
+
     Raises:
         UserError: When no network of the space is as small.
     """
     count_params = cost.SpaceCost(space, cost.ParamsCost())
-    distribution = method.FactorizedLogits(space)
-    entries = distribution.sample(_DRAWS, seed=settings.seed, step=0).numpy()
+    entries = method.FactorizedLogits(space).sample(_DRAWS, seed=settings.seed, step=0).numpy()
     params = count_params(entries).numpy()
-    guess = target.value / 1.5
+    guess, more = target.value / 1.5, 0
     with NetworkCosts(settings, "bytes") as count_bytes:
         for _ in range(2):
             nearest = np.argsort(np.abs(params - guess), kind="stable")[:_FILES]
             choices = space.entries.to_choices(entries[nearest])
-            sizes = np.array(count_bytes([space.architecture(each) for each in choices]))
-            guess = target.value / (sizes / params[nearest]).max()
+            networks = [space.architecture(each) for each in choices]
+            sizes = np.array(count_bytes(networks))
+            # What files that are made in less time lack: metadata and longer names.
+            more = more or _count_exported_bytes(networks[0], images) - sizes[0]
+            guess = target.value / ((sizes + more) / params[nearest]).max()
     if guess < float(count_params.least()):
         raise UserError(
             f"`target` is too small for the space {space.name}: its smallest network has "
             f"{float(count_params.least()):,.0f} parameters. Received: target={settings.target}"
         )
     return guess
+
+
+def _count_exported_bytes(architecture, images):
+    """Size of the int8 file of a network, as `fpnas export` makes it."""
+    few = export.conversion.representative_images(images, _FEW_IMAGES)
+    twin = export.qat.twin(architecture.build(), architecture)
+    quantized = export.qat.with_softmax(export.qat.quantize(twin, data.test_batches(few)))
+    content = export.conversion.convert(quantized, "int8", scores="probabilities")
+    described = export.metadata.Metadata(
+        name="training",
+        description="",
+        version="1",
+        author="",
+        license="",
+        labels=images.class_names,
+        scores="probabilities",
+        resize="stretch",
+    )
+    return len(export.metadata.add(content, described))

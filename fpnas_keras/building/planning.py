@@ -99,27 +99,36 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
         images: Its training images.
     """
     count = len(images.y)
-    with _probing() as directory:
+    with _probing():
         whole = settings.fit_to(images)
-        steps_per_epoch = max(1, count // whole.batch_size)
-        few = min(steps_per_epoch, _PROBED_STEPS) * whole.batch_size
-        few = max(few, 2 * len(images.class_names))
+    steps_per_epoch = max(1, count // whole.batch_size)
+    few = min(steps_per_epoch, _PROBED_STEPS) * whole.batch_size
+    few = max(few, 2 * len(images.class_names))
+    probed = dataclasses.replace(
+        settings,
+        epochs=2,
+        batch_size=whole.batch_size,
+        train_images=few if few < count else settings.train_images,
+        ema_momentum=0.0,
+        tensorboard=False,
+    )
+    start, step = _time_training(probed)
+    if settings.teacher is not None:
+        # It may look at every image before the first step.
+        plain, _ = _time_training(dataclasses.replace(probed, teacher=None, teacher_weights=None))
+        start += max(0, start - plain) * max(0, count / few - 1)
+    return Probe(start, step, steps_per_epoch, whole.epochs)
+
+
+def _time_training(settings):
+    """Seconds of a training of two epochs without its steps, and of one of the second epoch's."""
+    with _probing() as directory:
         started = time.monotonic()
-        run = run_training(
-            dataclasses.replace(
-                settings,
-                output_dir=str(directory),
-                epochs=2,
-                batch_size=whole.batch_size,
-                train_images=few if few < count else settings.train_images,
-                ema_momentum=0.0,
-                tensorboard=False,
-            )
-        )
+        run = run_training(dataclasses.replace(settings, output_dir=str(directory)))
         seconds = time.monotonic() - started
         first, last = run.epochs
     step = (last["seconds"] - first["seconds"]) * last["epoch"] / last["step"]
-    return Probe(max(seconds - last["step"] * step, 0), step, steps_per_epoch, whole.epochs)
+    return max(seconds - last["step"] * step, 0), step
 
 
 @contextlib.contextmanager
