@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
+import scipy.optimize
 from absl import logging
 
 import export
 from export.latency import run_measuring
 from fpnas_keras import cost, data, method, spaces
-from fpnas_keras.architecture import Architecture
+from fpnas_keras.architecture import Architecture, Block, expanded_filters
 from fpnas_keras.building.settings import BuildSettings, default_space
 from fpnas_keras.building.targets import Target, format_cost
 from fpnas_keras.cost import latency_table
@@ -37,8 +38,10 @@ _MOST_PIXELS_BY_BYTES = 96
 # The target is at least so many times the cost of the smallest network.
 _ROOM = 2.0
 _ROUNDS = 30
-# Networks whose files say how many bytes a parameter takes, and draws to find them among.
-_FILES, _DRAWS = 4, 4000
+# Networks whose files are measured, those whose files are predicted, and draws to find them among.
+_FILES, _MANY, _DRAWS = 8, 200, 4000
+# Share of networks whose files are no larger than is assumed.
+_NEARLY = 0.95
 _FEW_IMAGES = 20
 # Seconds that an entry of a latency table takes to be converted and measured, about.
 _SECONDS_PER_ENTRY = 0.8
@@ -226,8 +229,8 @@ def params_for_bytes(
     """How many parameters a network may have, so that its int8 file is within the target.
 
     A file holds the weights, the biases and scales of each channel, and the description of each
-    operator. So the bytes for each parameter depend on the network: those of networks of about the
-    right size are measured, and the most counts.
+    operator. A model of these is fitted to the files of a few networks. It gives the bytes for each
+    parameter of many networks of about the right size, of which nearly the most counts.
 
     Args:
         settings: The settings of the build.
@@ -241,22 +244,40 @@ def params_for_bytes(
     count_params = cost.SpaceCost(space, cost.ParamsCost())
     entries = method.FactorizedLogits(space).sample(_DRAWS, seed=settings.seed, step=0).numpy()
     params = count_params(entries).numpy()
-    guess, more = target.value / 1.5, 0
+
+    def nearest(guess, count):
+        indices = np.argsort(np.abs(params - guess), kind="stable")[:count]
+        return [space.architecture(each) for each in space.entries.to_choices(entries[indices])]
+
+    guess = target.value / 2
     with NetworkCosts(settings, "bytes") as count_bytes:
-        for _ in range(2):
-            nearest = np.argsort(np.abs(params - guess), kind="stable")[:_FILES]
-            choices = space.entries.to_choices(entries[nearest])
-            networks = [space.architecture(each) for each in choices]
-            sizes = np.array(count_bytes(networks))
-            # What files that are made in less time lack: metadata and longer names.
-            more = more or _count_exported_bytes(networks[0], images) - sizes[0]
-            guess = target.value / ((sizes + more) / params[nearest]).max()
+        # Of different sizes.
+        networks = [nearest(share * guess, 1)[0] for share in np.linspace(0.6, 1.4, _FILES)]
+        sizes = np.array(count_bytes(networks))
+    # What files that are made in less time lack: metadata and longer names.
+    sizes += _count_exported_bytes(networks[0], images) - sizes[0]
+    weights, _ = scipy.optimize.nnls(np.array(list(map(_describe_file, networks))), sizes)
+    for _ in range(3):
+        many = np.array(list(map(_describe_file, nearest(guess, _MANY))))
+        guess = target.value / np.quantile(many @ weights / many[:, 0], _NEARLY)
     if guess < float(count_params.least()):
         raise UserError(
             f"`target` is too small for the space {space.name}: its smallest network has "
             f"{float(count_params.least()):,.0f} parameters. Received: target={settings.target}"
         )
     return guess
+
+
+def _describe_file(architecture):
+    """What the size of a file depends on: parameters, channels, blocks, attention, and 1."""
+    blocks = [part for part in architecture.parts() if isinstance(part.layers, Block)]
+    active = [part for part in blocks if not part.layers.skip]
+    channels = sum(
+        2 * expanded_filters(part.channels, part.layers.expansion) + part.layers.filters
+        for part in active
+    )
+    attention = sum(part.layers.splits > 0 for part in active)
+    return architecture.params(), channels, len(active), attention, 1
 
 
 def _count_exported_bytes(architecture, images):

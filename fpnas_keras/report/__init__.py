@@ -1,4 +1,4 @@
-"""The report of a search or a training: a page and plots, made from its files alone.
+"""The report of a search, a training or a build: a page and plots, made from its files alone.
 
 python -m fpnas_keras.report --run_dir=runs/x
 """

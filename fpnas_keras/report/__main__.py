@@ -1,4 +1,4 @@
-"""Writes the report of a search or a training.
+"""Writes the report of a search, a training or a build.
 
 python -m fpnas_keras.report --run_dir=runs/x
 """
@@ -16,15 +16,15 @@ class ReportSettings(Settings):
     """Settings of a report. Each is a flag of `fpnas report`."""
 
     run_dir: str = setting(
-        "Run directory of a search or a training, finished or not. report.html and report/ are "
-        "written into it.",
+        "Directory of a search, a training or a build, finished or not. report.html and report/ "
+        "are written into it.",
         basic=True,
     )
 
 
 COMMAND = Command(
     name="fpnas report",
-    summary="Writes the report of a search or a training, which may still be running.",
+    summary="Writes the report of a search, a training or a build, which may still be running.",
     examples=(("A search", "fpnas report --run_dir=runs/mine"),),
     settings=ReportSettings,
     run=lambda settings: print(report.write_report(settings.run_dir)),
