@@ -6,8 +6,8 @@ For each number of photos a class, on one core and for --time: `fpnas build`; Mo
 the largest width within the target, trained by `fpnas train` for as long, with and without a
 pretrained teacher (EfficientNet-Lite0); Hyperband of Keras Tuner over widths of MobileNetV3-Small;
 AutoKeras' `ImageClassifier`. The last two run in environments that the script makes, and are left
-out with a line where one cannot be installed. Every int8 file is run on the test images and timed
-in turn with the others. One method runs after the other. Finished rows are appended to --output.
+out with a line where one cannot be installed. Every file is run on the test images, and the int8
+file is timed. One method runs after the other. Finished rows are appended to --output.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -50,6 +51,8 @@ NAMES = {
     "keras_tuner": "Keras Tuner (Hyperband), MobileNetV3-Small",
     "autokeras": "AutoKeras",
 }
+# The files of each method.
+FLOAT, INT8 = "judged.tflite", "judged_int8.tflite"
 # Time for the files, of all time.
 _EXPORT_SECONDS = 60
 
@@ -83,18 +86,17 @@ def run_method(settings: BuildBenchmarkSettings, folder: pathlib.Path) -> dict[s
     runs = harness.Runs(settings)
     directory = runs.directory(f"{folder.name} {settings.method} {settings.seed}")
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / "judged_int8.tflite"
     start = time.monotonic()
     if settings.method == "build":
-        lines = _build(settings, folder, directory, file)
+        lines = _build(settings, folder, directory)
     elif settings.method in REQUIREMENTS:
-        lines = _run_rival(settings, folder, directory, file)
+        lines = _run_rival(settings, folder, directory)
     else:
-        lines = _train_by_hand(settings, folder, directory, file)
-    return {"file": str(file), "seconds": time.monotonic() - start, "lines": lines}
+        lines = _train_by_hand(settings, folder, directory)
+    return {"directory": str(directory), "seconds": time.monotonic() - start, "lines": lines}
 
 
-def _build(settings, folder, directory, file):
+def _build(settings, folder, directory):
     short = {}
     if settings.smoke:
         search = {"epochs": 1, "steps_per_epoch": 2, "warmup_steps": 1, "ranked_samples": 0}
@@ -112,11 +114,12 @@ def _build(settings, folder, directory, file):
             output_dir=str(directory / "run"),
         )
     )
-    file.write_bytes(run.path(run.summary["file"]).read_bytes())
+    shutil.copy(run.path("model.tflite"), directory / FLOAT)
+    shutil.copy(run.path(run.summary["file"]), directory / INT8)
     return 1
 
 
-def _train_by_hand(settings, folder, directory, file):
+def _train_by_hand(settings, folder, directory):
     """MobileNetV3-Small, trained by `fpnas train` for as many epochs as fit into the time."""
     shape = (settings.input_size, settings.input_size, 3)
     images = data.load(f"folder:{folder}", image_size=settings.input_size)
@@ -144,20 +147,30 @@ def _train_by_hand(settings, folder, directory, file):
     left = settings.seconds - _EXPORT_SECONDS - teaching - (time.monotonic() - start)
     epochs = max(1, min(probe.epochs_in(left), 4 * probe.epochs))
     run = run_training(dataclasses.replace(train, epochs=1 if settings.smoke else epochs))
-    exported = export_tflite(
-        model=run.model_file, quantize="int8", overwrite=True, min_agreement=0, max_accuracy_drop=1
-    )
-    file.write_bytes(exported.path.read_bytes())
-    return 2
+    for name, quantize in ((FLOAT, "none"), (INT8, "int8")):
+        export_tflite(
+            model=run.model_file,
+            quantize=quantize,
+            output=str(directory / name),
+            overwrite=True,
+            min_agreement=0,
+            max_accuracy_drop=1,
+        )
+    return 3
 
 
-def _run_rival(settings, folder, directory, file):
+def _run_rival(settings, folder, directory):
     images = data.load(f"folder:{folder}", image_size=settings.input_size)
     np.savez(directory / "images.npz", x_train=images.x, y_train=images.y)
     python = _environment(harness.Runs(settings).work_dir, settings.method)
     command = [
         *(str(python), str(pathlib.Path(rivals.__file__).absolute()), settings.method),
-        *("images.npz", str(file), str(settings.seconds - _EXPORT_SECONDS), str(settings.target)),
+        *(
+            "images.npz",
+            str(directory),
+            str(settings.seconds - _EXPORT_SECONDS),
+            str(settings.target),
+        ),
     ]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}
     with (directory / "log.txt").open("w") as log:
@@ -185,7 +198,7 @@ def _environment(work_dir, method):
 
 
 def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:
-    """Accuracy of an int8 file on the test images."""
+    """Accuracy of a `.tflite` file on the test images."""
     images = data.load(f"folder:{folder}", "test", size)
     interpreter = conversion.Interpreter(model_content=file.read_bytes())
     interpreter.allocate_tensors()
@@ -201,12 +214,13 @@ def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:
 def report(settings: BuildBenchmarkSettings, rows: Mapping[str, harness.Row]) -> None:
     """Prints the table."""
     print(
-        "\n| photos a class | method | test accuracy of the int8 file, % | ms | kB | minutes | "
-        f"lines of the user |\n{'|---' * 7}|"
+        "\n| photos a class | method | test accuracy, % | of the int8 file | its ms | its kB | "
+        f"minutes | lines of the user |\n{'|---' * 8}|"
     )
     for row in rows.values():
         print(
-            f"| {row['photos']} | {NAMES[row['method']]} | {100 * row['accuracy']:.2f} | "
+            f"| {row['photos']} | {NAMES[row['method']]} | {100 * row['float_accuracy']:.2f} | "
+            f"{100 * row['accuracy']:.2f} | "
             f"{row['milliseconds']:.3g} | {row['bytes'] / 1e3:.0f} | {row['seconds'] / 60:.1f} | "
             f"{row['lines']} |"
         )
@@ -232,11 +246,14 @@ def run(settings: BuildBenchmarkSettings) -> None:
                 continue
             print(f"{name} ...", flush=True)
             try:
+                if method in REQUIREMENTS:
+                    _environment(runs.work_dir, method)  # Its time does not count.
                 row = _run_alone(settings, photos, method)
             except (subprocess.CalledProcessError, OSError) as error:
                 print(f"left out: {name}: {error}")
                 continue
-            file = pathlib.Path(row.pop("file"))
+            directory = pathlib.Path(row.pop("directory"))
+            file = directory / INT8
             with contextlib.closing(devices.Host()) as host:
                 (times,) = devices.times(host, {name: file}, 30).values()
             rows[name] = {
@@ -244,6 +261,7 @@ def run(settings: BuildBenchmarkSettings) -> None:
                 "photos": photos,
                 "method": method,
                 "accuracy": judge(file, folder, settings.input_size),
+                "float_accuracy": judge(directory / FLOAT, folder, settings.input_size),
                 "milliseconds": devices.tenth_percentile(times),
                 "bytes": file.stat().st_size,
                 "macs_target": settings.target,

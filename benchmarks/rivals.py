@@ -1,13 +1,14 @@
 """What a user writes with Keras Tuner or AutoKeras for the job of `fpnas build`.
 
-python rivals.py METHOD IMAGES.npz OUTPUT.tflite SECONDS MACS
+python rivals.py METHOD IMAGES.npz FOLDER SECONDS MACS
 
 It runs in an environment of its own, without this project. `build.py` makes the environment and the
-file of images (`x_train`, `y_train`), and judges the int8 file. The code of a method is what its
+file of images (`x_train`, `y_train`), and judges the files. The code of a method is what its
 documentation shows, for a limited time.
 """
 
 import contextlib
+import pathlib
 import sys
 import time
 
@@ -47,9 +48,13 @@ def keras_tuner(x, y, seconds: float, macs: float) -> keras.Model:
     (x_train, y_train), (x_val, y_val) = _split(x, y)
 
     def network(alpha):
-        return keras.applications.MobileNetV3Small(
+        model = keras.applications.MobileNetV3Small(
             shape, alpha=alpha, weights=None, classes=classes, classifier_activation=None
         )
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = 0.9  # Its own, 0.999, needs thousands of steps.
+        return model
 
     widths = [alpha for alpha in np.arange(0.2, 1.01, 0.05) if count_macs(network(alpha)) <= macs]
 
@@ -129,21 +134,23 @@ def _fit_until(model, x, y, seconds):
     return model
 
 
-def to_int8(model: keras.Model, x: np.ndarray) -> bytes:
-    """A model as an int8 file that takes one image."""
+def convert(model: keras.Model, x: np.ndarray, is_int8: bool) -> bytes:
+    """A model as a file that takes one image, in float32 or int8."""
     inputs = keras.Input(x.shape[1:], batch_size=1, name="image")
     fixed = keras.Model(inputs, model(inputs, training=False))
     converter = tf.lite.TFLiteConverter.from_keras_model(fixed)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    order = np.random.default_rng(0).permutation(len(x))[:300]
-    converter.representative_dataset = lambda: ([x[i : i + 1].astype(np.float32)] for i in order)
-    converter.inference_input_type = converter.inference_output_type = tf.uint8
+    if is_int8:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        order = np.random.default_rng(0).permutation(len(x))[:300]
+        few = [x[i : i + 1].astype(np.float32) for i in order]
+        converter.representative_dataset = lambda: ([each] for each in few)
+        converter.inference_input_type = converter.inference_output_type = tf.uint8
     return converter.convert()
 
 
 def main() -> None:
-    """Runs a method on the images of a file, and writes its int8 file."""
-    method, images, output, seconds, macs = sys.argv[1:]
+    """Runs a method on the images of a file, and writes its files."""
+    method, images, folder, seconds, macs = sys.argv[1:]
     keras.utils.set_random_seed(0)
     with np.load(images) as arrays:
         x, y = arrays["x_train"], arrays["y_train"]
@@ -151,8 +158,8 @@ def main() -> None:
         x, y, float(seconds), float(macs)
     )
     print(model.count_params(), "parameters")
-    with open(output, "wb") as file:
-        file.write(to_int8(model, x))
+    for name, is_int8 in (("judged.tflite", False), ("judged_int8.tflite", True)):
+        pathlib.Path(folder, name).write_bytes(convert(model, x, is_int8))
 
 
 if __name__ == "__main__":

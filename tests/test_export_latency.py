@@ -18,6 +18,7 @@ from fpnas_keras import Architecture, LatencyCost, spaces
 from fpnas_keras.architecture import Block, Part, count_part
 from fpnas_keras.cost import SpaceCost, latency_table
 from fpnas_keras.errors import UserError
+from fpnas_keras.runs import BuildRun
 
 pytestmark = pytest.mark.xdist_group("latency")
 measure = functools.partial(run, "export.latency")
@@ -65,7 +66,14 @@ elif "benchmark_model --graph" in command:
         sys.exit(0)
     if fail == "late" and sum("--graph" in each for each in open(os.environ["ADB_LOG"])) > 7:
         die("error: device offline")
-    print(open(os.environ["ADB_OUTPUT"]).read())
+    text = open(os.environ["ADB_OUTPUT"]).read()
+    if "BY_SIZE" in os.environ:  # Microseconds by the size of the file that was pushed there.
+        graph = command.split("--graph=")[1].split()[0]
+        pushed = [line.strip() for line in open(os.environ["ADB_LOG"]) if "push " in line]
+        local = [line for line in pushed if line.endswith(graph)][-1].partition("push ")[2]
+        local = local.removesuffix(graph).strip()
+        text = text.replace("1498", str(os.path.getsize(local) // 10))
+    print(text)
 """
 OUTPUT = """Cpus_allowed:	f0
 INFO: STARTING!
@@ -494,3 +502,28 @@ def test_architectures_of_a_table_that_lacks_their_parts(folder, table):
     result = measure(f"--architecture={folder / 'other.json'}", f"--latency_table={table}")
     assert result.returncode == 1
     assert f"{table} lacks stem 16x16x1 k3 f16" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_build_for_a_phone(folder, tmp_path, phone):
+    """`fpnas build` measures its table and its files on the phone."""
+    flags, environment = phone
+    directory = tmp_path / "build"
+    result = run(
+        "fpnas_keras.building.build",
+        *("--data=digits", "--train_images=400", f"--space={folder / 'small.json'}"),
+        *("--input_size=16", "--target=0.9ms", "--nobaseline", f"--output_dir={directory}"),
+        *("--search.epochs=1", "--search.steps_per_epoch=2", "--search.ranked_samples=0"),
+        *("--train.epochs=3", "--export.min_agreement=0", "--export.max_accuracy_drop=1"),
+        *("--latency.rounds=1", "--latency.network_seconds=0", "--latency.proof_networks=5"),
+        *("--latency.core_mask=f0", *flags[:2]),
+        **environment,
+        BY_SIZE="1",
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    assert result.returncode == 0, result.stderr
+    summary = BuildRun(directory).summary
+    assert (summary["device"], summary["milliseconds"]) == ("adb", summary["bytes"] // 10 / 1000)
+    (table,) = (tmp_path / "cache" / "fpnas_keras").glob("small_*.json")
+    assert latency_table.read(table)["device"]["name"] == "Pixel 8"
+    assert (directory / "latency_table.json").read_bytes() == table.read_bytes()

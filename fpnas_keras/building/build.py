@@ -100,7 +100,8 @@ class _Build:
         self._earlier = sum(step["seconds"] for step in self.run.steps)
         self._earlier_cpu = sum(step["cpu_seconds"] for step in self.run.steps)
         self._started = time.monotonic()
-        self._notes = []
+        # Of the step that is done now: its name, and what is decided in it.
+        self._name, self._notes = "", []
 
     def run_steps(self):
         """Does the steps that are not done yet."""
@@ -137,7 +138,8 @@ class _Build:
         line = f"step {number} of {count}: {name}"
         best = self._best()
         logging.info("%s", "; ".join(filter(None, [line, self._describe_time(), best])))
-        started, cpu, self._notes = time.monotonic(), _cpu_seconds(), []
+        started, cpu = time.monotonic(), _cpu_seconds()
+        self._name, self._notes = name, self.run.planned.get(name, [])
 
         def describe(left):
             return f"step {number} of {count}{self._describe_whole(left)}"
@@ -218,7 +220,7 @@ class _Build:
         )
         if self._left() == math.inf or settings.epochs is not None:
             return settings
-        logging.info("measuring a step of the search")
+        logging.info("measuring the time of a step of the search")
         probe = planning.probe_search(settings, self.images)
         allowed = _SEARCH_SHARE * self._left()
         epochs = min(probe.epochs, probe.epochs_in(allowed))
@@ -234,6 +236,7 @@ class _Build:
                 f"search: {epochs * probe.steps_per_epoch:,} steps instead of "
                 f"{probe.epochs * probe.steps_per_epoch:,}, for lack of time"
             )
+        self.run.write_planned(self._name, self._notes)
         return dataclasses.replace(settings, epochs=epochs, steps_per_epoch=probe.steps_per_epoch)
 
     def _cost(self):
@@ -267,7 +270,7 @@ class _Build:
         return run_training(settings).summary["wall_seconds"]
 
     def _plan_training(self, settings, name, allowed):
-        logging.info("measuring a step of the training")
+        logging.info("measuring the time of a step of the training")
         started = time.monotonic()
         probe = planning.probe_training(settings, self.images)
         allowed -= time.monotonic() - started
@@ -282,6 +285,7 @@ class _Build:
             self._notes.append(
                 f"{name}: {epochs} epochs instead of {probe.epochs}, since there is time"
             )
+        self.run.write_planned(self._name, self._notes)
         return dataclasses.replace(settings, epochs=epochs)
 
     def _export(self):
@@ -334,7 +338,7 @@ class _Build:
         return whole
 
     def _scale_baseline(self):
-        with measuring.NetworkCosts(self.settings, self.target.kind) as cost:
+        with measuring.NetworkCosts(self.settings, self.target.kind, self.images) as cost:
             return scale_published(
                 _BASELINE,
                 self.images.image_shape,

@@ -37,15 +37,16 @@ _LEAST_SIZE = 16
 _MOST_PIXELS_BY_BYTES = 96
 # The target is at least so many times the cost of the smallest network.
 _ROOM = 2.0
-_ROUNDS = 30
 # Networks whose files are measured, those whose files are predicted, and draws to find them among.
 _FILES, _MANY, _DRAWS = 8, 200, 4000
 # Share of networks whose files are no larger than is assumed.
 _NEARLY = 0.95
 _FEW_IMAGES = 20
-# Seconds that an entry of a latency table takes to be converted and measured, about.
-_SECONDS_PER_ENTRY = 0.8
+# Seconds of one core for an entry of a latency table and for a whole network, about.
+_ENTRY_SECONDS, _NETWORK_SECONDS = 0.9, 4.0
 _MOST_ENTRIES, _LEAST_ENTRIES = 1500, 150
+# Of a table that has little time: networks that test it, and seconds to measure those.
+_PROOF_NETWORKS, _PROOF_SECONDS = 8, 20.0
 
 
 def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classes: int) -> int:
@@ -122,11 +123,14 @@ class NetworkCosts:
     Args:
         settings: The settings of the build.
         kind: Kind of the target.
+        images: Training images, for bytes. Without them the bytes lack metadata and a few others.
     """
 
-    def __init__(self, settings: BuildSettings, kind: str):
+    def __init__(self, settings: BuildSettings, kind: str, images: "data.Images | None" = None):
         self._settings = settings
         self._kind = kind
+        self._images = images
+        self._more = None
         self._stack = contextlib.ExitStack()
         self._pool = None
 
@@ -141,9 +145,14 @@ class NetworkCosts:
         if self._kind == "macs":
             return [float(each.macs()) for each in architectures]
         files = self._write(architectures)
-        if self._kind == "bytes":
-            return [float(file.stat().st_size) for file in files]
-        return time_files(self._settings, files)
+        if self._kind == "latency":
+            return time_files(self._settings, files)
+        sizes = [file.stat().st_size for file in files]
+        if self._more is None:
+            # What files that are made in less time lack: metadata and longer names.
+            whole = self._images and _count_exported_bytes(architectures[0], self._images)
+            self._more = whole - sizes[0] if whole else 0
+        return [float(size + self._more) for size in sizes]
 
     def _write(self, architectures):
         if self._pool is None:
@@ -172,7 +181,7 @@ def time_files(settings: BuildSettings, files: Sequence[pathlib.Path]) -> list[f
     latency = settings.latency_settings("mobile_mini", output="table.json")
     names = {str(index): file for index, file in enumerate(files)}
     with latency.open_device(latency.threads[0]) as device:
-        times = export.devices.times(device, names, latency.rounds or _ROUNDS)
+        times = export.devices.times(device, names, latency.count_rounds())
     return [export.devices.tenth_percentile(times[name]) for name in names]
 
 
@@ -209,10 +218,14 @@ def find_table(settings: BuildSettings, space: Space, seconds: float | None) -> 
         logging.info("latency table: %s, measured before", file)
         return file
     given = {"output": str(file)}
-    if seconds is not None and "max_entries" not in (settings.latency or {}):
-        given["max_entries"] = int(
-            min(max(seconds / _SECONDS_PER_ENTRY, _LEAST_ENTRIES), _MOST_ENTRIES)
-        )
+    if seconds is not None:
+        cores = len(os.sched_getaffinity(0))
+        left = cores * (seconds - _PROOF_SECONDS) - 2 * _PROOF_NETWORKS * _NETWORK_SECONDS
+        count = int(min(max(left / _ENTRY_SECONDS, _LEAST_ENTRIES), _MOST_ENTRIES))
+        given |= {"max_entries": count, "proof_networks": _PROOF_NETWORKS}
+        given |= {"network_seconds": _PROOF_SECONDS, **(settings.latency or {})}
+        if count < _MOST_ENTRIES:
+            logging.info("latency table: at most %d entries are measured, for lack of time", count)
     run_measuring(dataclasses.replace(latency, **given))
     return file
 
@@ -250,12 +263,10 @@ def params_for_bytes(
         return [space.architecture(each) for each in space.entries.to_choices(entries[indices])]
 
     guess = target.value / 2
-    with NetworkCosts(settings, "bytes") as count_bytes:
+    with NetworkCosts(settings, "bytes", images) as count_bytes:
         # Of different sizes.
         networks = [nearest(share * guess, 1)[0] for share in np.linspace(0.6, 1.4, _FILES)]
         sizes = np.array(count_bytes(networks))
-    # What files that are made in less time lack: metadata and longer names.
-    sizes += _count_exported_bytes(networks[0], images) - sizes[0]
     weights, _ = scipy.optimize.nnls(np.array(list(map(_describe_file, networks))), sizes)
     for _ in range(3):
         many = np.array(list(map(_describe_file, nearest(guess, _MANY))))

@@ -47,6 +47,7 @@ class BuildSettings(RunSettings):
         "of the trainings. Default: those of fpnas search and fpnas train.",
         None,
         basic=True,
+        may_change=True,
     )
     device: str = setting(
         "Where milliseconds are measured: on this machine, or on an Android phone, which needs "

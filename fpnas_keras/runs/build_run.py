@@ -3,6 +3,7 @@
 | file | what it is |
 |---|---|
 | `flags.txt`, `chosen.txt`, `images.json` | as in every run directory |
+| `planned.json` | what was decided at the start of each step, in sentences |
 | `steps.json` | the steps that are finished, with the seconds that each took |
 | `latency_table.json` | the latency table, for a target in milliseconds |
 | `search/`, `training/` | the run directories of the search and the training |
@@ -110,10 +111,31 @@ class BuildRun(RunDirectory):
         step["notes"] = list(notes)
         write_json(self.steps_file, [*self.steps, step])
 
+    @property
+    def planned(self) -> dict[str, list[str]]:
+        """What was decided at the start of each step, by its name. A resumed step needs it.
+
+        Raises:
+            UserError: When the file is damaged.
+        """
+        file = self.path("planned.json")
+        return read_json(file, "a plan", _checked_planned) if file.is_file() else {}
+
+    def write_planned(self, name: str, notes: Sequence[str]) -> None:
+        """Writes down what was decided at the start of a step."""
+        write_json(self.path("planned.json"), self.planned | {name: list(notes)})
+
     def check(self) -> None:
         """Raises `UserError` unless the directory holds a build, finished or not."""
         if not self.is_build:
             raise UserError(f"{self.directory} must be the directory of a build")
+
+
+def _checked_planned(data):
+    if not isinstance(data, dict):
+        raise UserError("it must be an object with keys")
+    check_fields(data, "it", **dict.fromkeys(data, list))
+    return data
 
 
 def _checked_steps(data):
