@@ -287,6 +287,7 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
         for flag in short_flags(small_space, directory)
         if not flag.startswith(("--search.epochs", "--search.steps", "--train.epochs"))
     ]
+    directory.mkdir()
     settings = BuildSettings.from_flags(["--target=166k", "--time=600s", *flags])
     session = fpnas.runs.Session(BuildRun(directory), settings, "x")
     job = build._Build(session)

@@ -20,10 +20,10 @@ from fpnas_keras.search import SearchSettings, run_search
 from fpnas_keras.train import TrainSettings, run_training
 
 _PROBED_STEPS = 8
-# A search draws fewer architectures as it decides. Over all steps it draws this share of those of
-# its first steps: 0.35 with mobile_40 and 0.55 with mobile_mini (benchmarks/versus.jsonl and
-# few_photos.jsonl).
-_MEAN_SAMPLES = 0.45
+# A search draws fewer architectures as it decides. Over all steps it draws about this share of
+# those of its first steps: 0.35 to 0.55 in searches of 1,500 steps (benchmarks/versus.jsonl and
+# few_photos.jsonl), more in shorter ones.
+_MEAN_SAMPLES = 0.6
 # Images of the architecture part that a finalist is judged on, about: most are out before the end.
 _JUDGED_IMAGES = 1000
 
