@@ -10,8 +10,9 @@ from fpnas_keras.cost import format_cost
 from fpnas_keras.errors import UserError
 
 # (kernel size, expansion, filters, squeeze-excite, hard swish, stride) of the published blocks. For
-# 28 pixels, three of the five halvings of the size are kept, as in `mobile_mini`. MobileNetV3 keeps
-# the last three. EfficientNet keeps the middle ones; otherwise no width is within the target.
+# 28 pixels, three of the five halvings of the size are kept, as in `mobile_mini`; a stride of the
+# stem adds the others. MobileNetV3 keeps the last three. EfficientNet keeps the middle ones;
+# otherwise no width is within the target.
 _MOBILENET_V3_SMALL = (
     (3, 1, 16, 1, 0, 1),
     (3, 4.5, 24, 0, 0, 2),
@@ -71,7 +72,8 @@ def scale_published(
         input_shape: Shape of the images.
         num_classes: Number of classes.
         target: Highest cost.
-        stem_strides: Stride of the stem: 1 for images of up to 40 pixels, 2 for larger ones.
+        stem_strides: How much the stem halves: 1 for images of up to 40 pixels, 2 for larger ones.
+            With 4 the first block halves too, as in the published MobileNetV3-Small for 224 pixels.
         most_blocks: The blocks after these are left out.
         cost: Gives the cost of a network: its MACs, unless another one is given. It is higher for
             wider networks.
@@ -100,6 +102,8 @@ def scale_published(
 
 def _at_width(name, width, input_shape, num_classes, stem_strides, most_blocks):
     blocks, stem, head = PUBLISHED[name]
+    if stem_strides == 4:
+        blocks, stem_strides = ((*blocks[0][:-1], 2), *blocks[1:]), 2
 
     def filters(count):
         return make_divisible(width * count, 4)

@@ -313,7 +313,8 @@ def _checked_inner(field, value):
                 f"`{field.name}` must hold settings of {field.metadata['of'].__name__}. "
                 f"Received: {field.name}.{name}={each}"
             )
-        known[name] = _checked(inner[name], each, f"{field.name}.{name}")
+        if each is not None:
+            known[name] = _checked(inner[name], each, f"{field.name}.{name}")
     return known
 
 

@@ -1,7 +1,11 @@
 """`fpnas build`: from images to the file for the app, its plan, and builds that are killed."""
 
+import dataclasses
+import functools
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fpnas_keras as fpnas
+from export.latency_parts import named_parts
 from fpnas_keras import data
 from fpnas_keras.building import build, measuring, planning
 from fpnas_keras.building.planning import Probe
@@ -112,8 +117,9 @@ def test_settings_of_steps_are_flags():
         ("--train.nothing=1", "train.nothing"),
         ("--train.data=digits", "`train.data` cannot be given: the job itself sets it"),
         ("--search.target=3e6", "`search.target` cannot be given"),
+        ("--nosearch.control_variate", "--nocontrol_variate needs --cost_window=0"),
         ("--search.samples=1", "`samples` must be at least 2"),
-        ("--export.prune=0.5", "--prune needs --quantize=qat"),
+        ("--export.prune=0.5", "`export.prune` cannot be given"),
         ("--latency.threads=1,2", "`latency.threads` must be one number"),
         ("--device=adb", "--device=adb needs --benchmark_model"),
         ("--latency_table=t.json", "--latency_table needs a target in milliseconds"),
@@ -131,7 +137,7 @@ def test_bad_flags_are_refused_before_any_work(tmp_path, flag, message):
 
 
 def test_probe():
-    probe = Probe(start=10.0, step=0.5, steps_per_epoch=20, epochs=30)
+    probe = Probe(start=10.0, step=0.5, steps_per_epoch=20, epochs=30, batch_size=8)
     assert probe.seconds(5) == 60.0
     assert probe.epochs_in(60.0) == 5
     assert probe.epochs_in(59.9) == 4
@@ -140,7 +146,7 @@ def test_probe():
 
 @given(st.floats(0, 1e4), st.floats(1e-4, 10), st.integers(1, 500), st.floats(0, 1e6))
 def test_as_many_epochs_as_fit(start, step, steps_per_epoch, seconds):
-    probe = Probe(start, step, steps_per_epoch, 20)
+    probe = Probe(start, step, steps_per_epoch, 20, 8)
     epochs = probe.epochs_in(seconds)
     assert probe.seconds(epochs) <= seconds + 1e-6 * abs(seconds) + 1e-6
     assert probe.seconds(epochs + 1) >= seconds - 1e-6 * abs(seconds) - 1e-6
@@ -170,7 +176,7 @@ def test_output(built):
     # What the data holds is said once.
     assert done.stderr.count("1,797 images") == 1
     assert f"{run_.path('model_int8.tflite')}: " in done.stdout
-    assert "MobileNetV3-Small, trained as long: " in done.stdout
+    assert "MobileNetV3-Small: " in done.stdout
     assert run_.summary["next"] in done.stdout
 
 
@@ -270,7 +276,9 @@ def test_the_step_of_a_killed_build_keeps_its_settings(built, small_space, monke
     session = fpnas.runs.Session(run_, settings, "x")
     try:
         job = build._Build(session)
-        known = job._resumed(fpnas.train.TrainSettings, run_.training)
+        known = job._resumed(
+            fpnas.train.TrainSettings, run_.training, architecture=run_.search.architecture_file
+        )
     finally:
         session.close()
     assert known.epochs == 12
@@ -279,8 +287,8 @@ def test_the_step_of_a_killed_build_keeps_its_settings(built, small_space, monke
 
 def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     """The plan follows from the probes; what was cut or added is said."""
-    monkeypatch.setattr(planning, "probe_search", lambda *_: Probe(5.0, 0.1, 50, 30))
-    monkeypatch.setattr(planning, "probe_training", lambda *_: Probe(5.0, 1.0, 10, 20))
+    monkeypatch.setattr(planning, "probe_search", lambda *_: Probe(5.0, 0.1, 50, 30, 16))
+    monkeypatch.setattr(planning, "probe_training", lambda *_: Probe(5.0, 1.0, 10, 20, 1440))
     directory = tmp_path / "run"
     flags = [
         flag
@@ -296,11 +304,14 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     job._started = time.monotonic() - 95
     # 30% of 505 s are 151 s: 5 s to start, and 29 epochs of 5 s.
     job.settings = job.settings.fit_to(job.images)
-    planned = job._plan_search(directory / "search")
+    planned = job._plan_search()
     assert (planned.epochs, planned.steps_per_epoch) == (29, 50)
     # 5 s to start, and 19 epochs of 10 s.
     train = job.settings.train_settings(directory / "training", "a.json")
-    assert job._plan_training(train, "training", 195.2).epochs == 19
+    # A third of a second for four passes over 360 test images.
+    assert job._plan_training(train, "training", 195.4).epochs == 19
+    assert job._plan_training(train, "training", 195.2).epochs == 18
+    job._notes.pop()
     assert job._plan_training(train, "training", 1e6).epochs == 4 * 20
     assert job._plan_training(train, "training", 3.0).epochs == 1
     assert job._notes == [
@@ -311,7 +322,7 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     ]
     job._started = time.monotonic() - 590
     with pytest.raises(UserError, match="`time` must be at least 12m, with which the search"):
-        job._plan_search(directory / "search")
+        job._plan_search()
 
 
 def test_probes_measure_the_jobs(small_space, tmp_path):
@@ -402,28 +413,123 @@ def test_size_of_the_file(small_space, tmp_path):
 
 def test_a_latency_table_is_found_again(small_space, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     measured = []
 
     def measure(settings):
         measured.append(settings)
+        of = fpnas.spaces.get(settings.space, (settings.input_size, settings.input_size, 1), 10)
+        fit = {"measured": min(settings.max_entries, len(named_parts(of)))}
         write_latency_table(
-            tmp_path / "made.json", space, lambda part: 0.01, quantize="int8"
-        ).rename(settings.output)
+            pathlib.Path(settings.output), of, lambda part: 0.01, quantize="int8", fit=fit
+        )
 
     monkeypatch.setattr(measuring, "run_measuring", measure)
-    space = fpnas.spaces.get(str(small_space), (16, 16, 1), 10)
-    settings = BuildSettings(target="1ms", output_dir="x", space=str(small_space))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    first = measuring.find_table(settings, space, 200.0)
+    settings = BuildSettings(target="1ms", output_dir="x", space="mobile_40")
+    space = fpnas.spaces.get("mobile_40", (32, 32, 1), 10)
+    file = tmp_path / "table.json"
+    notes = measuring.measure_table(settings, space, file, 200.0)
     # 2 cores for 180 s, without the 64 s of 16 networks, in entries of 0.9 s.
     assert measured[0].max_entries == 328
-    assert measuring.find_table(settings, space, None) == first
+    assert notes[0].startswith("latency table: 328 of ")
+    # It is good enough for as little time, and not for more.
+    (cached,) = (tmp_path / "cache" / "fpnas_keras").iterdir()
+    file.unlink()
+    notes = measuring.measure_table(settings, space, file, 200.0)
+    assert notes == [f"latency table: {cached}, with 328 measured entries"]
+    assert file.read_bytes() == cached.read_bytes()
     assert len(measured) == 1
-    assert first.parent == tmp_path / "cache" / "fpnas_keras"
-    other = fpnas.spaces.get(str(small_space), (32, 32, 1), 10)
-    assert measuring.find_table(settings, other, None) != first
-    assert len(measured) == 2
-    assert os.listdir(first.parent)
+    file.unlink()
+    measuring.measure_table(settings, space, file, None)
+    assert (len(measured), measured[1].max_entries) == (2, 1500)
+    assert len(list(cached.parent.iterdir())) == 1
+    # Another size is another table.
+    other = fpnas.spaces.get("mobile_40", (16, 16, 1), 10)
+    measuring.measure_table(settings, other, tmp_path / "other.json", 200.0)
+    assert len(list(cached.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--latency_table=nowhere.json"], "nowhere.json"),
+        (["--device=adb", "--benchmark_model=nowhere"], "`benchmark_model` must be"),
+        (["--train.teacher=nowhere.keras"], "nowhere.keras"),
+    ],
+)
+def test_what_was_wrong_can_be_put_right(small_space, tmp_path, flags, message):
+    """Nothing is written, or the same directory takes the corrected flags."""
+    directory = tmp_path / "run"
+    target = "--target=1ms" if "latency" in flags[0] else "--target=166k"
+    short = short_flags(small_space, directory)
+    done = run(MODULE, target, *short, *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    run_ = BuildRun(directory)
+    settings = BuildSettings.from_flags([target, *short])
+    if directory.exists():
+        session = fpnas.runs.Session(
+            run_, settings, "x", may_change=functools.partial(settings.may_still_change, run_)
+        )
+        session.close()
+        other = dataclasses.replace(settings, search={"epochs": 3})
+        with pytest.raises(UserError, match="it differs in --search"):
+            fpnas.runs.Session(
+                run_, other, "x", may_change=functools.partial(other.may_still_change, run_)
+            )
+    assert directory.exists() == ("--train.teacher=nowhere.keras" in flags)
+
+
+def test_another_kind_of_run_is_not_taken_for_a_build(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "flags.txt").write_text("--cost=macs\n--target=1e6\n--space=x\n")
+    done = run(MODULE, "--target=1M", "--data=digits", f"--output_dir={directory}")
+    assert done.returncode == 1
+    assert "holds another run" in done.stderr
+    assert [path.name for path in directory.iterdir()] == ["flags.txt"]
+
+
+def test_a_build_that_has_not_searched_begins_with_other_flags(small_space, tmp_path):
+    directory = tmp_path / "run"
+    short = short_flags(small_space, directory)
+    first = BuildSettings.from_flags(["--target=150k", *short])
+    run_ = BuildRun(directory)
+    session = fpnas.runs.Session(run_, first, "x")
+    with session.working():
+        build._Build(session)._begin()
+    assert "--target=150k" in run_.flag_lines()
+    (directory / "latency_table.json.files").mkdir()
+    assert build._differs(run_, dataclasses.replace(first, target="166k"))
+    assert not build._differs(run_, dataclasses.replace(first, output_dir="elsewhere"))
+    run_.forget_beginning()
+    assert list(directory.iterdir()) == []
+
+
+def test_a_build_that_was_moved_goes_on(built, tmp_path):
+    """Its steps name files inside of it."""
+    first, _ = built
+    moved = tmp_path / "moved"
+    shutil.copytree(first.directory, moved)
+    run_ = BuildRun(moved)
+    settings = BuildSettings.from_flags(
+        [*(flag for flag in run_.flag_lines() if "output_dir" not in flag), f"--output_dir={moved}"]
+    )
+    for name in ("summary.json", "training/summary.json", "training/model.keras"):
+        (moved / name).unlink()
+    shutil.rmtree(moved / "training" / "checkpoints")
+    steps = json.loads(run_.steps_file.read_text())
+    run_.steps_file.write_text(json.dumps(steps[:1]))
+    for file in moved.glob("*.tflite"):
+        file.unlink()
+    again = build.run_build(settings)
+    assert again.summary["accuracy"] == first.summary["accuracy"]
+    assert str(moved) in again.training.flags["architecture"]
+    for one, other in zip(
+        first.training.model().get_weights(), again.training.model().get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_target_outside_of_the_space_leaves_nothing(small_space, tmp_path):

@@ -10,6 +10,7 @@ from helpers import counted_macs
 
 from export.conversion import convert
 from fpnas_keras import Architecture, spaces
+from fpnas_keras.published import scale_published
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "architectures"
 # Accuracy in %, MACs and parameters in the published table.
@@ -83,3 +84,11 @@ def test_macs_of_the_built_model_and_of_its_tflite_graph(file):
     assert counted_macs(model) == architecture.macs()
     assert counted_macs_of_tflite(convert(model)) == architecture.macs()
     assert trainable(model) == architecture.params()
+
+
+def test_mobilenet_v3_small_as_it_was_published():
+    """56.5M MACs at width 1; ours lacks the hidden dense layer of its head."""
+    network = scale_published("MobileNetV3-Small", (224, 224, 3), 1000, 56.5e6, stem_strides=4)
+    assert 0.93 * 56.5e6 < network.macs() <= 56.5e6
+    assert network.stem.filters == 16
+    assert network.parts()[-1].size == (7, 7)

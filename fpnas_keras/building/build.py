@@ -4,7 +4,9 @@ fpnas build --data=folder:photos --target=8M --output_dir=runs/photos
 """
 
 import dataclasses
+import functools
 import math
+import pathlib
 import resource
 import shlex
 import time
@@ -19,6 +21,7 @@ from fpnas_keras.building import measuring, planning
 from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.building.targets import format_cost
 from fpnas_keras.commands import Command, visible_log
+from fpnas_keras.cost import latency_table
 from fpnas_keras.errors import Interrupted, UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.published import scale_published
@@ -38,8 +41,10 @@ _EXPORT_SECONDS, _BASELINE_SECONDS = 60.0, 60.0
 # An int8 file that loses more accuracy is fine-tuned.
 _MOST_LOST = 0.01
 _BASELINE = "MobileNetV3-Small"
-# The stem halves larger images.
-_LARGE = 40
+# How much its stem and first block halve images of up to so many pixels, as in the spaces.
+_STRIDES = ((40, 1), (160, 2), (math.inf, 4))
+# Passes over the test images of the exports, in forward passes of the network.
+_TEST_PASSES = 4
 
 
 def build(**settings: Any) -> runs.BuildRun:
@@ -78,9 +83,16 @@ def build(**settings: Any) -> runs.BuildRun:
 def run_build(settings: BuildSettings) -> runs.BuildRun:
     """Like `build`, but takes a `BuildSettings`."""
     run = runs.BuildRun(settings.output_dir)
-    session = runs.Session(run, settings, "fpnas_keras.building")
+    session = runs.Session(
+        run,
+        settings,
+        "fpnas_keras.building",
+        may_change=functools.partial(settings.may_still_change, run),
+    )
     with session.working():
         if not run.finished:
+            if run.is_build and not run.search.flag_file.is_file() and _differs(run, settings):
+                run.forget_beginning()
             with data.remembering():
                 _Build(session).run_steps()
         elif not run.report.is_file():
@@ -94,12 +106,12 @@ class _Build:
     def __init__(self, session):
         self.session = session
         self.run = session.run
-        self.directory = self.run.directory.absolute()
         self.settings = session.settings
         self.target = self.settings.parsed_target()
         self._earlier = sum(step["seconds"] for step in self.run.steps)
         self._earlier_cpu = sum(step["cpu_seconds"] for step in self.run.steps)
         self._started = time.monotonic()
+        self._table_notes = []
         # Of the step that is done now: its name, and what is decided in it.
         self._name, self._notes = "", []
 
@@ -118,19 +130,32 @@ class _Build:
         self._finish()
 
     def _begin(self):
-        """Reads the images and chooses what depends on them."""
-        settings = self.settings
-        size = settings.input_size or int(self.run.chosen.get("input_size", 0))
-        if not size:
-            shape, num_classes = data.look_at(settings.data, settings.data_dir, settings.download)
-            size = measuring.choose_size(settings, shape, num_classes)
-        self.images = settings.load_images("train", size)
+        """Reads the images, chooses what depends on them, and checks before anything is written."""
+        given = self.settings
+        if given.device == "adb":
+            measuring.check_device(given)
+        self.images = given.load_images("train", self._choose_size())
         self.settings = self.session.fit_settings(self.images)
         self.space = spaces.get(
             self.settings.space, self.images.image_shape, len(self.images.class_names)
         )
         measuring.check_target(self.settings, self.space)
-        self.session.begin(latency_table=settings.latency_table)
+        if given.latency_table is not None:
+            self._table_notes = measuring.check_table(given, given.latency_table, self.space)
+        self.session.begin(latency_table=given.latency_table)
+        if self.run.flag_lines() != given.to_flags():  # Some may change.
+            _write_flags(self.run, given)
+
+    def _choose_size(self):
+        """Height and width of the images: given, chosen before, or to be chosen."""
+        settings = self.settings
+        size = settings.input_size or int(self.run.chosen.get("input_size", 0))
+        if not size and (settings.latency_table or "").endswith(".json"):
+            size = int(latency_table.read(settings.latency_table)["input_shape"][0])
+        if not size:
+            shape, num_classes = data.look_at(settings.data, settings.data_dir, settings.download)
+            size = measuring.choose_size(settings, shape, num_classes)
+        return size
 
     def _do(self, name, work):
         """Does one step, and writes down that it is done."""
@@ -139,7 +164,7 @@ class _Build:
         best = self._best()
         logging.info("%s", "; ".join(filter(None, [line, self._describe_time(), best])))
         started, cpu = time.monotonic(), _cpu_seconds()
-        self._name, self._notes = name, self.run.planned.get(name, [])
+        self._name, self._notes = name, []
 
         def describe(left):
             return f"step {number} of {count}{self._describe_whole(left)}"
@@ -187,38 +212,65 @@ class _Build:
         return ""
 
     def _measure_table(self):
-        table, seconds = self.settings.latency_table, self.settings.seconds()
-        if table is None:
-            allowed = None if seconds is None else _TABLE_SHARE * seconds
-            table = measuring.find_table(self.settings, self.space, allowed)
-        measuring.copy_table(table, self.run.latency_table)
+        if self.settings.latency_table is not None:
+            self._notes += self._table_notes
+            return
+        seconds = self.settings.seconds()
+        allowed = None if seconds is None else _TABLE_SHARE * seconds
+        self._notes += measuring.measure_table(
+            self.settings, self.space, self.run.measured_table, allowed
+        )
 
     def _search(self):
-        directory = self.directory / "search"
-        settings = self._resumed(SearchSettings, self.run.search)
+        files = {}
+        if self.target.kind == "latency":
+            files["latency_table"] = self.run.latency_table
+        settings = self._resumed(SearchSettings, self.run.search, **files)
         if settings is None:
-            settings = self._plan_search(directory)
+            settings = self._plan_search(**files)
+            self.run.write_planned(self._name, self._notes)
         run = run_search(settings)
         if run.is_decided is False:
             self._notes.append(f"{run.decision} It needs more time, or --search.epochs")
         return run.summary["wall_seconds"]
 
-    def _resumed(self, cls: type[RunSettings], run: RunDirectory) -> RunSettings | None:
-        """The settings of a step that an earlier process has begun."""
+    def _resumed(
+        self, cls: type[RunSettings], run: RunDirectory, **files: pathlib.Path
+    ) -> RunSettings | None:
+        """The settings of a step that an earlier process has begun.
+
+        Args:
+            cls: Class of the settings.
+            run: The directory of the step.
+            **files: Files of this build that the step takes, by the name of the setting. They may
+                have been moved with the directory.
+        """
         if not run.flag_file.is_file():
             return None
-        ours = {
-            name: getattr(self.settings, name)
-            for name in cls.may_change() & BuildSettings.may_change()
-        }
+        self._notes += self.run.planned.get(self._name, [])
         known = cls.from_flags([f"--flagfile={run.flag_file}"])
-        return dataclasses.replace(known, **ours | {"output_dir": str(run.directory.absolute())})
-
-    def _plan_search(self, directory):
-        settings = self.settings.search_settings(
-            directory, self.settings.space, self.images.image_shape[0], **self._cost()
+        names = cls.may_change() & BuildSettings.may_change()
+        ours = {name: getattr(self.settings, name) for name in names}
+        ours["output_dir"] = str(run.directory.absolute())
+        settings = dataclasses.replace(
+            known, **ours | {name: str(file.absolute()) for name, file in files.items()}
         )
-        if self._left() == math.inf or settings.epochs is not None:
+        if settings != known:
+            _write_flags(run, settings)
+        return settings
+
+    def _plan_search(self, **files):
+        settings = self.settings.search_settings(
+            self.run.search.directory.absolute(),
+            self.settings.space,
+            self.images.image_shape[0],
+            **self._cost(),
+            **{name: str(file.absolute()) for name, file in files.items()},
+        )
+        if self._left() == math.inf:
+            return settings
+        if settings.epochs is not None:
+            self._notes.append(f"search: {settings.epochs} epochs, whatever time they take")
             return settings
         logging.info("measuring the time of a step of the search")
         probe = planning.probe_search(settings, self.images)
@@ -236,37 +288,35 @@ class _Build:
                 f"search: {epochs * probe.steps_per_epoch:,} steps instead of "
                 f"{probe.epochs * probe.steps_per_epoch:,}, for lack of time"
             )
-        self.run.write_planned(self._name, self._notes)
         return dataclasses.replace(settings, epochs=epochs, steps_per_epoch=probe.steps_per_epoch)
 
     def _cost(self):
-        """The settings of the search that state the target."""
-        if self.target.kind == "macs":
-            return {"cost": "macs", "target": self.target.value}
-        if self.target.kind == "latency":
-            table = str(self.run.latency_table.absolute())
-            return {"cost": "latency", "target": self.target.value, "latency_table": table}
+        """The settings of the search that state the target, but for the latency table."""
+        if self.target.kind != "bytes":
+            return {"cost": self.target.kind, "target": self.target.value}
         params = measuring.params_for_bytes(self.settings, self.space, self.target, self.images)
         self._notes.append(f"search: {self.target} are about {params:,.0f} parameters")
         return {"cost": "params", "target": params}
 
     def _train(self):
-        reserved = _EXPORT_SECONDS
-        trainings = 1
-        if self.settings.baseline:
-            reserved += _BASELINE_SECONDS
-            trainings = 2
-        architecture = self.run.search.architecture_file.absolute()
+        trainings = 2 if self.settings.baseline else 1
+        reserved = _EXPORT_SECONDS + (trainings - 1) * _BASELINE_SECONDS
         allowed = (self._left() - reserved) / trainings
-        return self._train_network(self.run.training, architecture, allowed)
+        return self._train_network(self.run.training, self.run.search.architecture_file, allowed)
 
     def _train_network(self, run, architecture, allowed):
         """Trains a network in the seconds that are allowed."""
-        settings = self._resumed(TrainSettings, run)
+        settings = self._resumed(TrainSettings, run, architecture=architecture)
         if settings is None:
-            settings = self.settings.train_settings(run.directory.absolute(), str(architecture))
-            if allowed < math.inf and settings.epochs is None:
-                settings = self._plan_training(settings, run.directory.name, allowed)
+            settings = self.settings.train_settings(
+                run.directory.absolute(), str(architecture.absolute())
+            )
+            name = run.directory.name
+            if allowed < math.inf and settings.epochs is not None:
+                self._notes.append(f"{name}: {settings.epochs} epochs, whatever time they take")
+            elif allowed < math.inf:
+                settings = self._plan_training(settings, name, allowed)
+            self.run.write_planned(self._name, self._notes)
         return run_training(settings).summary["wall_seconds"]
 
     def _plan_training(self, settings, name, allowed):
@@ -274,42 +324,45 @@ class _Build:
         started = time.monotonic()
         probe = planning.probe_training(settings, self.images)
         allowed -= time.monotonic() - started
-        epochs = min(max(1, probe.epochs_in(allowed)), _MOST_EPOCHS * probe.epochs)
-        if probe.epochs_in(allowed) < 1:
+        # Each export runs Keras and the file on all test images.
+        tests = len(self.settings.load_images("test", self.images.image_shape[0], again=True).y)
+        allowed -= _TEST_PASSES * tests * probe.step / probe.batch_size / 3
+        fitting = probe.epochs_in(allowed)
+        epochs = min(max(1, fitting), _MOST_EPOCHS * probe.epochs)
+        if fitting < 1:
             self._notes.append(f"{name}: not even one epoch fits into the time")
-        elif epochs < probe.epochs:
-            self._notes.append(
-                f"{name}: {epochs} epochs instead of {probe.epochs}, for lack of time"
-            )
-        elif epochs > probe.epochs:
-            self._notes.append(
-                f"{name}: {epochs} epochs instead of {probe.epochs}, since there is time"
-            )
-        self.run.write_planned(self._name, self._notes)
+        elif epochs != probe.epochs:
+            reason = "for lack of time" if epochs < probe.epochs else "since there is time"
+            self._notes.append(f"{name}: {epochs} epochs instead of {probe.epochs}, {reason}")
         return dataclasses.replace(settings, epochs=epochs)
 
     def _export(self):
-        for quantize in ("none", "int8"):
-            try:
-                self._export_as(quantize)
-            except UserError as error:
-                if quantize == "none":
-                    raise
-                logging.warning("%s", error)
-        exported = self.run.export_report("int8")
-        if exported is None or _loses_too_much(exported):
-            lost = "too much" if exported is None else f"{_lost(exported):.1%} of accuracy"
-            self._notes.append(f"export: the int8 file loses {lost}; fine-tuned (qat)")
-            try:
-                self._export_as("qat")
-            except UserError as error:
-                self._notes.append(f"export: no qat file: {error}")
+        self._export_as("none", self.run.training, "model")
+        self._export_rounded(self.run.training, "model")
 
-    def _export_as(self, quantize, run=None, name="model"):
+    def _export_rounded(self, run, name):
+        """Writes the int8 file, and a fine-tuned one if that loses too much."""
+        try:
+            self._export_as("int8", run, name)
+        except UserError as error:
+            self._notes.append(f"export: no int8 file: {summarize_error(error)}")
+        exported = self.run.export_report("int8", name)
+        if exported is not None and not _loses_too_much(exported):
+            return
+        if exported is not None:
+            self._notes.append(
+                f"export: {name}_int8.tflite loses {_lost(exported):.1%} of accuracy"
+            )
+        try:
+            self._export_as("qat", run, name)
+        except UserError as error:
+            self._notes.append(f"export: no qat file: {summarize_error(error)}")
+
+    def _export_as(self, quantize, run, name):
         if self.run.export_report(quantize, name) is None:
             run_export(
                 self.settings.export_settings(
-                    model=str((run or self.run.training).model_file),
+                    model=str(run.model_file),
                     quantize=quantize,
                     output=str(self.run.tflite_file(quantize, name)),
                     overwrite=True,  # A kill may have left a part of it.
@@ -329,11 +382,9 @@ class _Build:
         allowed = math.inf
         if self._left() < math.inf:
             allowed = min(self._left() - _BASELINE_SECONDS, trained)
-        whole = self._train_network(self.run.baseline, file.absolute(), allowed)
-        try:
-            self._export_as("int8", self.run.baseline, "baseline")
-        except UserError as error:
-            self._notes.append(f"baseline: no int8 file: {error}")
+        whole = self._train_network(self.run.baseline, file, allowed)
+        self._export_rounded(self.run.baseline, "baseline")
+        if not any(self.run.export_report(each, "baseline") for each in ("int8", "qat")):
             self._export_as("none", self.run.baseline, "baseline")
         return whole
 
@@ -344,7 +395,9 @@ class _Build:
                 self.images.image_shape,
                 len(self.images.class_names),
                 self.target.value,
-                stem_strides=2 if self.images.image_shape[0] > _LARGE else 1,
+                stem_strides=next(
+                    strides for size, strides in _STRIDES if self.images.image_shape[0] <= size
+                ),
                 cost=lambda network: cost([network])[0],
             )
 
@@ -361,14 +414,16 @@ class _Build:
         if over > 1.02:
             notes.append(f"the file costs {over - 1:.0%} more than the target")
         # What earlier processes used.
+        cpu = self._earlier_cpu + _cpu_seconds(resource.RUSAGE_CHILDREN)
         self.session.set_earlier_usage(
-            {"wall_seconds": self._earlier, "cpu_seconds": self._earlier_cpu, "peak_memory_mb": 0}
+            {"wall_seconds": self._earlier, "cpu_seconds": cpu, "peak_memory_mb": 0}
         )
         images = self.images
+        counts = np.bincount(images.y, minlength=len(images.class_names))
         self.session.finish(
             data=self.settings.data,
             description=images.description,
-            class_counts=dict(zip(images.class_names, np.bincount(images.y).tolist())),
+            class_counts=dict(zip(images.class_names, counts.tolist())),
             seed=self.settings.seed,
             space=self.space.name,
             input_size=images.image_shape[0],
@@ -400,6 +455,7 @@ class _Build:
             "macs": summary["macs"],
             "params": summary["params"],
             "epochs": summary["epochs"],
+            "training_seconds": summary["wall_seconds"],
         }
 
 
@@ -416,11 +472,24 @@ def _loses_too_much(exported):
     return _lost(exported) > max(_MOST_LOST, 1.5 / exported["test_images"])
 
 
-def _cpu_seconds():
-    own, children = (
-        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+def _cpu_seconds(*who):
+    """CPU time of this process and of those that it has waited for, or of one of the two."""
+    usages = map(resource.getrusage, who or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _differs(run, settings):
+    """Whether a build has begun with other flags, wherever its directory is now."""
+    return any(
+        not flag.startswith("--output_dir=")
+        for flag in set(run.flag_lines()) ^ set(settings.to_flags())
     )
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _write_flags(run, settings):
+    """Writes other flags of a run; what it has chosen for its images stays."""
+    chosen = [f"--{name}={value}" for name, value in run.chosen.items()]
+    run.write_flags(settings.to_flags(), chosen)
 
 
 def _write_report(run):
@@ -439,7 +508,7 @@ def _describe_result(run):
     summary = run.summary
     lines = ["", f"{run.path(summary['file'])}: {_describe_network(summary)}"]
     if summary["baseline"]:
-        lines.append(f"{_BASELINE}, trained as long: {_describe_network(summary['baseline'])}")
+        lines.append(f"{_BASELINE}: {_describe_network(summary['baseline'])}")
     lines += summary["notes"]
     lines.append(
         f"target {summary['target']}, {progress.format_seconds(summary['wall_seconds'])}"
@@ -454,7 +523,8 @@ def _describe_result(run):
 def _describe_network(entry):
     return (
         f"{entry['accuracy']:.2%} of the test images, {entry['milliseconds']:.3g} ms, "
-        f"{format_cost('bytes', entry['bytes'])}, {format_cost('macs', entry['macs'])}"
+        f"{format_cost('bytes', entry['bytes'])}, {format_cost('macs', entry['macs'])}; "
+        f"{entry['epochs']} epochs in {progress.format_seconds(entry['training_seconds'])}"
     )
 
 

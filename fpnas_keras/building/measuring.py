@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -15,8 +14,6 @@ from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-import scipy.optimize
-from absl import logging
 
 import export
 from export.latency import run_measuring
@@ -45,6 +42,8 @@ _FEW_IMAGES = 20
 # Seconds of one core for an entry of a latency table and for a whole network, about.
 _ENTRY_SECONDS, _NETWORK_SECONDS = 0.9, 4.0
 _MOST_ENTRIES, _LEAST_ENTRIES = 1500, 150
+# What two descriptions of one device have in common.
+_DEVICE = ("kind", "name", "threads")
 # Of a table that has little time: networks that test it, and seconds to measure those.
 _PROOF_NETWORKS, _PROOF_SECONDS = 8, 20.0
 
@@ -185,55 +184,104 @@ def time_files(settings: BuildSettings, files: Sequence[pathlib.Path]) -> list[f
     return [export.devices.tenth_percentile(times[name]) for name in names]
 
 
-def find_table(settings: BuildSettings, space: Space, seconds: float | None) -> pathlib.Path:
-    """A latency table of the space for the device: one that is there, or a new one.
+def check_device(settings: BuildSettings) -> None:
+    """Raises `UserError` when the device cannot be used."""
+    latency = settings.latency_settings("mobile_mini", output="table.json")
+    with latency.open_device(latency.threads[0]) as device:
+        device.describe()
 
-    New tables go to `$XDG_CACHE_HOME/fpnas_keras`, by default in `~/.cache`, where later builds
-    find them.
+
+def check_table(settings: BuildSettings, table: str, space: Space) -> list[str]:
+    """Checks a latency table of the user.
+
+    Args:
+        settings: The settings of the build.
+        table: The file.
+        space: The space.
+
+    Returns:
+        What is to be said about it, in sentences.
+
+    Raises:
+        UserError: When it is no table, not finished, or lacks parts of the space.
+    """
+    cost.SpaceCost(space, cost.LatencyCost(table))
+    if not table.endswith(".json"):
+        return []
+    known, notes = latency_table.read(table), []
+    latency = settings.latency_settings("mobile_mini", output="table.json")
+    with latency.open_device(latency.threads[0]) as device:
+        described = device.describe()
+    if [known["device"][key] for key in _DEVICE] != [described[key] for key in _DEVICE]:
+        notes.append(
+            f"the target is for {known['device']['name']}, {known['device']['threads']} thread(s); "
+            f"the files are timed on {described['name']}, {described['threads']} thread(s)"
+        )
+    if known["quantize"] not in ("int8", "qat"):
+        notes.append(f"the latency table is of {known['quantize']} files, not of int8")
+    return notes
+
+
+def measure_table(
+    settings: BuildSettings, space: Space, file: pathlib.Path, seconds: float | None
+) -> list[str]:
+    """Writes a latency table of the space for the device: one that is known, or a new one.
+
+    Finished tables are kept in `$XDG_CACHE_HOME/fpnas_keras`, by default in `~/.cache`, where later
+    builds find them. One that was made in less time than there is now is not used.
 
     Args:
         settings: The settings of the build.
         space: The space.
+        file: The table to write. If it is there, but not finished, it is continued.
         seconds: Time for measuring; `None` if there is no limit. It decides how many entries are
             measured. A model that is fitted to them predicts the others.
 
     Returns:
-        The file.
+        What was done, in sentences.
     """
     latency = settings.latency_settings(
-        settings.space or default_space(space.input_shape[0]),
+        settings.space,
         input_size=space.input_shape[0],
         channels=space.input_shape[-1],
         num_classes=space.num_classes,
-        output="table.json",
+        **{"output": str(file)} | _limits_of_table(settings, seconds),
     )
     with latency.open_device(latency.threads[0]) as device:
         described = device.describe()
-    key = [space.name, repr(space), described, latency.number_format]
+    parts = sorted(export.latency_parts.named_parts(space))
+    given = {name: each for name, each in (settings.latency or {}).items() if name != "serial"}
+    key = [parts, described, latency.number_format, given]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    file = cache / "fpnas_keras" / f"{pathlib.Path(space.name).stem}_{digest}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_file() and latency_table.read(file)["complete"]:
-        logging.info("latency table: %s, measured before", file)
-        return file
-    given = {"output": str(file)}
-    if seconds is not None:
-        cores = len(os.sched_getaffinity(0))
-        left = cores * (seconds - _PROOF_SECONDS) - 2 * _PROOF_NETWORKS * _NETWORK_SECONDS
-        count = int(min(max(left / _ENTRY_SECONDS, _LEAST_ENTRIES), _MOST_ENTRIES))
-        given |= {"max_entries": count, "proof_networks": _PROOF_NETWORKS}
-        given |= {"network_seconds": _PROOF_SECONDS, **(settings.latency or {})}
-        if count < _MOST_ENTRIES:
-            logging.info("latency table: at most %d entries are measured, for lack of time", count)
-    run_measuring(dataclasses.replace(latency, **given))
-    return file
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = folder / "fpnas_keras"
+    cached = folder / f"{pathlib.Path(space.name).stem}_{digest}.json"
+    wanted = min(len(parts), latency.max_entries)
+    if cached.is_file():
+        measured = latency_table.read(cached)["fit"].get("measured", 0)
+        if measured >= wanted:
+            shutil.copyfile(cached, file)
+            return [f"latency table: {cached}, with {measured:,} measured entries"]
+    run_measuring(latency)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(cached) as temporary:
+        shutil.copyfile(file, temporary)
+    if wanted < len(parts):
+        return [f"latency table: {wanted:,} of {len(parts):,} entries measured, others predicted"]
+    return []
 
 
-def copy_table(table: str | os.PathLike, copy: pathlib.Path) -> None:
-    """Copies a latency table into the directory of a build."""
-    with replacing(copy) as temporary:
-        shutil.copyfile(table, temporary)
+def _limits_of_table(settings, seconds):
+    """The settings of a latency table that has some time."""
+    if seconds is None:
+        return {}
+    cores = len(os.sched_getaffinity(0))
+    left = cores * (seconds - _PROOF_SECONDS) - 2 * _PROOF_NETWORKS * _NETWORK_SECONDS
+    return {
+        "max_entries": int(min(max(left / _ENTRY_SECONDS, _LEAST_ENTRIES), _MOST_ENTRIES)),
+        "proof_networks": _PROOF_NETWORKS,
+        "network_seconds": _PROOF_SECONDS,
+    }
 
 
 def params_for_bytes(
@@ -254,6 +302,8 @@ def params_for_bytes(
     Raises:
         UserError: When no network of the space is as small.
     """
+    from scipy.optimize import nnls
+
     count_params = cost.SpaceCost(space, cost.ParamsCost())
     entries = method.FactorizedLogits(space).sample(_DRAWS, seed=settings.seed, step=0).numpy()
     params = count_params(entries).numpy()
@@ -267,14 +317,16 @@ def params_for_bytes(
         # Of different sizes.
         networks = [nearest(share * guess, 1)[0] for share in np.linspace(0.6, 1.4, _FILES)]
         sizes = np.array(count_bytes(networks))
-    weights, _ = scipy.optimize.nnls(np.array(list(map(_describe_file, networks))), sizes)
+    weights, _ = nnls(np.array(list(map(_describe_file, networks))), sizes)
     for _ in range(3):
         many = np.array(list(map(_describe_file, nearest(guess, _MANY))))
         guess = target.value / np.quantile(many @ weights / many[:, 0], _NEARLY)
-    if guess < float(count_params.least()):
+    least, largest = float(count_params.least()), float(count_params.largest())
+    if not least <= guess <= largest:
         raise UserError(
-            f"`target` is too small for the space {space.name}: its smallest network has "
-            f"{float(count_params.least()):,.0f} parameters. Received: target={settings.target}"
+            f"`target` must be that of a network of the space {space.name}, which have "
+            f"{least:,.0f} to {largest:,.0f} parameters. "
+            f"Received: target={settings.target}, about {guess:,.0f} parameters"
         )
     return guess
 

@@ -1,7 +1,7 @@
 """From measured step times to the length of a search and of a training that fit into some time.
 
-A probe is the job itself, with few steps, in a temporary directory. Whatever its start and its end
-take, the whole job takes as well.
+A probe is the job itself, with few steps, in a temporary directory. What its start and its end
+take, the whole job takes too.
 """
 
 import contextlib
@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 from absl import logging
 
-from fpnas_keras import data
+from fpnas_keras import data, runs
 from fpnas_keras.search import SearchSettings, run_search
 from fpnas_keras.train import TrainSettings, run_training
 
@@ -26,6 +27,10 @@ _PROBED_STEPS = 8
 _MEAN_SAMPLES = 0.6
 # Images of the architecture part that a finalist is judged on, about: most are out before the end.
 _JUDGED_IMAGES = 1000
+# Images that say how long a teacher takes for all.
+_TAUGHT_IMAGES = 64
+# The files of metrics have hundredths of a second.
+_LEAST_STEP = 1e-4
 
 
 class Probe(NamedTuple):
@@ -36,12 +41,14 @@ class Probe(NamedTuple):
         step: Seconds of a step.
         steps_per_epoch: Steps in an epoch of the job.
         epochs: Epochs that it has by default.
+        batch_size: Images in a step.
     """
 
     start: float
     step: float
     steps_per_epoch: int
     epochs: int
+    batch_size: int
 
     def seconds(self, epochs: int) -> float:
         """Seconds of the job with that many epochs."""
@@ -70,6 +77,7 @@ def probe_search(settings: SearchSettings, images: "data.Images") -> Probe:
                 epochs=3,
                 steps_per_epoch=_PROBED_STEPS,
                 warmup_steps=_PROBED_STEPS,
+                distribution="factorized",  # Joint logits take as long, and need more epochs.
                 coarse_epochs=None,
                 tensorboard=False,
                 finalists=0,
@@ -78,7 +86,7 @@ def probe_search(settings: SearchSettings, images: "data.Images") -> Probe:
         )
         seconds = time.monotonic() - started
         first, _, last = run.epochs
-    step = (last["seconds"] - first["seconds"]) / (2 * _PROBED_STEPS)
+    step = max((last["seconds"] - first["seconds"]) / (2 * _PROBED_STEPS), _LEAST_STEP)
     start = max(0, seconds - last["seconds"] + first["seconds"] - _PROBED_STEPS * step)
     # A sample takes four forward passes: forward and backward, and forward for the logits.
     forward = step / last["samples"] / 4
@@ -88,7 +96,7 @@ def probe_search(settings: SearchSettings, images: "data.Images") -> Probe:
     start += networks * forward * judged / whole.batch_size
     fewest = whole.samples or whole.min_samples
     step *= min(1, max(fewest / last["samples"], _MEAN_SAMPLES))
-    return Probe(start, step, whole.steps_per_epoch, whole.epochs)
+    return Probe(start, step, whole.steps_per_epoch, whole.epochs, whole.batch_size)
 
 
 def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
@@ -96,39 +104,55 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
 
     Args:
         settings: Its settings.
-        images: Its training images.
+        images: Its training images, those that it holds out among them.
     """
-    count = len(images.y)
-    with _probing():
-        whole = settings.fit_to(images)
-    steps_per_epoch = max(1, count // whole.batch_size)
-    few = min(steps_per_epoch, _PROBED_STEPS) * whole.batch_size
-    few = max(few, 2 * len(images.class_names))
-    probed = dataclasses.replace(
-        settings,
-        epochs=2,
-        batch_size=whole.batch_size,
-        train_images=few if few < count else settings.train_images,
-        ema_momentum=0.0,
-        tensorboard=False,
+    if settings.validation_split:
+        images = images.part(data.split(images.y, settings.validation_split, settings.seed)[0])
+    num_classes = len(images.class_names)
+    is_foreign = settings.teacher is not None and runs.is_foreign(
+        settings.teacher, settings.teacher_weights, num_classes
     )
-    start, step = _time_training(probed)
-    if settings.teacher is not None:
-        # It may look at every image before the first step.
-        plain, _ = _time_training(dataclasses.replace(probed, teacher=None, teacher_weights=None))
-        start += max(0, start - plain) * max(0, count / few - 1)
-    return Probe(start, step, steps_per_epoch, whole.epochs)
-
-
-def _time_training(settings):
-    """Seconds of a training of two epochs without its steps, and of one of the second epoch's."""
+    count = len(images.y)
     with _probing() as directory:
+        whole = settings.fit_to(images)
+        steps_per_epoch = max(1, count // whole.batch_size)
+        steps = min(steps_per_epoch, _PROBED_STEPS)
+        few = max(steps * whole.batch_size, 2 * num_classes)
         started = time.monotonic()
-        run = run_training(dataclasses.replace(settings, output_dir=str(directory)))
+        run = run_training(
+            dataclasses.replace(
+                settings,
+                output_dir=str(directory),
+                epochs=1 + math.ceil(_PROBED_STEPS / steps),
+                batch_size=whole.batch_size,
+                train_images=few if few < count else settings.train_images,
+                validation_split=0.0,
+                ema_momentum=0.0,
+                tensorboard=False,
+                **({"teacher": None, "teacher_weights": None} if is_foreign else {}),
+            )
+        )
         seconds = time.monotonic() - started
-        first, last = run.epochs
-    step = (last["seconds"] - first["seconds"]) * last["epoch"] / last["step"]
-    return max(seconds - last["step"] * step, 0), step
+        first, last = run.epochs[0], run.epochs[-1]
+    step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    step = max(step, _LEAST_STEP)
+    start = max(0, seconds - last["step"] * step)
+    if is_foreign:
+        start += _time_teaching(settings, count)
+    return Probe(start, step, steps_per_epoch, whole.epochs, whole.batch_size)
+
+
+def _time_teaching(settings, count):
+    """Seconds until a teacher of other classes has seen all images, before the first step."""
+    started = time.monotonic()
+    features = runs.load_features(settings.teacher, settings.teacher_weights)
+    seen = settings.load_images("train", features.input_shape[1], again=True)
+    few = seen.part(np.arange(min(_TAUGHT_IMAGES, len(seen.y))))
+    runs.compute_features(features, few)  # The first call traces.
+    start = time.monotonic() - started
+    started = time.monotonic()
+    runs.compute_features(features, few)
+    return start + (time.monotonic() - started) * count / len(few.y)
 
 
 @contextlib.contextmanager

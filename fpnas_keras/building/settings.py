@@ -13,6 +13,7 @@ from fpnas_keras import spaces
 from fpnas_keras.building.targets import Target, parse_target, parse_time
 from fpnas_keras.data.settings import DATA_FLAGS
 from fpnas_keras.errors import UserError
+from fpnas_keras.runs.build_run import BuildRun
 from fpnas_keras.runs.settings import RunSettings
 from fpnas_keras.search import SearchSettings
 from fpnas_keras.settings import format_flag, setting
@@ -27,6 +28,7 @@ _COMMON = {field.name for field in dataclasses.fields(RunSettings)}
 _OF_SEARCH = _COMMON | {"space", "input_size", "cost", "target", "latency_table", "strategy"}
 _OF_TRAINING = _COMMON | {"architecture", "input_size", "init", "search_dir"}
 _OF_EXPORT = {*DATA_FLAGS, "model", "quantize", "architecture", "output", "overwrite", "seed"}
+_OF_EXPORT |= {"prune"}
 _OF_LATENCY = {
     *("space", "input_size", "channels", "num_classes", "output", "architecture", "latency_table"),
     *("device", "benchmark_model", "quantize", "seed"),
@@ -93,7 +95,8 @@ class BuildSettings(RunSettings):
         basic=True,
     )
     search: Mapping[str, Any] | None = setting(
-        "A flag of fpnas search, such as --search.epochs=50.",
+        "A flag of fpnas search, such as --search.epochs=50. A switch is turned off by "
+        "--nosearch.stratified.",
         None,
         group=_STEPS,
         of=SearchSettings,
@@ -140,9 +143,30 @@ class BuildSettings(RunSettings):
                 "`latency.threads` must be one number. "
                 f"Received: latency.threads={','.join(map(str, threads))}"
             )
-        self.search_settings(pathlib.Path("search"), "mobile_mini", 32, cost="none")
+        self.search_settings(pathlib.Path("search"), "mobile_mini", 32, cost="macs", target=1.0)
         self.train_settings(pathlib.Path("training"), "architecture.json")
         self.export_settings(model="model.keras", quantize="none")
+
+    def may_still_change(self, run: BuildRun, name: str) -> bool:
+        """Whether a build that has begun can go on with another value of a flag.
+
+        It can as long as no step has used the value: everything before the search, the flags of the
+        trainings before them, and those of the export and the device before the end.
+
+        Args:
+            run: The build.
+            name: Name of the flag.
+        """
+        if not run.is_build:
+            return False
+        if not run.search.flag_file.is_file():
+            return True
+        step, _, _ = name.partition(".")
+        if step == "train":
+            return not run.training.flag_file.is_file()
+        if step == "latency" or name in ("device", "benchmark_model"):
+            return self.parsed_target().kind != "latency" or name == "benchmark_model"
+        return step == "export" and run.export_report("none") is None
 
     def parsed_target(self) -> Target:
         """The target as a number with its kind."""

@@ -89,4 +89,4 @@ def format_cost(kind: str, value: float) -> str:
         return f"{value:.3g} ms"
     if kind == "bytes":
         return f"{value / 1e3:,.0f} kB"
-    return f"{value / 1e6:.3g}M MACs"
+    return f"{value / 1e9:.3g}G MACs" if value >= 1e9 else f"{value / 1e6:.3g}M MACs"

@@ -70,12 +70,8 @@ def make_page(run: BuildRun, plots: dict[str, Plot]) -> str:
             **describe_mistakes(training, training.summary or {}),
             "files": [
                 row
-                for name, quantize in (
-                    ("model", "none"),
-                    ("model", "int8"),
-                    ("model", "qat"),
-                    ("baseline", "int8"),
-                )
+                for name in ("model", "baseline")
+                for quantize in ("none", "int8", "qat")
                 if (row := _file_row(run, quantize, name))
             ],
             "steps": [_step_row(step) for step in run.steps],
@@ -121,12 +117,14 @@ def _comparison(summary):
     rows = [
         (
             name,
+            each["file"],
             f"{each['accuracy']:.2%}",
             f"{each['milliseconds']:.3g}",
             f"{each['bytes']:,}",
             f"{each['macs']:,}",
             f"{each['params']:,}",
             f"{each['epochs']:,}",
+            format_duration(each["training_seconds"]),
         )
         for name, each in (
             ("found by the search", summary),

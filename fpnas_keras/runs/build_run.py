@@ -9,13 +9,14 @@
 | `search/`, `training/` | the run directories of the search and the training |
 | `mobilenet_v3_small.json`, `baseline/` | the network to compare with, and its training |
 | `model.tflite`, `model_int8.tflite` or `model_qat.tflite`, `labels.txt` | the files for the app |
-| `baseline_int8.tflite` | the file of the network to compare with |
+| `baseline_int8.tflite`, or `baseline_qat.tflite` | the file of the network to compare with |
 | `*_report.json` | what was found when a file was checked |
 | `summary.json` | what was found; written last |
 | `report.html`, `report/` | a page about all of it, and its plots |
 """
 
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,8 +67,14 @@ class BuildRun(RunDirectory):
         return self.path("mobilenet_v3_small.json")
 
     @property
-    def latency_table(self) -> pathlib.Path:
-        """The latency table, if the target is in milliseconds."""
+    def latency_table(self) -> pathlib.Path | None:
+        """The latency table, if there is one: that of the user or the one that was measured."""
+        tables = [file for file in self.directory.glob("latency_table.*") if file.is_file()]
+        return tables[0] if tables else None
+
+    @property
+    def measured_table(self) -> pathlib.Path:
+        """The latency table that the build measures."""
         return self.path("latency_table.json")
 
     @property
@@ -97,6 +104,13 @@ class BuildRun(RunDirectory):
         if not self.steps_file.is_file():
             return []
         return read_json(self.steps_file, "a list of steps", _checked_steps)
+
+    def forget_beginning(self) -> None:
+        """Removes what a build has left before its search, which then begins with other flags."""
+        for name in ("flags.txt", "chosen.txt", "images.json", "planned.json", "steps.json"):
+            self.path(name).unlink(missing_ok=True)
+        for path in self.directory.glob("latency_table.*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def add_step(self, name: str, seconds: float, cpu_seconds: float, notes: Sequence[str]) -> None:
         """Writes down that a step is finished.

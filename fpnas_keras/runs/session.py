@@ -11,7 +11,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -41,14 +41,24 @@ class Session:
         settings: The settings of the job.
         module: The module that runs the job as a command. The command to continue names it.
         writes: Whether this process writes. Of several workers only one does.
+        may_change: Whether the run can be continued with another value of a flag, by its name.
+            Those of `settings.may_change()` can be in any case.
 
     Raises:
         UserError: When the directory holds anything but a run with these settings, or when another
             process is at work in it.
     """
 
-    def __init__(self, run: RunDirectory, settings: RunSettings, module: str, writes: bool = True):
+    def __init__(
+        self,
+        run: RunDirectory,
+        settings: RunSettings,
+        module: str,
+        writes: bool = True,
+        may_change: Callable[[str], bool] = lambda name: False,
+    ):
         self.run = run
+        self._may_change = may_change
         self.settings = settings
         self.module = module
         self._chosen = []
@@ -125,6 +135,7 @@ class Session:
         # An earlier version did not have all flags.
         differing = differing - (self.settings.defaults() - flag_values(theirs).keys())
         differing = differing - self.settings.may_change()
+        differing = {name for name in differing if not self._may_change(name)}
         if differing == {"epochs"} and self._has_more_epochs():
             self._goes_on = True
         elif differing:
