@@ -219,7 +219,8 @@ def report(settings: BuildBenchmarkSettings, rows: Mapping[str, harness.Row]) ->
     )
     for row in rows.values():
         print(
-            f"| {row['photos']} | {NAMES[row['method']]} | {100 * row['float_accuracy']:.2f} | "
+            f"| {row['photos']} | {NAMES[row['method']]} | "
+            f"{100 * row.get('float_accuracy', np.nan):.2f} | "
             f"{100 * row['accuracy']:.2f} | "
             f"{row['milliseconds']:.3g} | {row['bytes'] / 1e3:.0f} | {row['seconds'] / 60:.1f} | "
             f"{row['lines']} |"

@@ -1,10 +1,13 @@
 import csv
+import logging as stdlib_logging
 
 import keras
 import numpy as np
 import pytest
+from absl import logging
 
-from fpnas_keras.progress import track
+from fpnas_keras.commands import visible_log
+from fpnas_keras.progress import describe_left, part_of, track
 from fpnas_keras.runs.callbacks import MetricsFile, Progress, StopOnDivergence
 
 
@@ -83,3 +86,31 @@ def test_a_long_epoch_gives_lines_in_a_log_file(caplog, monkeypatch):
         "reading: 65 of 100 images, 0:00:35 left",
         "reading: 95 of 100 images, 0:00:05 left",
     ]
+
+
+def test_what_is_left_of_a_whole_is_said_with_what_is_left_of_its_part():
+    assert describe_left(90) == "0:01:30 left"
+    with part_of(lambda left: f"step 1 of 2, {left + 30:.0f} s in all"):
+        assert describe_left(90) == "0:01:30 left; step 1 of 2, 120 s in all"
+        with part_of(lambda left: "inner"):
+            assert describe_left(1) == "0:00:01 left; inner"
+        assert "step 1 of 2" in describe_left(1)
+    assert describe_left(90) == "0:01:30 left"
+
+
+def test_the_log_is_visible_where_nothing_else_has_set_it_up(capsys):
+    """In a notebook, a job of hours would be silent."""
+    root, verbosity = stdlib_logging.getLogger(), logging.get_verbosity()
+    handlers, root.handlers[:] = root.handlers[:], []
+    try:
+        logging.set_verbosity(logging.WARNING)
+        with visible_log():
+            logging.info("seen %d", 1)
+        logging.info("unseen")
+        logging.set_verbosity(logging.ERROR)
+        with visible_log():  # The user wants silence.
+            logging.info("unseen")
+    finally:
+        root.handlers[:] = handlers
+        logging.set_verbosity(verbosity)
+    assert capsys.readouterr().err == "seen 1\n"

@@ -274,3 +274,37 @@ def test_tfds_sets_that_do_not_fit_into_memory_are_read_from_their_files(
 def test_data_that_is_not_there(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         data.load(name, data_dir=str(tmp_path), download=False)
+
+
+def test_a_look_at_images_as_they_are(tmp_path, tfds_folder):
+    assert data.look_at("digits") == ((8, 8, 1), 10)
+    assert data.look_at("tfds:noise", str(tfds_folder), False) == ((9, 9, 3), 2)
+    rng = np.random.default_rng(0)
+    for name, sizes in (("a", [(40, 60), (50, 30)]), ("b", [(90, 44)])):
+        (tmp_path / name).mkdir()
+        for index, (height, width) in enumerate(sizes):
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+            keras.utils.save_img(tmp_path / name / f"{index}.png", pixels, scale=False)
+    # The median of the shorter sides 40, 30 and 44.
+    assert data.look_at(f"folder:{tmp_path}") == ((40, 40, 3), 2)
+    with pytest.raises(ValueError, match="must be digits, tfds:NAME or folder:PATH"):
+        data.look_at("photos")
+
+
+def test_images_are_read_once_while_they_are_remembered(monkeypatch):
+    with data.remembering():
+        first = data.load("digits", image_size=8)
+        again = data.load("digits", image_size=8)
+        assert again.x is first.x
+        # What has been said is not said again.
+        assert (bool(first.description), again.description) == (True, "")
+        assert data.load("digits", image_size=9).image_shape == (9, 9, 1)
+        assert data.load("digits", "test", 8).x is not first.x
+    assert data.load("digits", image_size=8).x is not first.x
+    monkeypatch.setattr("fpnas_keras.data.reading.MEMORY_LIMIT", 1_100_000)
+    with data.remembering():
+        first = data.load("digits", image_size=16)
+        small = data.load("digits", image_size=16)
+        assert small.x is first.x
+        large = data.load("digits", image_size=24)  # Both together are too large.
+        assert data.load("digits", image_size=24).x is not large.x

@@ -159,7 +159,7 @@ class BuildSettings(RunSettings):
         """
         if not run.is_build:
             return False
-        if not run.search.flag_file.is_file():
+        if not run.search.flag_file.is_file() or name == "baseline":
             return True
         step, _, _ = name.partition(".")
         if step == "train":
