@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import fpnas_keras as fpnas
 from export.latency_parts import named_parts
-from fpnas_keras import data
+from fpnas_keras import data, report
 from fpnas_keras.building import build, measuring, planning
 from fpnas_keras.building.planning import Probe
 from fpnas_keras.building.settings import BuildSettings
@@ -163,8 +163,8 @@ def test_files_and_summary(built):
     assert [step["name"] for step in run_.steps] == ["search", "training", "export", "baseline"]
     assert sum(summary["class_counts"].values()) == 400
     assert run_.training.summary["epochs"] == run_.baseline.summary["epochs"] == 12
-    report = json.loads(run_.path("model_int8_report.json").read_text())
-    assert summary["accuracy"] == report["tflite_accuracy"]
+    exported = json.loads(run_.path("model_int8_report.json").read_text())
+    assert summary["accuracy"] == exported["tflite_accuracy"]
     assert summary["bytes"] == run_.path("model_int8.tflite").stat().st_size
 
 
@@ -205,6 +205,33 @@ def test_report(built):
     done = run("fpnas_keras.report.__main__", f"--run_dir={run_.directory}")
     assert done.returncode == 0, done.stderr
     assert run_.report.read_text() == page
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("summary.json", "{}", "lacks the key `description`"),
+        ("summary.json", "[", "is not a summary file"),
+        ("steps.json", '[{"name": 3}]', "`name` of a step must be text"),
+        ("planned.json", "[]", "it must be an object of lists"),
+        ("model_int8_report.json", "{}", "lacks the key"),
+    ],
+)
+def test_damaged_files_are_named(built, tmp_path, file, content, message):
+    copy = BuildRun(shutil.copytree(built[0].directory, tmp_path / "copy"))
+    copy.path(file).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        copy.planned  # noqa: B018
+        report.write_report(copy.directory)
+    assert file in str(error.value)
+
+
+def test_a_class_name_may_be_anything(built):
+    """Also the name of an argument."""
+    run_ = built[0]
+    summary = json.loads(run_.summary_file.read_text())
+    for name in ("data", "where", "name", "self"):
+        run_._checked_summary(summary | {"class_counts": {name: 3}})
 
 
 def test_a_finished_build_is_not_run_again(built, small_space):

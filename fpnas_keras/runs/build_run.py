@@ -29,6 +29,10 @@ from fpnas_keras.runs.run_directory import (
     checked_export,
 )
 
+# What is known of a network and its file.
+_NETWORK = dict.fromkeys(("accuracy", "milliseconds", "training_seconds"), float)
+_NETWORK |= dict.fromkeys(("bytes", "macs", "params", "epochs"), int)
+
 
 class BuildRun(RunDirectory):
     """What a build left in its directory. Unfinished builds can be read as well.
@@ -107,10 +111,11 @@ class BuildRun(RunDirectory):
 
     def forget_beginning(self) -> None:
         """Removes what a build has left before its search, which then begins with other flags."""
-        for name in ("flags.txt", "chosen.txt", "images.json", "planned.json", "steps.json"):
-            self.path(name).unlink(missing_ok=True)
         for path in self.directory.glob("latency_table.*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # The flags last: without them, other files would belong to nobody.
+        for name in ("chosen.txt", "images.json", "planned.json", "steps.json", "flags.txt"):
+            self.path(name).unlink(missing_ok=True)
 
     def add_step(self, name: str, seconds: float, cpu_seconds: float, notes: Sequence[str]) -> None:
         """Writes down that a step is finished.
@@ -139,6 +144,16 @@ class BuildRun(RunDirectory):
         """Writes down what was decided at the start of a step."""
         write_json(self.path("planned.json"), self.planned | {name: list(notes)})
 
+    def _checked_summary(self, summary: Any) -> dict[str, Any]:
+        texts = dict.fromkeys(("description", "file", "target", "device"), str)
+        check_fields(summary, "the summary", **texts, **_NETWORK, notes=list, wall_seconds=float)
+        if summary.get("baseline") is not None:
+            check_fields(summary["baseline"], "`baseline`", file=str, **_NETWORK)
+        counts = summary.get("class_counts")
+        if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+            raise UserError("`class_counts` of the summary must be an object of integers")
+        return summary
+
     def check(self) -> None:
         """Raises `UserError` unless the directory holds a build, finished or not."""
         if not self.is_build:
@@ -146,9 +161,8 @@ class BuildRun(RunDirectory):
 
 
 def _checked_planned(data):
-    if not isinstance(data, dict):
-        raise UserError("it must be an object with keys")
-    check_fields(data, "it", **dict.fromkeys(data, list))
+    if not isinstance(data, dict) or not all(isinstance(each, list) for each in data.values()):
+        raise UserError("it must be an object of lists")
     return data
 
 
