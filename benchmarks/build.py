@@ -141,10 +141,8 @@ def _train_by_hand(settings, folder, directory):
         output_dir=str(directory / "run"),
         **changes,
     )
-    # Without the teacher, whose logits are computed once: a step takes as long.
-    probe = planning.probe_training(dataclasses.replace(train, teacher=None), images)
-    teaching = 0.3 * len(images.y) if changes and not settings.smoke else 0
-    left = settings.seconds - _EXPORT_SECONDS - teaching - (time.monotonic() - start)
+    probe = planning.probe_training(train, images)
+    left = settings.seconds - _EXPORT_SECONDS - (time.monotonic() - start)
     epochs = max(1, min(probe.epochs_in(left), 4 * probe.epochs))
     run = run_training(dataclasses.replace(train, epochs=1 if settings.smoke else epochs))
     for name, quantize in ((FLOAT, "none"), (INT8, "int8")):
