@@ -63,6 +63,7 @@ class BuildBenchmarkSettings(few_photos.FewPhotosSettings):
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
         **few_photos.FewPhotosSettings.SMOKE,
+        "photos": ("60",),  # The smallest number that was measured; the stand-ins are 16.
         "methods": ("build", "by_hand"),
     }
 
