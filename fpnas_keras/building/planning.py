@@ -20,7 +20,9 @@ from fpnas_keras import data, runs
 from fpnas_keras.search import SearchSettings, run_search
 from fpnas_keras.train import TrainSettings, run_training
 
-_PROBED_STEPS = 8
+# Steps of an epoch of a probe of a search, and of one of a training, whose steps are shorter. Two
+# epochs of them are timed.
+_PROBED_STEPS, _TRAINED_STEPS = 8, 24
 # A search draws fewer architectures as it decides. Over all steps it draws about this share of
 # those of its first steps: 0.35 to 0.55 in searches of 1,500 steps (benchmarks/versus.jsonl and
 # few_photos.jsonl), more in shorter ones.
@@ -116,14 +118,14 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     with _probing() as directory:
         whole = settings.fit_to(images)
         steps_per_epoch = max(1, count // whole.batch_size)
-        steps = min(steps_per_epoch, _PROBED_STEPS)
+        steps = min(steps_per_epoch, _TRAINED_STEPS)
         few = max(steps * whole.batch_size, 2 * num_classes)
         started = time.monotonic()
         run = run_training(
             dataclasses.replace(
                 settings,
                 output_dir=str(directory),
-                epochs=1 + math.ceil(_PROBED_STEPS / steps),
+                epochs=1 + math.ceil(2 * _TRAINED_STEPS / steps),
                 batch_size=whole.batch_size,
                 train_images=few if few < count else settings.train_images,
                 validation_split=0.0,
