@@ -28,6 +28,8 @@ from fpnas_keras.building.targets import parse_target, parse_time
 from fpnas_keras.errors import UserError
 from fpnas_keras.runs import BuildRun
 
+# The directory of a build is shared by many tests.
+pytestmark = pytest.mark.xdist_group("building")
 MODULE = "fpnas_keras.building.build"
 
 
