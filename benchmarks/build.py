@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import few_photos
@@ -144,8 +144,8 @@ def _train_by_hand(settings, folder, directory):
     )
     probe = planning.probe_training(train, images)
     left = settings.seconds - _EXPORT_SECONDS - (time.monotonic() - start)
-    epochs = max(1, min(probe.epochs_in(left), 4 * probe.epochs))
-    run = run_training(dataclasses.replace(train, epochs=1 if settings.smoke else epochs))
+    epochs = 1 if settings.smoke else probe.epochs_to_train(left)
+    run = run_training(dataclasses.replace(train, epochs=epochs))
     for name, quantize in ((FLOAT, "none"), (INT8, "int8")):
         export_tflite(
             model=run.model_file,
@@ -174,11 +174,8 @@ def _run_rival(settings, folder, directory):
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}
     with (directory / "log.txt").open("w") as log:
         subprocess.run(command, check=True, cwd=directory, env=environment, stdout=log, stderr=log)
-    return len([line for line in inspect.getsource(_source(settings.method)).splitlines() if line])
-
-
-def _source(method) -> Callable:
-    return getattr(rivals, method)
+    source = inspect.getsource(getattr(rivals, settings.method))
+    return len([line for line in source.splitlines() if line])
 
 
 def _environment(work_dir, method):

@@ -34,8 +34,6 @@ from fpnas_keras.train import TrainSettings, run_training
 _SEARCH_SHARE, _TABLE_SHARE = 0.3, 0.15
 # A shorter search has not decided (benchmarks/versus.jsonl has searches of 30 epochs).
 _LEAST_SEARCH_EPOCHS = 6
-# More epochs than so many times the usual ones are not used, even if there is time.
-_MOST_EPOCHS = 4
 # What the exports, timing the files and the report take, about.
 _EXPORT_SECONDS, _BASELINE_SECONDS = 60.0, 60.0
 # An int8 file that loses more accuracy is fine-tuned.
@@ -133,7 +131,7 @@ class _Build:
         """Reads the images, chooses what depends on them, and checks before anything is written."""
         given = self.settings
         if given.device == "adb":
-            measuring.check_device(given)
+            measuring.describe_device(given)  # It may not be there.
         self.images = given.load_images("train", self._choose_size())
         self.settings = self.session.fit_settings(self.images)
         self.space = spaces.get(
@@ -327,9 +325,8 @@ class _Build:
         # Each export runs Keras and the file on all test images.
         tests = len(self.settings.load_images("test", self.images.image_shape[0], again=True).y)
         allowed -= _TEST_PASSES * tests * probe.step / probe.batch_size / 3
-        fitting = probe.epochs_in(allowed)
-        epochs = min(max(1, fitting), _MOST_EPOCHS * probe.epochs)
-        if fitting < 1:
+        epochs = probe.epochs_to_train(allowed)
+        if probe.epochs_in(allowed) < 1:
             self._notes.append(f"{name}: not even one epoch fits into the time")
         elif epochs != probe.epochs:
             reason = "for lack of time" if epochs < probe.epochs else "since there is time"

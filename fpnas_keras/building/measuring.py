@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -177,18 +177,27 @@ class NetworkCosts:
 
 def time_files(settings: BuildSettings, files: Sequence[pathlib.Path]) -> list[float]:
     """Milliseconds of each file on the device, measured in turn."""
-    latency = settings.latency_settings("mobile_mini", output="table.json")
+    rounds = settings.latency_settings("mobile_mini", output="table.json").count_rounds()
     names = {str(index): file for index, file in enumerate(files)}
-    with latency.open_device(latency.threads[0]) as device:
-        times = export.devices.times(device, names, latency.count_rounds())
+    with _open_device(settings) as device:
+        times = export.devices.times(device, names, rounds)
     return [export.devices.tenth_percentile(times[name]) for name in names]
 
 
-def check_device(settings: BuildSettings) -> None:
-    """Raises `UserError` when the device cannot be used."""
+def describe_device(settings: BuildSettings) -> dict[str, Any]:
+    """What is known of the device, as it stands in a latency table.
+
+    Raises:
+        UserError: When the device cannot be used.
+    """
+    with _open_device(settings) as device:
+        return device.describe()
+
+
+def _open_device(settings):
+    """The device, for a `with` statement."""
     latency = settings.latency_settings("mobile_mini", output="table.json")
-    with latency.open_device(latency.threads[0]) as device:
-        device.describe()
+    return latency.open_device(latency.threads[0])
 
 
 def check_table(settings: BuildSettings, table: str, space: Space) -> list[str]:
@@ -209,9 +218,7 @@ def check_table(settings: BuildSettings, table: str, space: Space) -> list[str]:
     if not table.endswith(".json"):
         return []
     known, notes = latency_table.read(table), []
-    latency = settings.latency_settings("mobile_mini", output="table.json")
-    with latency.open_device(latency.threads[0]) as device:
-        described = device.describe()
+    described = describe_device(settings)
     if [known["device"][key] for key in _DEVICE] != [described[key] for key in _DEVICE]:
         notes.append(
             f"the target is for {known['device']['name']}, {known['device']['threads']} thread(s); "
@@ -247,8 +254,7 @@ def measure_table(
         num_classes=space.num_classes,
         **{"output": str(file)} | _limits_of_table(settings, seconds),
     )
-    with latency.open_device(latency.threads[0]) as device:
-        described = device.describe()
+    described = describe_device(settings)
     parts = sorted(export.latency_parts.named_parts(space))
     given = {name: each for name, each in (settings.latency or {}).items() if name != "serial"}
     key = [parts, described, latency.number_format, given]

@@ -31,6 +31,8 @@ _MEAN_SAMPLES = 0.6
 _JUDGED_IMAGES = 1000
 # Images that say how long a teacher takes for all.
 _TAUGHT_IMAGES = 64
+# More epochs than so many times the usual ones are not used, even if there is time.
+_MOST_EPOCHS = 4
 # The files of metrics have hundredths of a second.
 _LEAST_STEP = 1e-4
 
@@ -59,6 +61,10 @@ class Probe(NamedTuple):
     def epochs_in(self, seconds: float) -> int:
         """Epochs that fit into some time; 0 or less if none does."""
         return math.floor((seconds - self.start) / (self.steps_per_epoch * self.step))
+
+    def epochs_to_train(self, seconds: float) -> int:
+        """Epochs of a training that has some time: at least 1, at most 4 times the default."""
+        return min(max(1, self.epochs_in(seconds)), _MOST_EPOCHS * self.epochs)
 
 
 def probe_search(settings: SearchSettings, images: "data.Images") -> Probe:

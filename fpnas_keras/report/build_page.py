@@ -1,17 +1,13 @@
 """The page of a build: the values and texts that `templates/build.html` shows."""
 
-from typing import Any
-
-from fpnas_keras.architecture import count_part
 from fpnas_keras.report.parts import (
     Plot,
-    describe_network,
     format_duration,
     format_totals,
     list_flags,
     render,
 )
-from fpnas_keras.report.training_page import describe_mistakes, learning_curves
+from fpnas_keras.report.training_page import describe_mistakes, learning_curves, network_of
 from fpnas_keras.runs.build_run import BuildRun
 
 _LABELS = {
@@ -63,7 +59,7 @@ def make_page(run: BuildRun, plots: dict[str, Plot]) -> str:
             "comparison": _comparison(summary),
             "data": _data(summary),
             "search": _search(run, plots),
-            "network": _network(run),
+            "network": network_of(training),
             "curves": learning_curves(training, _of("training", plots))
             if training.finished
             else None,
@@ -162,14 +158,6 @@ def _search(run, plots):
             (plot, f"The course of the {name}") for name, plot in _of("search", plots).items()
         ],
     }
-
-
-def _network(run) -> dict[str, Any] | None:
-    architecture = run.training.architecture
-    if architecture is None:
-        return None
-    costs = [count_part(part).macs for part in architecture.parts()]
-    return describe_network(architecture, costs, "MACs")
 
 
 def _file_row(run, quantize, name):

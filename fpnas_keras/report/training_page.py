@@ -55,7 +55,7 @@ def make_page(run: TrainingRun, plots: dict[str, Plot]) -> str:
         sections={
             "progress": learning_curves(run, plots),
             **describe_mistakes(run, summary),
-            "network": _network(run),
+            "network": network_of(run),
             "exports": [_export_row(file, each) for file, each in run.exports.items()],
             "totals": format_totals(summary, _LABELS),
             "flags": list_flags(run),
@@ -137,7 +137,12 @@ def _confusion(summary):
     return {"names": names, "rows": [], "pairs": pairs[:_MOST_CONFUSIONS]}
 
 
-def _network(run):
+def network_of(run: TrainingRun) -> dict[str, Any] | None:
+    """The network of a training with its MACs, for the macro `network_parts`; `None` before that.
+
+    Args:
+        run: The training.
+    """
     architecture = run.architecture
     if architecture is None:
         return None
