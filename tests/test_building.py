@@ -341,6 +341,9 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     assert job._plan_training(train, "training", 195.4).epochs == 19
     assert job._plan_training(train, "training", 195.2).epochs == 18
     job._notes.pop()
+    # A baseline gets the time of the other training, whatever its own probe takes.
+    assert job._plan_training(train, "baseline", 1e6, 195.0).epochs == 19
+    job._notes.pop()
     assert job._plan_training(train, "training", 1e6).epochs == 4 * 20
     assert job._plan_training(train, "training", 3.0).epochs == 1
     assert job._notes == [

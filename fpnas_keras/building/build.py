@@ -302,8 +302,11 @@ class _Build:
         allowed = (self._left() - reserved) / trainings
         return self._train_network(self.run.training, self.run.search.architecture_file, allowed)
 
-    def _train_network(self, run, architecture, allowed):
-        """Trains a network in the seconds that are allowed."""
+    def _train_network(self, run, architecture, allowed, most=math.inf):
+        """Trains a network in the seconds that are allowed, and in no more than some.
+
+        What is measured before takes from the first, and not from the second.
+        """
         settings = self._resumed(TrainSettings, run, architecture=architecture)
         if settings is None:
             settings = self.settings.train_settings(
@@ -313,11 +316,11 @@ class _Build:
             if allowed < math.inf and settings.epochs is not None:
                 self._notes.append(f"{name}: {settings.epochs} epochs, whatever time they take")
             elif allowed < math.inf:
-                settings = self._plan_training(settings, name, allowed)
+                settings = self._plan_training(settings, name, allowed, most)
             self.run.write_planned(self._name, self._notes)
         return run_training(settings).summary["wall_seconds"]
 
-    def _plan_training(self, settings, name, allowed):
+    def _plan_training(self, settings, name, allowed, most=math.inf):
         logging.info("measuring the time of a step of the training")
         started = time.monotonic()
         probe = planning.probe_training(settings, self.images)
@@ -325,6 +328,7 @@ class _Build:
         # Each export runs Keras and the file on all test images.
         tests = len(self.settings.load_images("test", self.images.image_shape[0], again=True).y)
         allowed -= _TEST_PASSES * tests * probe.step / probe.batch_size / 3
+        allowed = min(allowed, most)
         epochs = probe.epochs_to_train(allowed)
         if probe.epochs_in(allowed) < 1:
             self._notes.append(f"{name}: not even one epoch fits into the time")
@@ -375,11 +379,12 @@ class _Build:
                 self._notes.append(f"no baseline: {error}")
                 return 0.0
         # As long as the network that was found, if there is time.
-        trained = self.run.training.summary["wall_seconds"]
-        allowed = math.inf
-        if self._left() < math.inf:
-            allowed = min(self._left() - _BASELINE_SECONDS, trained)
-        whole = self._train_network(self.run.baseline, file, allowed)
+        whole = self._train_network(
+            self.run.baseline,
+            file,
+            self._left() - _BASELINE_SECONDS,
+            self.run.training.summary["wall_seconds"],
+        )
         self._export_rounded(self.run.baseline, "baseline")
         if not any(self.run.export_report(each, "baseline") for each in ("int8", "qat")):
             self._export_as("none", self.run.baseline, "baseline")
