@@ -492,10 +492,12 @@ def draw_networks(
     return list(zip(tf.unstack(drawn), architectures))
 
 
-def keras_step(model: keras.Model, batch: Batch) -> Callable[[], object]:
-    """A step of Keras' own `fit` of a model."""
+def keras_step(
+    model: keras.Model, batch: Batch, loss: keras.losses.Loss | None = None
+) -> Callable[[], object]:
+    """A step of Keras' own `fit` of a model; the default loss is for indices of classes."""
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     model.make_train_function()
     batches = iter(tf.data.Dataset.from_tensors(batch).repeat())

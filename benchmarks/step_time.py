@@ -6,10 +6,15 @@ python benchmarks/step_time.py
   (forward, backward, accumulation) against a step of Keras' own `fit` on the plain network; and the
   forward passes of both.
 * For some of them: a step of `fpnas train` against a step of Keras' own `fit`, and by how much the
-  losses after 200 steps on the same batch differ.
+  losses after 200 steps on the same batch differ. And a step with a teacher against one without:
+  the teacher is the same network, or the largest one of the space.
 * Whole search steps, with data, against their samples alone. The difference is Python, input,
   sampling, cost and updates.
-* Seconds from the command of the quickstart to its first search step.
+* Ranking: seconds of a network on 5,000 images in the supernet, against a Keras model that is built
+  for it, gets the shared weights, new statistics of its batch norms, and is evaluated; and seconds
+  of each of 1,000 finalists, of which the best is chosen.
+* Seconds from the command of the quickstart to its first search step, and of the whole command that
+  writes an int8 file.
 
 Times that are compared are measured in turn in one process. Finished rows are appended to --output.
 A run that was interrupted continues from there.
@@ -28,12 +33,13 @@ import harness
 import keras
 import numpy as np
 import tensorflow as tf
+from networks import largest_network
 
 import fpnas_keras as fpnas
 from fpnas_keras.commands import run_command
 from fpnas_keras.cost import SpaceCost
 from fpnas_keras.method import Samples
-from fpnas_keras.networks import build_for_training
+from fpnas_keras.networks import DistillationLoss, TaughtNetwork, build_for_training
 from fpnas_keras.settings import setting
 
 # Samples in a timed call: they share its overhead, as in a search step.
@@ -51,6 +57,9 @@ class StepTimeSettings(harness.SpeedSettings):
         "compared_steps": 3,
         "whole_steps": 1,
         "untimed_steps": 0,
+        "ranked_networks": 1,
+        "ranked_images": 20,
+        "finalists": 2,
         "starts": 1,
         "quickstart_space": str(harness.SMALL_SPACE),
     }
@@ -63,7 +72,10 @@ class StepTimeSettings(harness.SpeedSettings):
     untimed_steps: int = setting(
         "Steps of `fit` before those, in which most shapes are met.", 20, least=0
     )
-    starts: int = setting("Starts of the quickstart.", 3, least=1)
+    ranked_networks: int = setting("Networks that are ranked.", 16, least=1)
+    ranked_images: int = setting("Images that they are ranked on.", 5000, least=2)
+    finalists: int = setting("Finalists to choose from.", 1000, least=1)
+    starts: int = setting("Runs of each command.", 3, least=1)
     quickstart_space: str = setting("Space of the quickstart.", "mobile_mini", path=True)
 
 
@@ -120,6 +132,87 @@ def training_steps(settings: StepTimeSettings, name: str) -> dict[str, list[floa
         rows.setdefault("losses", []).append(losses)
         keras.backend.clear_session()
     return rows
+
+
+def taught_steps(settings: StepTimeSettings, name: str) -> dict[str, list[float]]:
+    """Seconds per training step of random architectures, without and with a teacher."""
+    space, batch_size = settings.measured_space(name)
+    search = fpnas.ArchitectureSearch(space)
+    x, y = harness.noise(space, batch_size, 0)
+    batch = x, tf.one_hot(y, space.num_classes)
+    plain = keras.losses.CategoricalCrossentropy(from_logits=True)
+    loss = DistillationLoss(temperature=3.0, distillation_weight=0.5, label_smoothing=0.0)
+    largest = largest_network(space)
+    rows = {}
+    for _, architecture in harness.draw_networks(search, settings.trained_architectures):
+        network = build_for_training(architecture)
+        models = {"plain": network}
+        for key, teacher in {"by_itself": architecture, "by_largest": largest}.items():
+            models[key] = TaughtNetwork(build_for_training(architecture), teacher.build())
+        steps = {
+            key: harness.keras_step(model, batch, plain if key == "plain" else loss)
+            for key, model in models.items()
+        }
+        for key, seconds in harness.in_turn(steps, settings.repeats).items():
+            rows.setdefault(key, []).append(seconds)
+        rows.setdefault("macs", []).append(architecture.macs())
+        rows.setdefault("largest_macs", []).append(largest.macs())
+        keras.backend.clear_session()
+    return rows
+
+
+def ranking(settings: StepTimeSettings) -> dict[str, float]:
+    """Seconds per network: ranked in the supernet, ranked as models, as one of many finalists."""
+    space, _ = settings.measured_space(settings.spaces[0])
+    search = fpnas.ArchitectureSearch(space)
+    count = 2 * settings.ranked_images  # Half of them are the architecture part.
+    x = np.random.default_rng(0).integers(0, 256, (count, *space.input_shape), np.uint8)
+    names = tuple(map(str, range(space.num_classes)))
+    y = np.arange(count, dtype=np.int32) % space.num_classes
+    images = fpnas.data.Images(x, y, names, space.input_shape)
+    evaluation = fpnas.runs.Evaluation(search, images, 0.5, settings.ranked_images)
+    networks = harness.draw_networks(search, settings.ranked_networks)
+    entries = np.stack([each.numpy() for each, _ in networks])
+    evaluation(entries[:1], 0, 1)  # It traces.
+
+    def build_each():
+        for _, architecture in networks:
+            model = architecture.build()
+            search.supernet.give_weights(model)
+            fpnas.networks.recalibrate(
+                model, (tf.cast(x, tf.float32) for x, _ in evaluation.batches)
+            )
+            for batch, _ in evaluation.batches:
+                model.predict_on_batch(batch)
+            keras.backend.clear_session()
+
+    runs = {"supernet": lambda: evaluation(entries), "models": build_each}
+    seconds = harness.timed_in_turn(runs, repeats=1, untimed=0)
+    row = {key: each / len(networks) for key, (each,) in seconds.items()}
+    finalists = search.finalists(settings.finalists, None)
+    (row["finalists"],) = harness.timed_in_turn(
+        {"": lambda: fpnas.runs.choose_finalist(evaluation, finalists)}, repeats=1, untimed=0
+    )[""]
+    row["finalists"] /= len(finalists)
+    return row
+
+
+def int8_export(settings: StepTimeSettings) -> dict[str, list[float]]:
+    """Seconds of the command that writes an int8 file of a network."""
+    space = fpnas.spaces.get(settings.quickstart_space, (28, 28, 1), 10)
+    search = fpnas.ArchitectureSearch(space)
+    ((_, architecture),) = harness.draw_networks(search, 1)
+    seconds = []
+    with tempfile.TemporaryDirectory() as directory:
+        model = f"{directory}/model.keras"
+        architecture.build().save(model)
+        command = [*(sys.executable, "-m", "export.tflite", "--quantize=int8", "--data=digits")]
+        command += [f"--model={model}", "--overwrite"]
+        for _ in range(settings.starts):
+            begin = time.perf_counter()
+            subprocess.run(command, cwd=harness.ROOT, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - begin)
+    return {"seconds": seconds}
 
 
 def whole_steps(settings: StepTimeSettings, name: str) -> dict[str, list[float]]:
@@ -207,9 +300,22 @@ def report(settings: StepTimeSettings, rows: dict[str, harness.Row]) -> None:
         line(f"training step / Keras step, `{name}`", np.divide(row["ours"], row["keras"]))
         ours, theirs = np.transpose(row["losses"])
         line(f"difference of the losses, `{name}`", np.abs(ours - theirs))
+        row = rows[f"distillations of {name}"]
+        line(
+            f"step with itself as teacher / plain, `{name}`",
+            np.divide(row["by_itself"], row["plain"]),
+        )
+        line(
+            f"with the largest as teacher / plain, `{name}`",
+            np.divide(row["by_largest"], row["plain"]),
+        )
         row = rows[f"steps of {name}"]
         line(f"share outside the samples, `{name}`", 1 - np.divide(row["samples"], row["step"]))
     line("seconds to the first step of the quickstart", rows["start"]["seconds"])
+    line("seconds of an int8 export", rows["int8 export"]["seconds"])
+    kinds = {"supernet": "in the supernet", "models": "as a model", "finalists": "as a finalist"}
+    for key, kind in kinds.items():
+        line(f"seconds of a network of `{settings.spaces[0]}`, ranked {kind}", rows["ranking"][key])
 
 
 def run(settings: StepTimeSettings) -> None:
@@ -219,11 +325,14 @@ def run(settings: StepTimeSettings) -> None:
         for kind, function in (
             ("samples", samples),
             ("trainings", training_steps),
+            ("distillations", taught_steps),
             ("steps", whole_steps),
         )
         for name in settings.spaces
     }
+    jobs["ranking"] = functools.partial(ranking, settings)
     jobs["start"] = functools.partial(start, settings)
+    jobs["int8 export"] = functools.partial(int8_export, settings)
     harness.run_jobs(__file__, settings, jobs, functools.partial(report, settings))
 
 

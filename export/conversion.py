@@ -49,7 +49,9 @@ def convert(
     ]
     shape = (batch_size, *model.input_shape[1:])
 
-    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, name="image")])
+    image = tf.TensorSpec(shape, tf.float32, name="image")
+
+    @tf.function(input_signature=[image], autograph=False)
     def serve(image):
         return {scores: model(image, training=False)}
 

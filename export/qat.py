@@ -31,6 +31,8 @@ _NO_RANGE = 1e-6
 _MAX_DIFFERENCE = 1e-3
 # Of tfmot's moving averages of ranges.
 _DECAY = 0.999
+# The layers need no AutoGraph, which takes as long as all else: it rewrites each call of each.
+_without_autograph = tf.autograph.experimental.do_not_convert
 
 
 class TwinBuilder(NetworkBuilder):
@@ -59,6 +61,7 @@ class TwinBuilder(NetworkBuilder):
         return gate if function == "hard_sigmoid" else layers.Multiply(name=name)([x, gate])
 
 
+@_without_autograph
 def twin(model: keras.Model, architecture: Architecture) -> tf_keras.Model:
     """The network of a Keras model in tf_keras, with the same weights.
 
@@ -141,6 +144,7 @@ def fine_tune(
     return quantized
 
 
+@_without_autograph
 def quantize(
     network: tf_keras.Model,
     batches: tf.data.Dataset,
@@ -183,7 +187,7 @@ def _calibrate(model, batches):
     for norm in norms:
         norm.trainable = False
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def observe(x):
         """The ends of the ranges on a batch. The ranges stay as they are."""
         before = [tf.identity(each) for each in moving]

@@ -238,7 +238,7 @@ class TrainSettings(RunSettings):
             optimizer = keras.optimizers.AdamW(schedule, **common)
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
         if self.mixed_precision == "float16":
-            # `compile` would do so by the policy of the model, which a distiller does not have.
+            # `compile` would do so by the policy of the model, which `TaughtNetwork` does not have.
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         return optimizer
 
@@ -464,27 +464,19 @@ class _Training:
             )
 
     def _compile(self, network, steps_per_epoch):
-        """The model to fit, the network or a distiller of it, with all its variables."""
+        """The model to fit, the network alone or with its teacher, with all its variables."""
         import keras
         import tensorflow as tf
 
         settings, architecture, model = self.settings, self.architecture, network
         if settings.teacher and not self._is_taught:
-            if settings.class_weight == "balanced":
-                raise UserError(
-                    "--class_weight=balanced needs a --teacher with another number of classes, or "
-                    "none: Keras' distillation has no weights. "
-                    f"Received: teacher={settings.teacher}"
-                )
             teacher = networks.load_teacher(
                 settings.teacher,
                 settings.teacher_weights,
                 architecture.input_shape,
                 architecture.num_classes,
             )
-            model = networks.make_distiller(
-                teacher, network, settings.temperature, settings.distillation_weight
-            )
+            model = networks.TaughtNetwork(network, teacher)
         model.compile(
             optimizer=settings.make_optimizer(steps_per_epoch * settings.epochs, steps_per_epoch),
             loss=self._loss(),
@@ -502,7 +494,7 @@ class _Training:
         import keras
 
         settings = self.settings
-        if self._is_taught:
+        if settings.teacher:
             return networks.DistillationLoss(
                 settings.temperature, settings.distillation_weight, settings.label_smoothing
             )

@@ -16,7 +16,7 @@ from fpnas_keras.train import TrainSettings
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 # What the benchmarks share. Every other file of the folder is a benchmark.
-SHARED = {"dmasking", "harness", "networks", "rivals", "torch_trainings"}
+SHARED = {"dmasking", "harness", "networks", "peer_networks", "rivals", "torch_trainings"}
 NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - SHARED)
 # These need more than their rows to report: a data set, a run directory, or a latency table.
 NEEDS_MORE = {

@@ -10,7 +10,7 @@ from helpers import make_tiny_space
 
 import fpnas_keras as fpnas
 from fpnas_keras.errors import Interrupted
-from fpnas_keras.networks import make_distiller
+from fpnas_keras.networks import DistillationLoss, TaughtNetwork
 from fpnas_keras.runs import Checkpoints, MetricsFile, RunDirectory, RunSettings, Session
 
 EPOCHS, STEPS = 4, 3
@@ -87,9 +87,9 @@ def train_part(session, *callbacks):
     )
     rng = np.random.default_rng(0)  # the same in each part of the run, as a file would be
     teacher.set_weights([rng.uniform(0.1, 0.2, each.shape) for each in teacher.get_weights()])
-    model = make_distiller(teacher, student, 2.0, 0.5)
+    model = TaughtNetwork(student, teacher)
     optimizer = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.5)
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    loss = DistillationLoss(2.0, 0.5, 0.0)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     optimizer.build(model.trainable_variables)
     model.compute_metrics(None, np.zeros((1, 3)), np.zeros((1, 3)))

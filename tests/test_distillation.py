@@ -25,25 +25,41 @@ def load(name, weights=None, shape=SHAPE, classes=CLASSES):
 
 
 @pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.5), (4.0, 0.3), (2.0, 1.0)])
-def test_the_loss_is_the_formula(temperature, weight):
+def test_the_loss_of_a_step_is_the_formula(temperature, weight):
     space = make_tiny_space()
     teacher = space.architecture(space.cardinalities - 1).build()
     student = network().build()
     for weights in (teacher.trainable_weights, student.trainable_weights):
         weights[-1].assign(2 * keras.random.normal((CLASSES,), seed=len(weights)))
-    model = distillation.make_distiller(teacher, student, temperature, weight)
-    model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    model = distillation.TaughtNetwork(student, teacher)
+    model.compile("sgd", distillation.DistillationLoss(temperature, weight, 0.0), jit_compile=False)
     y = np.eye(CLASSES)[[0, 1, 2, 1, 0]].astype(np.float32)
+    shares = np.array([1, 3, 2, 0, 1], np.float32)
     logits = student(IMAGES, training=True)
-    received = model.compute_loss(IMAGES, y, logits)
+    received = model.train_on_batch(IMAGES, y, shares)
     p, q = (
         keras.ops.softmax(each / temperature) for each in (teacher(IMAGES, training=False), logits)
     )
-    divergence = np.mean(np.sum(p * np.log(p / q), axis=-1))
-    labels = -np.mean(np.sum(y * keras.ops.log_softmax(logits), axis=-1))
-    expected = (1 - weight) * labels + weight * temperature**2 * divergence
-    assert float(received) == pytest.approx(float(expected), rel=1e-4)
-    assert model.trainable_variables == student.trainable_variables
+    divergence = np.sum(p * np.log(p / q), axis=-1)
+    labels = -np.sum(y * keras.ops.log_softmax(logits), axis=-1)
+    losses = (1 - weight) * labels + weight * temperature**2 * divergence
+    assert float(received) == pytest.approx(float(np.mean(shares * losses)), rel=1e-4)
+
+
+def test_a_teacher_is_read_once_and_not_trained():
+    teacher, student = network().build(), network().build()
+    model = distillation.TaughtNetwork(student, teacher)
+    assert model.variables == student.variables
+    model.compile("sgd", distillation.DistillationLoss(1.0, 1.0, 0.0), jit_compile=False)
+    y = np.eye(CLASSES)[[0, 1, 2, 1, 0]].astype(np.float32)
+    before = teacher.get_weights()
+    model.train_on_batch(IMAGES, y)
+    for value, expected in zip(teacher.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    # Evaluated, the loss is that of the labels, whatever the teacher says.
+    labels = keras.losses.CategoricalCrossentropy(from_logits=True)
+    expected = labels(y, student(IMAGES))
+    assert float(model.test_on_batch(IMAGES, y)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_keras_file(tmp_path):

@@ -1,10 +1,10 @@
 from .conventions import check_floatx as check_floatx
 from .distillation import IMAGENET_CLASSES as IMAGENET_CLASSES
 from .distillation import DistillationLoss as DistillationLoss
+from .distillation import TaughtNetwork as TaughtNetwork
 from .distillation import load_application as load_application
 from .distillation import load_teacher as load_teacher
 from .distillation import load_teacher_file as load_teacher_file
-from .distillation import make_distiller as make_distiller
 from .plain_network import NetworkBuilder as NetworkBuilder
 from .plain_network import build_network as build_network
 from .plain_network import ends_in_softmax as ends_in_softmax

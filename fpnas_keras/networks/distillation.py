@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 import keras
+import tensorflow as tf
 
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.errors import UserError
@@ -16,45 +17,64 @@ from fpnas_keras.networks.plain_network import load_model, to_logits
 IMAGENET_CLASSES = 1000
 
 
-def make_distiller(
-    teacher: keras.Model, student: keras.Model, temperature: float, distillation_weight: float
-) -> keras.distillation.Distiller:
-    """Makes a model whose `fit` trains a student on labels and on the logits of a teacher.
+class TaughtNetwork(keras.Model):
+    """A network that `fit` trains on labels and on the logits of a teacher.
 
-    With the logits t of the teacher, s of the student and the temperature T, the loss is
+    Compile it with a `DistillationLoss`, which explains the loss. The teacher takes the images that
+    the network takes, after their augmentation. When it is evaluated, the loss is that of the
+    labels.
 
-        (1 - distillation_weight) * loss(labels, s)
-        + distillation_weight * T^2 * KL(softmax(t / T) || softmax(s / T))
+    `keras.distillation.Distiller` does the same, in more time: here the teacher's weights are
+    constants of the graph, so that TensorFlow folds its batch norms into the convolutions.
 
     Args:
-        teacher: Pixels to logits. Its weights do not change.
-        student: Pixels to logits.
-        temperature: T.
-        distillation_weight: Weight of the teacher's term, 0 to 1.
-
-    Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
-    section 2, "Distillation".
+        network: The network to train, the student. Pixels to logits.
+        teacher: Pixels to logits, of the same images and classes. Its weights are read now, and do
+            not change.
     """
-    # An instance and not the default, the name "kl_divergence": for that name, Keras 3.15 compares
-    # the logits without a softmax.
-    loss = keras.distillation.LogitsDistillation(temperature, keras.losses.KLDivergence())
-    return keras.distillation.Distiller(
-        teacher, student, loss, student_loss_weight=1 - distillation_weight
-    )
+
+    def __init__(self, network: keras.Model, teacher: keras.Model):
+        super().__init__()
+        self.network = network
+        self._teach = teacher.stateless_call  # Not the teacher: its weights are not ours.
+        self._teacher_weights = [
+            [each.numpy() for each in variables]
+            for variables in (teacher.trainable_variables, teacher.non_trainable_variables)
+        ]
+        self.built = True
+
+    def call(self, images: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        return self.network(images, training=training)
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ) -> tf.Tensor:
+        if training:
+            logits, _ = self._teach(*self._teacher_weights, x, training=False)
+            y = tf.concat([y, logits], axis=1)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
 
 @keras.saving.register_keras_serializable("fpnas_keras")
 class DistillationLoss(keras.losses.Loss):
-    """The loss of `make_distiller`, for a teacher whose logits are known for every image.
+    """The loss of a network that learns from labels and from the logits of a teacher.
+
+    With the logits t of the teacher, s of the network and the temperature T, it is
+
+        (1 - distillation_weight) * cross_entropy(labels, s)
+        + distillation_weight * T^2 * KL(softmax(t / T) || softmax(s / T))
 
     The labels hold the shares of the classes and then the teacher's logits: float32 of shape
     `(batch, 2 * classes)`. Labels without logits, of shape `(batch, classes)`, have the loss of the
     labels alone.
 
     Args:
-        temperature: As for `make_distiller`.
-        distillation_weight: As for `make_distiller`.
+        temperature: T.
+        distillation_weight: Weight of the teacher's term, 0 to 1.
         label_smoothing: Part of each label that is spread over all classes.
+
+    Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
+    section 2, "Distillation".
     """
 
     def __init__(self, temperature: float, distillation_weight: float, label_smoothing: float):

@@ -265,9 +265,7 @@ def _variables(model):
     metrics = model.metrics_variables
     others = [*model.variables, *(v for each in optimizers if each for v in each.variables)]
     known = {id(variable): variable for variable in others}
-    # A teacher stays what it is.
-    fixed = model.teacher.variables if isinstance(model, keras.distillation.Distiller) else []
-    for variable in [*metrics, *fixed]:
+    for variable in metrics:
         known.pop(id(variable), None)
     return [*known.values(), *metrics]
 
