@@ -206,6 +206,11 @@ class TrainSettings(RunSettings):
         if self.init != "supernet" and self.search_dir is not None:
             raise UserError("--search_dir needs --init=supernet")
 
+    @property
+    def distorts(self) -> bool:
+        """Whether images are changed so much that a teacher has to see what became of them."""
+        return bool(self.rand_augment or self.mix_up or self.cut_mix)
+
     def _choose(self, count, size):
         batch_size = self.batch_size or choose_batch_size(count, 200, 16, _BATCH_SIZE)
         batch_size = max(2, min(batch_size, count))
@@ -322,7 +327,7 @@ class _Training:
         network = self._make_network(images, is_new=checkpoints.step == 0)
         steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
         self._warn_of_few_steps(steps_per_epoch)
-        model = self._compile(network, steps_per_epoch)
+        model = self._compile(network, steps_per_epoch, images.logits is not None)
         self._begin(images)
         rows, callbacks = self._make_callbacks(checkpoints)
         with data.naming_unreadable(images), data.naming_unreadable(held_out):
@@ -353,34 +358,47 @@ class _Training:
         return images, held_out
 
     def _teach(self, images):
-        """The training images with the logits of a teacher that has other classes."""
+        """The training images with the logits of a teacher, if it sees each of them only once."""
         settings, file = self.settings, self.session.run.teacher_file
-        # The file is there when the run is continued: the teacher need not be loaded then.
-        self._is_taught = file.is_file() or (
-            settings.teacher is not None
-            and runs.is_foreign(
-                settings.teacher, settings.teacher_weights, self.architecture.num_classes
-            )
-        )
-        if not self._is_taught:
+        if settings.teacher is None:
             return images
+        if file.is_file():  # The run is continued, and the teacher need not be loaded.
+            return images._replace(logits=np.load(file, allow_pickle=False))
+        if runs.is_foreign(
+            settings.teacher, settings.teacher_weights, self.architecture.num_classes
+        ):
+            return images._replace(logits=self._fit_teacher())
+        if settings.distorts:
+            return images
+        with data.naming_unreadable(images):
+            return images._replace(logits=runs.compute_outputs(self._load_teacher(), images))
+
+    def _fit_teacher(self):
+        """The logits of a teacher of other classes for the training images."""
+        settings = self.settings
         if settings.mix_up or settings.cut_mix:
             raise UserError(
                 "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
                 f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
             )
-        if file.is_file():
-            return images._replace(logits=np.load(file, allow_pickle=False))
         features = runs.load_features(settings.teacher, settings.teacher_weights)
         height, width = features.input_shape[1:3]
         if height != width:
             raise UserError(f"the teacher must take square images. Received: {height} x {width}")
         seen, _ = self._split(settings.load_images("train", height, again=True))
         with data.naming_unreadable(seen):
-            logits = runs.fit_head(
-                runs.compute_features(features, seen), seen.y, seen.class_names, settings.seed
-            )
-        return images._replace(logits=logits)
+            outputs = runs.compute_outputs(features, seen)
+            return runs.fit_head(outputs, seen.y, seen.class_names, settings.seed)
+
+    def _load_teacher(self):
+        """A teacher of the same classes."""
+        settings, architecture = self.settings, self.architecture
+        return networks.load_teacher(
+            settings.teacher,
+            settings.teacher_weights,
+            architecture.input_shape,
+            architecture.num_classes,
+        )
 
     def _split(self, images):
         """The images to train on, and those held out or `None`."""
@@ -417,7 +435,7 @@ class _Training:
         batches = data.train_batches(
             images, settings.batch_size, settings.seed, augmentation, first_step
         )
-        if augmentation.mixes or self._is_taught:
+        if augmentation.mixes or images.logits is not None:
             return batches
         return _one_hot(batches, len(images.class_names))
 
@@ -463,20 +481,14 @@ class _Training:
                 self.settings.batch_size,
             )
 
-    def _compile(self, network, steps_per_epoch):
+    def _compile(self, network, steps_per_epoch, has_logits):
         """The model to fit, the network alone or with its teacher, with all its variables."""
         import keras
         import tensorflow as tf
 
         settings, architecture, model = self.settings, self.architecture, network
-        if settings.teacher and not self._is_taught:
-            teacher = networks.load_teacher(
-                settings.teacher,
-                settings.teacher_weights,
-                architecture.input_shape,
-                architecture.num_classes,
-            )
-            model = networks.TaughtNetwork(network, teacher)
+        if settings.teacher and not has_logits:
+            model = networks.TaughtNetwork(network, self._load_teacher())
         model.compile(
             optimizer=settings.make_optimizer(steps_per_epoch * settings.epochs, steps_per_epoch),
             loss=self._loss(),

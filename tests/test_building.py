@@ -335,23 +335,37 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     job.settings = job.settings.fit_to(job.images)
     planned = job._plan_search()
     assert (planned.epochs, planned.steps_per_epoch) == (29, 50)
-    # 5 s to start, and 19 epochs of 10 s.
     train = job.settings.train_settings(directory / "training", "a.json")
-    # A third of a second for four passes over 360 test images.
-    assert job._plan_training(train, "training", 195.4).epochs == 19
-    assert job._plan_training(train, "training", 195.2).epochs == 18
-    job._notes.pop()
-    # A baseline gets the time of the other training, whatever its own probe takes.
-    assert job._plan_training(train, "baseline", 1e6, 195.0).epochs == 19
-    job._notes.pop()
-    assert job._plan_training(train, "training", 1e6).epochs == 4 * 20
-    assert job._plan_training(train, "training", 3.0).epochs == 1
+
+    def plan(name, left, **more):
+        monkeypatch.setattr(job, "_left", lambda: left)
+        planned = job._plan_training(train, name, **more)
+        return planned and planned.epochs
+
+    # 5 s to start, and 19 epochs of 10 s. A file takes 6.5 s, and a sixth of a second for two
+    # passes over 360 test images.
+    assert plan("baseline", 201.8) == 19
+    assert plan("baseline", 201.5) == 18
+    # Two trainings, and a file more of the first one.
+    assert plan("training", 2 * 195.1 + 3 * 6.67) == 19
+    assert plan("training", 2 * 194.9 + 3 * 6.66) == 18
+    # A baseline gets no more than the time of the other training.
+    assert plan("baseline", 1e6, most=195.0) == 19
+    assert plan("training", 1e6) == 4 * 20
+    assert plan("training", 30.0) == 1
+    assert plan("baseline", 20.0) is None
+    cut = "19 epochs instead of 20, for lack of time"
+    more = "18 epochs instead of 20, for lack of time"
     assert job._notes == [
         "search: 1,450 steps instead of 1,500, for lack of time",
-        "training: 19 epochs instead of 20, for lack of time",
+        *(f"{name}: {text}" for name in ("baseline", "training") for text in (cut, more)),
+        f"baseline: {cut}",
         "training: 80 epochs instead of 20, since there is time",
         "training: not even one epoch fits into the time",
+        "baseline: not even one epoch fits into the time",
     ]
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "probe_search", lambda *_: Probe(5.0, 0.1, 50, 30, 16))
     job._started = time.monotonic() - 590
     with pytest.raises(UserError, match="`time` must be at least 12m, with which the search"):
         job._plan_search()

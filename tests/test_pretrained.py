@@ -56,7 +56,7 @@ def test_the_features_are_what_the_last_layer_takes(teacher):
     images = brightness_images()
     assert runs.is_foreign(file, None, CLASSES)
     assert not runs.is_foreign(file, None, 7)
-    received = runs.compute_features(runs.load_features(file, None), images)
+    received = runs.compute_outputs(runs.load_features(file, None), images)
     np.testing.assert_allclose(received, expected(images.x.astype(np.float32)), rtol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_grey_images_have_three_channels_for_the_teacher(teacher):
     file, expected = teacher
     images = brightness_images()
     grey = images._replace(x=images.x[..., :1], image_shape=(12, 12, 1))
-    received = runs.compute_features(runs.load_features(file, None), grey)
+    received = runs.compute_outputs(runs.load_features(file, None), grey)
     repeated = np.repeat(grey.x, 3, axis=-1).astype(np.float32)
     np.testing.assert_allclose(received, expected(repeated), rtol=1e-5)
 

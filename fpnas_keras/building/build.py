@@ -34,15 +34,17 @@ from fpnas_keras.train import TrainSettings, run_training
 _SEARCH_SHARE, _TABLE_SHARE = 0.3, 0.15
 # A shorter search has not decided (benchmarks/versus.jsonl has searches of 30 epochs).
 _LEAST_SEARCH_EPOCHS = 6
-# What the exports, timing the files and the report take, about.
-_EXPORT_SECONDS, _BASELINE_SECONDS = 60.0, 60.0
+# Writing and timing a file takes about as long as so many times the start of a training, which
+# builds, traces, saves and tests a network; and two passes over the test images.
+_FILE_STARTS, _TEST_PASSES = 1.3, 2
+# Fine-tuning takes about as long as writing the int8 file again and so many times the epochs of the
+# training. It is left out if it would exceed the time by more than this share.
+_TUNING_EPOCHS, _MOST_OVER = 5, 0.1
 # An int8 file that loses more accuracy is fine-tuned.
 _MOST_LOST = 0.01
 _BASELINE = "MobileNetV3-Small"
 # How much its stem and first block halve images of up to so many pixels, as in the spaces.
 _STRIDES = ((40, 1), (160, 2), (math.inf, 4))
-# Passes over the test images of the exports, in forward passes of the network.
-_TEST_PASSES = 4
 
 
 def build(**settings: Any) -> runs.BuildRun:
@@ -297,15 +299,13 @@ class _Build:
         return {"cost": "params", "target": params}
 
     def _train(self):
-        trainings = 2 if self.settings.baseline else 1
-        reserved = _EXPORT_SECONDS + (trainings - 1) * _BASELINE_SECONDS
-        allowed = (self._left() - reserved) / trainings
-        return self._train_network(self.run.training, self.run.search.architecture_file, allowed)
+        return self._train_network(self.run.training, self.run.search.architecture_file)
 
-    def _train_network(self, run, architecture, allowed, most=math.inf):
-        """Trains a network in the seconds that are allowed, and in no more than some.
+    def _train_network(self, run, architecture, most=math.inf):
+        """Trains a network in the time that is left, or in no more than some seconds.
 
-        What is measured before takes from the first, and not from the second.
+        Returns:
+            The seconds that it has taken; `None` if it was left out.
         """
         settings = self._resumed(TrainSettings, run, architecture=architecture)
         if settings is None:
@@ -313,25 +313,38 @@ class _Build:
                 run.directory.absolute(), str(architecture.absolute())
             )
             name = run.directory.name
-            if allowed < math.inf and settings.epochs is not None:
+            if self._left() < math.inf and settings.epochs is not None:
                 self._notes.append(f"{name}: {settings.epochs} epochs, whatever time they take")
-            elif allowed < math.inf:
-                settings = self._plan_training(settings, name, allowed, most)
+            elif self._left() < math.inf:
+                settings = self._plan_training(settings, name, most)
+                if settings is None:
+                    return None
             self.run.write_planned(self._name, self._notes)
         return run_training(settings).summary["wall_seconds"]
 
-    def _plan_training(self, settings, name, allowed, most=math.inf):
+    def _plan_training(self, settings, name, most=math.inf):
+        """The settings with the epochs that fit; `None` for a baseline that has time for none."""
         logging.info("measuring the time of a step of the training")
         started = time.monotonic()
         probe = planning.probe_training(settings, self.images)
-        allowed -= time.monotonic() - started
-        # Each export runs Keras and the file on all test images.
+        probing = time.monotonic() - started
         tests = len(self.settings.load_images("test", self.images.image_shape[0], again=True).y)
-        allowed -= _TEST_PASSES * tests * probe.step / probe.batch_size / 3
-        allowed = min(allowed, most)
+        test = _TEST_PASSES * tests * probe.step / probe.batch_size / 3
+        file = _FILE_STARTS * probe.start + test
+        left = self._left()
+        is_baseline = name == self.run.baseline.directory.name
+        if is_baseline:
+            left -= file
+        elif self.settings.baseline:  # It takes the same, and has one file.
+            left = (left - probing - 3 * file) / 2
+        else:
+            left -= 2 * file
+        allowed = min(left, most)
         epochs = probe.epochs_to_train(allowed)
         if probe.epochs_in(allowed) < 1:
             self._notes.append(f"{name}: not even one epoch fits into the time")
+            if is_baseline:
+                return None
         elif epochs != probe.epochs:
             reason = "for lack of time" if epochs < probe.epochs else "since there is time"
             self._notes.append(f"{name}: {epochs} epochs instead of {probe.epochs}, {reason}")
@@ -342,11 +355,13 @@ class _Build:
         self._export_rounded(self.run.training, "model")
 
     def _export_rounded(self, run, name):
-        """Writes the int8 file, and a fine-tuned one if that loses too much."""
+        """Writes the int8 file, and a fine-tuned one if that loses too much and there is time."""
+        started = time.monotonic()
         try:
             self._export_as("int8", run, name)
         except UserError as error:
             self._notes.append(f"export: no int8 file: {summarize_error(error)}")
+        seconds = time.monotonic() - started
         exported = self.run.export_report("int8", name)
         if exported is not None and not _loses_too_much(exported):
             return
@@ -354,10 +369,22 @@ class _Build:
             self._notes.append(
                 f"export: {name}_int8.tflite loses {_lost(exported):.1%} of accuracy"
             )
+        if exported is not None and self._left() < self._tuning_seconds(run, seconds):
+            self._notes.append(f"export: {name} is not fine-tuned, for lack of time")
+            return
         try:
             self._export_as("qat", run, name)
         except UserError as error:
             self._notes.append(f"export: no qat file: {summarize_error(error)}")
+
+    def _tuning_seconds(self, run, int8_seconds):
+        """Seconds that must be left for a fine-tuned file; some may be above the limit."""
+        if self.settings.seconds() is None:
+            return 0.0
+        epoch = run.summary["wall_seconds"] / run.summary["epochs"]
+        epochs = self.settings.export_settings(model="", quantize="qat").qat_epochs
+        over = _MOST_OVER * self.settings.seconds()
+        return int8_seconds + epochs * _TUNING_EPOCHS * epoch - over
 
     def _export_as(self, quantize, run, name):
         if self.run.export_report(quantize, name) is None:
@@ -380,11 +407,10 @@ class _Build:
                 return 0.0
         # As long as the network that was found, if there is time.
         whole = self._train_network(
-            self.run.baseline,
-            file,
-            self._left() - _BASELINE_SECONDS,
-            self.run.training.summary["wall_seconds"],
+            self.run.baseline, file, self.run.training.summary["wall_seconds"]
         )
+        if whole is None:
+            return 0.0
         self._export_rounded(self.run.baseline, "baseline")
         if not any(self.run.export_report(each, "baseline") for each in ("int8", "qat")):
             self._export_as("none", self.run.baseline, "baseline")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from fpnas_keras import data, runs
+from fpnas_keras import data, networks, runs
 from fpnas_keras.search import SearchSettings, run_search
 from fpnas_keras.train import TrainSettings, run_training
 
@@ -117,9 +117,8 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     if settings.validation_split:
         images = images.part(data.split(images.y, settings.validation_split, settings.seed)[0])
     num_classes = len(images.class_names)
-    is_foreign = settings.teacher is not None and runs.is_foreign(
-        settings.teacher, settings.teacher_weights, num_classes
-    )
+    # A teacher that sees each image once takes no time in a step.
+    teacher = _load_teacher(settings, images) if settings.teacher else None
     count = len(images.y)
     with _probing() as directory:
         whole = settings.fit_to(images)
@@ -137,7 +136,7 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
                 validation_split=0.0,
                 ema_momentum=0.0,
                 tensorboard=False,
-                **({"teacher": None, "teacher_weights": None} if is_foreign else {}),
+                **({"teacher": None, "teacher_weights": None} if teacher else {}),
             )
         )
         seconds = time.monotonic() - started
@@ -145,21 +144,32 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
     step = max(step, _LEAST_STEP)
     start = max(0, seconds - last["step"] * step)
-    if is_foreign:
-        start += _time_teaching(settings, count)
+    if teacher:
+        start += _time_teaching(settings, teacher, count)
     return Probe(start, step, steps_per_epoch, whole.epochs, whole.batch_size)
 
 
-def _time_teaching(settings, count):
-    """Seconds until a teacher of other classes has seen all images, before the first step."""
+def _load_teacher(settings, images):
+    """The teacher of a training, or `None` if it sees each batch of the training."""
+    num_classes = len(images.class_names)
+    if runs.is_foreign(settings.teacher, settings.teacher_weights, num_classes):
+        return runs.load_features(settings.teacher, settings.teacher_weights)
+    if settings.distorts:
+        return None
+    return networks.load_teacher(
+        settings.teacher, settings.teacher_weights, images.image_shape, num_classes
+    )
+
+
+def _time_teaching(settings, teacher, count):
+    """Seconds until a teacher has seen all images, before the first step."""
     started = time.monotonic()
-    features = runs.load_features(settings.teacher, settings.teacher_weights)
-    seen = settings.load_images("train", features.input_shape[1], again=True)
+    seen = settings.load_images("train", teacher.input_shape[1], again=True)
     few = seen.part(np.arange(min(_TAUGHT_IMAGES, len(seen.y))))
-    runs.compute_features(features, few)  # The first call traces.
+    runs.compute_outputs(teacher, few)  # The first call traces.
     start = time.monotonic() - started
     started = time.monotonic()
-    runs.compute_features(features, few)
+    runs.compute_outputs(teacher, few)
     return start + (time.monotonic() - started) * count / len(few.y)
 
 

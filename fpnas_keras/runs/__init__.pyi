@@ -4,7 +4,7 @@ from .callbacks import Progress as Progress
 from .callbacks import StopOnDivergence as StopOnDivergence
 from .callbacks import TensorBoardFile as TensorBoardFile
 from .checkpoints import Checkpoints as Checkpoints
-from .pretrained import compute_features as compute_features
+from .pretrained import compute_outputs as compute_outputs
 from .pretrained import fit_head as fit_head
 from .pretrained import is_foreign as is_foreign
 from .pretrained import load_features as load_features

@@ -83,19 +83,22 @@ def _features(model, name):
     return features
 
 
-def compute_features(model: keras.Model, images: Images) -> np.ndarray:
-    """Features of all images, float32 of shape `(n, features)`.
+def compute_outputs(model: keras.Model, images: Images) -> np.ndarray:
+    """What a teacher, or the result of `load_features`, gives for each image.
 
     Args:
-        model: The result of `load_features`.
-        images: The images, of the size that the model takes. Grey ones are repeated for each
-            channel.
+        model: Pixels to logits or features.
+        images: The images, of the size that the model takes. Grey ones are repeated for a model
+            that takes color.
+
+    Returns:
+        float32 of shape `(n, outputs)`.
     """
     found = []
     with track(len(images.y), "teacher", "images") as progress:
         for x, y, *_ in test_batches(images, 32):
-            if x.shape[-1] == 1:
-                x = keras.ops.repeat(x, 3, axis=-1)
+            if x.shape[-1] == 1 != model.input_shape[-1]:
+                x = keras.ops.repeat(x, model.input_shape[-1], axis=-1)
             found.append(np.asarray(model.predict_on_batch(x), np.float32))
             progress.update(len(y))
     return np.concatenate(found)

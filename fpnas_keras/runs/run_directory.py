@@ -17,7 +17,7 @@
 | `space.*`, `latency_table.*` | copies of the user's files | |
 | `model.keras` | | the trained network |
 | `mistakes.json` | | the test images that are most wrong |
-| `teacher_logits.npy` | | logits of a teacher of other classes |
+| `teacher_logits.npy` | | logits of a teacher for the training images |
 | `teacher.*`, `teacher_weights.h5` | | copies of the user's files |
 | `tensorboard/` | event files | event files |
 | `checkpoints/` | the last two; one when the run is finished | the same |
@@ -318,7 +318,7 @@ class TrainingRun(RunDirectory):
 
     @property
     def teacher_file(self) -> pathlib.Path:
-        """Logits of a teacher of other classes for the training images."""
+        """Logits of a teacher for the training images."""
         return self.path("teacher_logits.npy")
 
     @property
