@@ -36,7 +36,12 @@ from fpnas_keras.settings import setting
 from fpnas_keras.spaces import VARIABLES, Space
 
 REQUIREMENTS = {
-    "once_for_all": ("torch==2.13.0", "numpy==2.4.6", "ofa==0.1.0.post202307202001"),
+    "once_for_all": (
+        "torch==2.13.0",
+        "numpy==2.4.6",
+        "pillow==12.3.0",
+        "ofa==0.1.0.post202307202001",
+    ),
     "nni": ("torch==2.13.0", "numpy==2.4.6", "nni==3.0", "pytorch-lightning==2.6.6"),
 }
 KERNEL_SIZES, EXPANSIONS, DEPTHS = (3, 5, 7), (3, 4, 6), (2, 3, 4)
@@ -91,14 +96,16 @@ class Peer:
     def __init__(self, python: pathlib.Path, name: str, settings: PeersSettings):
         script = str(pathlib.Path(__file__).with_name("peer_networks.py"))
         sizes = map(str, (settings.input_size, settings.batch_size, CLASSES))
-        self.process = subprocess.Popen(
-            [str(python), script, name, *sizes],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        self.log = pathlib.Path(settings.work_dir, f"{name}.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [str(python), script, name, *sizes],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
 
     def ask(self, request: Any) -> Any:
         """Sends a line and returns the answer."""
@@ -106,7 +113,7 @@ class Peer:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.process.args} ended")
+            raise RuntimeError(f"its process ended; see {self.log}")
         return json.loads(answer)
 
     def close(self) -> None:

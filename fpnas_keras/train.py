@@ -147,8 +147,10 @@ class TrainSettings(RunSettings):
         "Network whose logits are learned beside the labels (distillation): a .keras file; an "
         "architecture (.json) with --teacher_weights; or the name of a network of "
         "keras.applications. One with another number of classes, such as ImageNet's, gets a new "
-        "head, which is fitted to the training images. Train a teacher of the same classes with "
-        "--label_smoothing=0: smoothed labels spoil what it teaches (arXiv:1906.02629).",
+        "head, which is fitted to the training images. It sees each training image once; one of "
+        "the same classes sees every batch if images are flipped, distorted or mixed. Train a "
+        "teacher of the same classes with --label_smoothing=0: smoothed labels spoil what it "
+        "teaches (arXiv:1906.02629).",
         None,
         group=_DISTILLATION,
         path=True,
@@ -207,9 +209,12 @@ class TrainSettings(RunSettings):
             raise UserError("--search_dir needs --init=supernet")
 
     @property
-    def distorts(self) -> bool:
-        """Whether images are changed so much that a teacher has to see what became of them."""
-        return bool(self.rand_augment or self.mix_up or self.cut_mix)
+    def teaches_each_batch(self) -> bool:
+        """Whether a teacher of the same classes sees every batch, after its augmentation.
+
+        Its logits for the images themselves would not fit mirrored, distorted or mixed ones.
+        """
+        return bool(self.random_flip or self.rand_augment or self.mix_up or self.cut_mix)
 
     def _choose(self, count, size):
         batch_size = self.batch_size or choose_batch_size(count, 200, 16, _BATCH_SIZE)
@@ -321,8 +326,10 @@ class _Training:
         keras.utils.set_random_seed(settings.seed)
         checkpoints = runs.Checkpoints(self.session)
         images, held_out = self._load_training_images()
-        images = self._teach(images)
         settings = self.settings = self.session.fit_settings(images)
+        images = self._teach(images)
+        if settings.teacher:  # Whether it was loaded must not decide how the network starts.
+            keras.utils.set_random_seed(settings.seed)
         batches = self._make_batches(images, checkpoints.step)
         network = self._make_network(images, is_new=checkpoints.step == 0)
         steps_per_epoch = checkpoints.steps_per_epoch or int(batches.cardinality())
@@ -368,7 +375,7 @@ class _Training:
             settings.teacher, settings.teacher_weights, self.architecture.num_classes
         ):
             return images._replace(logits=self._fit_teacher())
-        if settings.distorts:
+        if settings.teaches_each_batch:
             return images
         with data.naming_unreadable(images):
             return images._replace(logits=runs.compute_outputs(self._load_teacher(), images))

@@ -361,14 +361,55 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
         *(f"{name}: {text}" for name in ("baseline", "training") for text in (cut, more)),
         f"baseline: {cut}",
         "training: 80 epochs instead of 20, since there is time",
-        "training: not even one epoch fits into the time",
-        "baseline: not even one epoch fits into the time",
+        "training: 1 epoch, though it does not fit into the time",
+        "MobileNetV3-Small is left out: not even one epoch fits into the time",
     ]
     monkeypatch.undo()
     monkeypatch.setattr(planning, "probe_search", lambda *_: Probe(5.0, 0.1, 50, 30, 16))
     job._started = time.monotonic() - 590
     with pytest.raises(UserError, match="`time` must be at least 12m, with which the search"):
         job._plan_search()
+
+
+def test_what_there_is_no_time_for_is_left_out(built, small_space, tmp_path, monkeypatch):
+    """An int8 file that loses accuracy is not fine-tuned, and there is no baseline."""
+    directory = tmp_path / "run"
+    shutil.copytree(built[0].directory, directory)
+    shutil.rmtree(directory / "baseline")
+    flags = ["--target=166k", "--time=100s", *short_flags(small_space, directory)]
+    job = build._Build(fpnas.runs.Session(BuildRun(directory), BuildSettings.from_flags(flags), ""))
+    monkeypatch.setattr(build, "_loses_too_much", lambda _: True)
+    monkeypatch.setattr(build, "run_export", lambda settings: written.append(settings.quantize))
+    written, allowed = [], job._tuning_seconds(job.run.training, 2.0)
+    assert allowed < 2.0 - 10.0 + 60.0  # A tenth of the time may be exceeded.
+    monkeypatch.setattr(job, "_left", lambda: allowed - 0.1)
+    job._export_rounded(job.run.training, "model")
+    assert written == [] and job._notes[-1] == "export: model is not fine-tuned, for lack of time"
+    monkeypatch.setattr(job, "_left", lambda: allowed + 60.0)
+    job._export_rounded(job.run.training, "model")
+    assert written == ["qat"]
+    monkeypatch.setattr(job, "_plan_training", lambda *_: None)
+    assert job._train_baseline() == 0.0
+    assert not job.run.baseline.directory.exists()
+    assert job._describe(job.run.baseline, "baseline") is None
+
+
+def test_a_probe_times_a_teacher(small_space, tmp_path):
+    """A teacher that sees each image once is not part of a step, nor of the start."""
+    images = data.load("digits", image_size=16)
+    space = fpnas.spaces.get(str(small_space), images.image_shape, 10)
+    architecture = space.architecture([block.entries[0] for block in space.blocks])
+    architecture.save(tmp_path / "a.json")
+    architecture.build().save(tmp_path / "teacher.keras")
+    settings = BuildSettings.from_flags(
+        ["--target=166k", "--train.batch_size=16", *short_flags(small_space, tmp_path / "run")]
+    )
+    plain = settings.train_settings(tmp_path / "training", str(tmp_path / "a.json"))
+    taught = dataclasses.replace(plain, teacher=str(tmp_path / "teacher.keras"), random_flip=False)
+    probe = planning.probe_training(taught, images)
+    assert probe.teaching > 0 and probe.epochs_in(probe.seconds(3) + 1e-6) == 3
+    mirrored = dataclasses.replace(taught, random_flip=True)
+    assert planning.probe_training(mirrored, images).teaching == 0
 
 
 def test_probes_measure_the_jobs(small_space, tmp_path):

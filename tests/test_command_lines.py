@@ -272,6 +272,8 @@ def test_training_with_a_teacher_from_shared_weights(searched, trained, tmp_path
     with (tmp_path / "run" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["loss"]) > 0 and float(row["val_loss"]) > 0
+    # The teacher has seen the mixed images.
+    assert not (tmp_path / "run" / "teacher_logits.npy").exists()
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
     # With a learning rate of 0 the network keeps the shared weights.

@@ -436,6 +436,29 @@ def test_a_directory_with_nothing_but_the_first_files_is_new(settings, tmp_path)
     fpnas.runs.Session(fpnas.runs.SearchRun(tmp_path), given, "module").close()
 
 
+def test_a_taught_training_that_was_killed_before_its_first_checkpoint(searched, tmp_path):
+    """The logits are there, so the teacher is not loaded again: the start stays the same."""
+    teacher = searched.architecture.build()
+    teacher.save(tmp_path / "teacher.keras")
+    settings = {
+        "architecture": searched.architecture_file,
+        "data": "digits",
+        "train_images": 40,
+        "validation_split": 0.25,
+        "epochs": 1,
+        "teacher": tmp_path / "teacher.keras",
+        "output_dir": tmp_path / "run",
+    }
+    run = fpnas.train_architecture(**settings)
+    expected = run.model().get_weights()
+    assert np.load(run.teacher_file).shape == (30, 10)
+    for path in [*run.checkpoint_folder.iterdir(), run.model_file, run.summary_file]:
+        path.unlink()
+    again = fpnas.train_architecture(**settings)
+    for ours, theirs in zip(again.model().get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_balanced_classes_and_a_teacher_of_the_same_classes(searched, tmp_path):
     teacher = searched.architecture.build()
     teacher.save(tmp_path / "teacher.keras")

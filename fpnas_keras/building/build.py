@@ -37,8 +37,8 @@ _LEAST_SEARCH_EPOCHS = 6
 # Writing and timing a file takes about as long as so many times the start of a training, which
 # builds, traces, saves and tests a network; and two passes over the test images.
 _FILE_STARTS, _TEST_PASSES = 1.3, 2
-# Fine-tuning takes about as long as writing the int8 file again and so many times the epochs of the
-# training. It is left out if it would exceed the time by more than this share.
+# Fine-tuning takes about as long as writing the int8 file again and, for each of its epochs, so
+# many epochs of the training. It is left out if it would exceed the time by more than this share.
 _TUNING_EPOCHS, _MOST_OVER = 5, 0.1
 # An int8 file that loses more accuracy is fine-tuned.
 _MOST_LOST = 0.01
@@ -50,9 +50,9 @@ _STRIDES = ((40, 1), (160, 2), (math.inf, 4))
 def build(**settings: Any) -> runs.BuildRun:
     """Finds a network for images, trains it, and writes the file for the app, with a report.
 
-    It searches, trains the result, exports it in float32 and int8, and trains MobileNetV3-Small as
-    long, to compare with. If the directory holds an unfinished build with the same settings, it is
-    continued. A finished one is not run again.
+    It searches, trains the result, exports it in float32 and int8, and, if there is time, trains
+    MobileNetV3-Small as long, to compare with. If the directory holds an unfinished build with the
+    same settings, it is continued. A finished one is not run again.
 
     It says what it does, as the command, unless absl's verbosity has been changed.
 
@@ -341,10 +341,11 @@ class _Build:
             left -= 2 * file
         allowed = min(left, most)
         epochs = probe.epochs_to_train(allowed)
+        if is_baseline and probe.epochs_in(left) < 1:
+            self._notes.append(f"{_BASELINE} is left out: not even one epoch fits into the time")
+            return None
         if probe.epochs_in(allowed) < 1:
-            self._notes.append(f"{name}: not even one epoch fits into the time")
-            if is_baseline:
-                return None
+            self._notes.append(f"{name}: 1 epoch, though it does not fit into the time")
         elif epochs != probe.epochs:
             reason = "for lack of time" if epochs < probe.epochs else "since there is time"
             self._notes.append(f"{name}: {epochs} epochs instead of {probe.epochs}, {reason}")
@@ -369,7 +370,8 @@ class _Build:
             self._notes.append(
                 f"export: {name}_int8.tflite loses {_lost(exported):.1%} of accuracy"
             )
-        if exported is not None and self._left() < self._tuning_seconds(run, seconds):
+        is_tuned = self.run.export_report("qat", name) is not None
+        if not is_tuned and self._left() < self._tuning_seconds(run, seconds):
             self._notes.append(f"export: {name} is not fine-tuned, for lack of time")
             return
         try:
@@ -381,8 +383,11 @@ class _Build:
         """Seconds that must be left for a fine-tuned file; some may be above the limit."""
         if self.settings.seconds() is None:
             return 0.0
-        epoch = run.summary["wall_seconds"] / run.summary["epochs"]
-        epochs = self.settings.export_settings(model="", quantize="qat").qat_epochs
+        rows = run.epochs
+        # The first epoch traces.
+        first, last = rows[0]["seconds"] if len(rows) > 1 else 0.0, rows[-1]["seconds"]
+        epoch = (last - first) / max(1, len(rows) - 1)
+        epochs = self.settings.export_settings(model=str(run.model_file)).qat_epochs
         over = _MOST_OVER * self.settings.seconds()
         return int8_seconds + epochs * _TUNING_EPOCHS * epoch - over
 

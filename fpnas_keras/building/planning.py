@@ -41,11 +41,12 @@ class Probe(NamedTuple):
     """How long a job takes.
 
     Attributes:
-        start: Seconds before its first step and after its last.
+        start: Seconds before its first step and after its last, without a teacher.
         step: Seconds of a step.
         steps_per_epoch: Steps in an epoch of the job.
         epochs: Epochs that it has by default.
         batch_size: Images in a step.
+        teaching: Seconds that a teacher takes for all images, before the first step.
     """
 
     start: float
@@ -53,14 +54,16 @@ class Probe(NamedTuple):
     steps_per_epoch: int
     epochs: int
     batch_size: int
+    teaching: float = 0.0
 
     def seconds(self, epochs: int) -> float:
         """Seconds of the job with that many epochs."""
-        return self.start + epochs * self.steps_per_epoch * self.step
+        return self.start + self.teaching + epochs * self.steps_per_epoch * self.step
 
     def epochs_in(self, seconds: float) -> int:
         """Epochs that fit into some time; 0 or less if none does."""
-        return math.floor((seconds - self.start) / (self.steps_per_epoch * self.step))
+        left = seconds - self.start - self.teaching
+        return math.floor(left / (self.steps_per_epoch * self.step))
 
     def epochs_to_train(self, seconds: float) -> int:
         """Epochs of a training that has some time: at least 1, at most 4 times the default."""
@@ -118,7 +121,9 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
         images = images.part(data.split(images.y, settings.validation_split, settings.seed)[0])
     num_classes = len(images.class_names)
     # A teacher that sees each image once takes no time in a step.
+    began = time.monotonic()
     teacher = _load_teacher(settings, images) if settings.teacher else None
+    loading = time.monotonic() - began
     count = len(images.y)
     with _probing() as directory:
         whole = settings.fit_to(images)
@@ -144,9 +149,8 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
     step = max(step, _LEAST_STEP)
     start = max(0, seconds - last["step"] * step)
-    if teacher:
-        start += _time_teaching(settings, teacher, count)
-    return Probe(start, step, steps_per_epoch, whole.epochs, whole.batch_size)
+    teaching = loading + _time_teaching(settings, teacher, count) if teacher else 0.0
+    return Probe(start, step, steps_per_epoch, whole.epochs, whole.batch_size, teaching)
 
 
 def _load_teacher(settings, images):
@@ -154,7 +158,7 @@ def _load_teacher(settings, images):
     num_classes = len(images.class_names)
     if runs.is_foreign(settings.teacher, settings.teacher_weights, num_classes):
         return runs.load_features(settings.teacher, settings.teacher_weights)
-    if settings.distorts:
+    if settings.teaches_each_batch:
         return None
     return networks.load_teacher(
         settings.teacher, settings.teacher_weights, images.image_shape, num_classes
@@ -162,7 +166,7 @@ def _load_teacher(settings, images):
 
 
 def _time_teaching(settings, teacher, count):
-    """Seconds until a teacher has seen all images, before the first step."""
+    """Seconds until a teacher has seen all images."""
     started = time.monotonic()
     seen = settings.load_images("train", teacher.input_shape[1], again=True)
     few = seen.part(np.arange(min(_TAUGHT_IMAGES, len(seen.y))))

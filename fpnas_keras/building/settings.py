@@ -84,7 +84,7 @@ class BuildSettings(RunSettings):
     )
     baseline: bool = setting(
         "Whether MobileNetV3-Small, at the largest width within the target, is trained for as long "
-        "to compare with.",
+        "to compare with, if there is time.",
         True,
         basic=True,
     )

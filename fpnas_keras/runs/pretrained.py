@@ -97,8 +97,8 @@ def compute_outputs(model: keras.Model, images: Images) -> np.ndarray:
     found = []
     with track(len(images.y), "teacher", "images") as progress:
         for x, y, *_ in test_batches(images, 32):
-            if x.shape[-1] == 1 != model.input_shape[-1]:
-                x = keras.ops.repeat(x, model.input_shape[-1], axis=-1)
+            if x.shape[-1] == 1 and model.input_shape[-1] == 3:
+                x = keras.ops.repeat(x, 3, axis=-1)
             found.append(np.asarray(model.predict_on_batch(x), np.float32))
             progress.update(len(y))
     return np.concatenate(found)
