@@ -256,15 +256,15 @@ def report(rows: list[harness.Row]) -> None:
 
 def run(settings: PeersSettings) -> None:
     """Measures the networks that have no row yet, and prints the ratios of all."""
-    if not settings.smoke:  # It runs in a process that has other work.
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
     rows = harness.finished(settings.output, "network")
     rng = np.random.default_rng(1)
     networks = [draw_network(rng) for _ in range(settings.networks)]
     todo = [index for index in range(settings.networks) if index not in rows]
     if todo:
+        if not settings.smoke:  # A smoke run is in a process that has other work.
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(1)
         ours = Ours(settings)
         with start_peers(settings) as peers:
             for index in todo:
