@@ -1,5 +1,6 @@
 """A `.tflite` file and its Keras model on the same images."""
 
+import math
 from typing import NamedTuple
 
 import keras
@@ -83,8 +84,12 @@ def check(
     min_agreement: float,
     max_accuracy_drop: float,
     recorded_accuracy: float | None = None,
+    count: float = math.inf,
 ) -> None:
     """Raises `UserError` unless a file does what its Keras model does.
+
+    Few images cannot tell a file that keeps a limit from one that does not. What exceeds a limit by
+    less than two standard deviations, which may be chance, is a warning.
 
     Args:
         comparison: The comparison.
@@ -93,6 +98,7 @@ def check(
             Keras gives other classes.
         max_accuracy_drop: Largest loss of accuracy.
         recorded_accuracy: Accuracy of the Keras model on these images, as its training has it.
+        count: Number of images.
     """
     keras_accuracy, tflite_accuracy = comparison.keras_accuracy, comparison.tflite_accuracy
     accuracies = (
@@ -112,17 +118,35 @@ def check(
             f"the converted file differs from Keras by {comparison.max_difference:.2g} in a score, "
             f"more than {max_difference:.0e}. {accuracies}"
         )
-    if not keras_accuracy - tflite_accuracy <= max_accuracy_drop:
-        raise UserError(
-            f"the converted file loses {keras_accuracy - tflite_accuracy:.2%} of accuracy, more "
-            f"than `max_accuracy_drop` {max_accuracy_drop:.2%}. {accuracies}"
-        )
-    if not max(comparison.agreement, comparison.kept) >= min_agreement:
-        raise UserError(
-            f"the converted file gives the class of Keras for {comparison.agreement:.2%} of the "
-            f"test images, and is right for {comparison.kept:.2%} of those for which Keras is "
-            f"right, less than `min_agreement` {min_agreement:.2%}. {accuracies}"
-        )
+    lost = keras_accuracy - tflite_accuracy
+    _limit(
+        lost - max_accuracy_drop,
+        _chance(max_accuracy_drop, count),
+        f"the converted file loses {lost:.2%} of accuracy, more than `max_accuracy_drop` "
+        f"{max_accuracy_drop:.2%}",
+        accuracies,
+    )
+    _limit(
+        min_agreement - max(comparison.agreement, comparison.kept),
+        _chance(min_agreement, count),
+        f"the converted file gives the class of Keras for {comparison.agreement:.2%} of the test "
+        f"images, and is right for {comparison.kept:.2%} of those for which Keras is right, less "
+        f"than `min_agreement` {min_agreement:.2%}",
+        accuracies,
+    )
+
+
+def _chance(share, count):
+    """Two standard deviations of a share of so many images."""
+    return 2 * math.sqrt(share * (1 - share) / count)
+
+
+def _limit(excess, chance, message, accuracies):
+    """Refuses what exceeds a limit by more than chance, and warns of what exceeds it by less."""
+    if not excess <= chance:
+        raise UserError(f"{message}. {accuracies}")
+    if excess > 0:
+        logging.warning("%s; with so few test images this may be chance", message)
 
 
 def warn_of_range(model: keras.Model, images: data.Images) -> None:

@@ -100,7 +100,8 @@ class TfliteSettings(Settings):
     )
     max_accuracy_drop: float = setting(
         "Largest loss of accuracy on the test images: of the file against Keras, and of the Keras "
-        "model against what its training recorded. Above it nothing is written.",
+        "model against what its training recorded. Above it, by more than few images may differ by "
+        "chance, nothing is written.",
         0.05,
         least=0,
         most=1,
@@ -108,7 +109,8 @@ class TfliteSettings(Settings):
     )
     min_agreement: float = setting(
         "Least share of the test images for which the file gives the class of Keras, or of those "
-        "that Keras gets right for which the file is right too. Below it nothing is written.",
+        "that Keras gets right for which the file is right too. Below it, by more than few images "
+        "may differ by chance, nothing is written.",
         0.95,
         least=0,
         most=1,
@@ -245,6 +247,7 @@ class _Export:
         self.run_of_model = run if is_own else None
         self.images_settings = settings.find_images(self.run_of_model)
         self.output, self.labels, self.report_file = _output_paths(settings)
+        self.tuned = None  # The fine-tuned network.
 
     def run(self):
         """Converts, checks and writes."""
@@ -268,6 +271,7 @@ class _Export:
             settings.min_agreement,
             settings.max_accuracy_drop,
             self._recorded_accuracy(),
+            len(images.y),
         )
         report = self._report(content, images, milliseconds) | comparison._asdict()
         with replacing(self.labels) as temporary:
@@ -275,6 +279,11 @@ class _Export:
         write_json(self.report_file, report)
         with replacing(self.output) as temporary:
             temporary.write_bytes(content)
+        if self.tuned is not None:
+            file = self.output.with_suffix(".keras")
+            with replacing(file) as temporary:
+                self.tuned.save(temporary)
+            logging.info("the fine-tuned weights: %s", file)
         _report_with_training(pathlib.Path(settings.model).parent)
         return TfliteExport(self.output, self.labels, self.report_file, report)
 
@@ -375,10 +384,7 @@ class _Export:
             settings.qat_learning_rate,
             settings.prune,
         )
-        file = self.output.with_suffix(".keras")
-        with replacing(file) as temporary:
-            export.qat.tuned_network(tuned, self.architecture).save(temporary)
-        logging.info("the fine-tuned weights: %s", file)
+        self.tuned = export.qat.tuned_network(tuned, self.architecture)
         return tuned
 
     def _metadata(self, images):

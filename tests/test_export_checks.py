@@ -270,6 +270,25 @@ def test_a_file_is_judged_by_the_accuracy_that_it_loses(changes, message):
         check(comparison, None, 0.95, 0.05, 0.92)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"agreement": 0.9, "kept": 0.9}, "the class of Keras for 90.00% of the test images"),
+        ({"keras_accuracy": 0.95, "tflite_accuracy": 0.85}, "loses 10.00% of accuracy"),
+    ],
+)
+def test_few_images_prove_little(changes, message, caplog):
+    """Two of 20 images may be chance. Of 1,000 images, so many are not."""
+    comparison = GOOD._replace(tflite_accuracy=0.922)._replace(**changes)
+    with caplog.at_level("WARNING", logger="absl"):
+        check(comparison, None, 0.95, 0.05, 0.92, count=20)
+    assert message in caplog.text and "may be chance" in caplog.text
+    with pytest.raises(UserError, match=message):
+        check(comparison, None, 0.95, 0.05, 0.92, count=1000)
+    with pytest.raises(UserError, match=r"`min_agreement` 100.00%|loses"):
+        check(comparison, None, 1.0, 0.0, 0.92, count=20)
+
+
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_batches(copied, quantize):
     settings = {"model": copied / "run" / "model.keras", "quantize": quantize}
