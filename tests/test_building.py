@@ -389,6 +389,7 @@ def test_what_there_is_no_time_for_is_left_out(built, small_space, tmp_path, mon
     monkeypatch.setattr(job, "_left", lambda: allowed + 60.0)
     job._export_rounded(job.run.training, "model")
     assert written == ["qat"]
+    job.settings = dataclasses.replace(job.settings, train={})  # Its epochs would be kept.
     monkeypatch.setattr(job, "_plan_training", lambda *_: None)
     assert job._train_baseline() == 0.0
     assert not job.run.baseline.directory.exists()
