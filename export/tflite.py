@@ -247,7 +247,6 @@ class _Export:
         self.run_of_model = run if is_own else None
         self.images_settings = settings.find_images(self.run_of_model)
         self.output, self.labels, self.report_file = _output_paths(settings)
-        self.tuned = None  # The fine-tuned network.
 
     def run(self):
         """Converts, checks and writes."""
@@ -279,11 +278,6 @@ class _Export:
         write_json(self.report_file, report)
         with replacing(self.output) as temporary:
             temporary.write_bytes(content)
-        if self.tuned is not None:
-            file = self.output.with_suffix(".keras")
-            with replacing(file) as temporary:
-                self.tuned.save(temporary)
-            logging.info("the fine-tuned weights: %s", file)
         _report_with_training(pathlib.Path(settings.model).parent)
         return TfliteExport(self.output, self.labels, self.report_file, report)
 
@@ -384,7 +378,10 @@ class _Export:
             settings.qat_learning_rate,
             settings.prune,
         )
-        self.tuned = export.qat.tuned_network(tuned, self.architecture)
+        file = self.output.with_suffix(".keras")
+        with replacing(file) as temporary:
+            export.qat.tuned_network(tuned, self.architecture).save(temporary)
+        logging.info("the fine-tuned weights: %s", file)
         return tuned
 
     def _metadata(self, images):
