@@ -100,8 +100,8 @@ class TfliteSettings(Settings):
     )
     max_accuracy_drop: float = setting(
         "Largest loss of accuracy on the test images: of the file against Keras, and of the Keras "
-        "model against what its training recorded. Above it, by more than few images may differ by "
-        "chance, nothing is written.",
+        "model against what its training recorded. Above it nothing is written, unless the images "
+        "are so few that the file may lose it by chance.",
         0.05,
         least=0,
         most=1,
@@ -109,8 +109,8 @@ class TfliteSettings(Settings):
     )
     min_agreement: float = setting(
         "Least share of the test images for which the file gives the class of Keras, or of those "
-        "that Keras gets right for which the file is right too. Below it, by more than few images "
-        "may differ by chance, nothing is written.",
+        "that Keras gets right for which the file is right too. Below it nothing is written, "
+        "unless there are so few that it may be chance.",
         0.95,
         least=0,
         most=1,
