@@ -180,17 +180,9 @@ def _run_rival(settings, folder, directory):
 
 def _environment(work_dir, method):
     """Python of an environment for a method, made if it is not there yet."""
-    folder = work_dir / f"environment_{method}"
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        first = [each for each in REQUIREMENTS[method] if not each.startswith("keras==")]
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, *first], check=True)
-        for pinned in set(REQUIREMENTS[method]) - set(first):  # against what TensorFlow asks for
-            subprocess.run([*pip, "--no-deps", pinned], check=True)
-        (folder / "complete").touch()
-    return python
+    first = [each for each in REQUIREMENTS[method] if not each.startswith("keras==")]
+    against = set(REQUIREMENTS[method]) - set(first)  # against what TensorFlow asks for
+    return harness.make_environment(work_dir / f"environment_{method}", first, against)
 
 
 def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:

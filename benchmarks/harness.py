@@ -436,6 +436,34 @@ def run_on_core(arguments: list[str], core: int, log: pathlib.Path) -> None:
             raise RuntimeError(f"{' '.join(command)} failed; see {log}")
 
 
+def make_environment(
+    folder: pathlib.Path, requirements: Iterable[str], without_dependencies: Iterable[str] = ()
+) -> pathlib.Path:
+    """A virtual environment for code of others, made if it is not there yet.
+
+    Args:
+        folder: Its folder.
+        requirements: What it holds.
+        without_dependencies: What is installed after that, whatever it or others ask for.
+
+    Returns:
+        Its Python.
+
+    Raises:
+        CalledProcessError: When something cannot be installed.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        print(f"making the environment {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *requirements], check=True)
+        for pinned in without_dependencies:
+            subprocess.run([*pip, "--no-deps", pinned], check=True)
+        (folder / "complete").touch()
+    return python
+
+
 # Timing
 
 

@@ -122,19 +122,6 @@ class Peer:
         self.process.wait()
 
 
-def make_environment(work_dir: pathlib.Path, peer: str) -> pathlib.Path:
-    """Python of the environment of a peer, made if it is not there yet."""
-    folder = work_dir / peer
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        print(f"making the environment {folder}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *REQUIREMENTS[peer]], check=True)
-        (folder / "complete").touch()
-    return python
-
-
 @contextlib.contextmanager
 def start_peers(settings: PeersSettings) -> Iterator[dict[str, Peer]]:
     """The processes of the peers, by name; those that cannot run here are left out with a line."""
@@ -142,7 +129,8 @@ def start_peers(settings: PeersSettings) -> Iterator[dict[str, Peer]]:
     with contextlib.ExitStack() as stack:
         for name in settings.peers:
             try:
-                python = make_environment(pathlib.Path(settings.work_dir), name)
+                folder = pathlib.Path(settings.work_dir, name)
+                python = harness.make_environment(folder, REQUIREMENTS[name])
                 peer = Peer(python, name, settings)
                 stack.callback(peer.close)
                 peer.ask(draw_network(np.random.default_rng(0)))
