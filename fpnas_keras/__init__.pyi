@@ -8,6 +8,7 @@ from . import spaces as spaces
 from .architecture import Architecture as Architecture
 from .building.build import build as build
 from .cost import Cost as Cost
+from .cost import FileSizeCost as FileSizeCost
 from .cost import LatencyCost as LatencyCost
 from .cost import MacsCost as MacsCost
 from .cost import ParamsCost as ParamsCost

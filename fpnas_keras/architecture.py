@@ -9,6 +9,7 @@ FLOPS. Batch normalizations, activations, pooling and the gates of attention do 
 import dataclasses
 import html
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -316,11 +317,39 @@ class Count(NamedTuple):
         return Count(self.macs + other.macs, self.params + other.params)
 
 
+class Kernel(NamedTuple):
+    """The kernel of a convolution or of a dense layer.
+
+    Attributes:
+        inputs: Inputs of each output: kernel height times width times channels in.
+        outputs: Channels out.
+        positions: Height times width of the output.
+        others: Further trainable parameters of each output: 2 of batch normalization, or a bias.
+        activation: What follows it, one of `ACTIVATIONS`; "linear" for none. The gates of attention
+            count as linear.
+    """
+
+    inputs: int
+    outputs: int
+    positions: int
+    others: int
+    activation: str = "linear"
+
+
+def kernels_of(part: Part) -> list[Kernel]:
+    """The kernels of a stem, a block or a head."""
+    if isinstance(part.layers, Stem):
+        return _stem_kernels(part)
+    return _block_kernels(part) if isinstance(part.layers, Block) else _head_kernels(part)
+
+
 def count_part(part: Part) -> Count:
     """Counts the MACs and the trainable parameters of a stem, a block or a head."""
-    if isinstance(part.layers, Stem):
-        return _count_stem(part)
-    return _count_block(part) if isinstance(part.layers, Block) else _count_head(part)
+    kernels = kernels_of(part)
+    return Count(
+        sum(each.positions * each.inputs * each.outputs for each in kernels),
+        sum((each.inputs + each.others) * each.outputs for each in kernels),
+    )
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -382,46 +411,46 @@ def check_image_shape(input_shape: Sequence[int], num_classes: int) -> None:
         )
 
 
-def _count_stem(part):
+def _stem_kernels(part):
     stem, size_out = part.layers, output_size(part.size, part.layers.strides)
-    return _count_conv_bn(size_out, stem.kernel_size, part.channels, stem.filters)
+    return [_conv_kernel(size_out, stem.kernel_size, part.channels, stem.filters, stem.activation)]
 
 
-def _count_block(part):
+def _block_kernels(part):
     block, size_out = part.layers, output_size(part.size, part.layers.strides)
     if block.skip:
-        projection = _count_conv_bn(size_out, 1, part.channels, block.filters)
-        return Count() if part.keeps_shape else projection
-    expanded, total = expanded_filters(part.channels, block.expansion), Count()
+        projection = _conv_kernel(size_out, 1, part.channels, block.filters)
+        return [] if part.keeps_shape else [projection]
+    expanded, kernels = expanded_filters(part.channels, block.expansion), []
     if block.expansion != 1:
-        total += _count_conv_bn(part.size, 1, part.channels, expanded)
-    for _ in range(max(1, block.splits)):
-        # A depthwise kernel has one input channel.
-        total += _count_conv_bn(size_out, block.kernel_size, 1, expanded)
-    bottleneck = attention_filters(expanded)
+        kernels.append(_conv_kernel(part.size, 1, part.channels, expanded, block.activation))
+    # A depthwise kernel has one input channel.
+    depthwise = _conv_kernel(size_out, block.kernel_size, 1, expanded, block.activation)
+    kernels += [depthwise] * max(1, block.splits)
     if block.splits:
-        total += _count_dense(expanded, bottleneck)
-    for _ in range(block.splits):
-        total += _count_dense(bottleneck, expanded)
-    return total + _count_conv_bn(size_out, 1, expanded, block.filters)
+        bottleneck = attention_filters(expanded)
+        kernels.append(_dense_kernel(expanded, bottleneck, activation="relu"))
+        kernels += [_dense_kernel(bottleneck, expanded)] * block.splits
+    return [*kernels, _conv_kernel(size_out, 1, expanded, block.filters)]
 
 
-def _count_head(part):
+def _head_kernels(part):
     head = part.layers
-    total, features = _count_conv_bn(part.size, 1, part.channels, head.filters), head.filters
+    kernels = [_conv_kernel(part.size, 1, part.channels, head.filters, head.activation)]
+    features = head.filters
     if head.dense_units:
-        total += _count_dense(features, head.dense_units, use_bias=False)
+        kernels.append(_dense_kernel(features, head.dense_units, False, head.activation))
         features = head.dense_units
-    return total + _count_dense(features, part.num_classes)
+    return [*kernels, _dense_kernel(features, part.num_classes)]
 
 
-def _count_conv_bn(size_out, kernel_size, filters_in, filters_out):
-    weights = kernel_size**2 * filters_in * filters_out
-    return Count(size_out[0] * size_out[1] * weights, weights + 2 * filters_out)
+def _conv_kernel(size_out, kernel_size, filters_in, filters_out, activation="linear"):
+    # Batch normalization has a scale and an offset for each channel.
+    return Kernel(kernel_size**2 * filters_in, filters_out, math.prod(size_out), 2, activation)
 
 
-def _count_dense(units_in, units_out, use_bias=True):
-    return Count(units_in * units_out, units_in * units_out + use_bias * units_out)
+def _dense_kernel(units_in, units_out, use_bias=True, activation="linear"):
+    return Kernel(units_in, units_out, 1, int(use_bias), activation)
 
 
 def _is_integer(value):

@@ -65,15 +65,15 @@ class SearchSettings(RunSettings):
         basic=True,
     )
     cost: str = setting(
-        "What --target limits: multiply-adds of one image, trainable parameters, or milliseconds "
-        "on the device of --latency_table.",
+        "What --target limits: multiply-adds of one image, trainable parameters, bytes of the int8 "
+        "file, or milliseconds on the device of --latency_table.",
         "none",
         choices=tuple(COSTS),
         basic=True,
     )
     target: float | None = setting(
-        "Maximum cost of the architecture, in the unit of --cost (3e6 is 3 million MACs or "
-        "parameters, 1.5 is 1.5 ms).",
+        "Maximum cost of the architecture, in the unit of --cost (3e6 is 3 million MACs, "
+        "parameters or bytes; 1.5 is 1.5 ms).",
         None,
         least=0,
         basic=True,
@@ -354,7 +354,7 @@ class SearchSettings(RunSettings):
     def _check_cost(self):
         if (self.cost == "none") != (self.target is None):
             raise UserError(
-                "--target needs --cost=macs, params or latency, and these need --target. "
+                "--target needs --cost=macs, params, bytes or latency, and these need --target. "
                 f"Received: cost={self.cost}, target={self.target}"
             )
         if (self.cost == "latency") != (self.latency_table is not None):

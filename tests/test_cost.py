@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from helpers import all_choices, all_entries, random_choices, write_latency_table
 
-from fpnas_keras import Architecture, LatencyCost, MacsCost, ParamsCost, spaces
+from fpnas_keras import Architecture, FileSizeCost, LatencyCost, MacsCost, ParamsCost, spaces
 from fpnas_keras.architecture import Block, Head, Part, Stem, count_part
 from fpnas_keras.cost import SpaceCost, latency_table, make_cost
 from fpnas_keras.method.distributions import FactorizedLogits
@@ -49,6 +49,27 @@ def test_targets_must_be_positive(target):
 def test_a_latency_needs_a_table():
     with pytest.raises(ValueError, match="needs `table`, a latency table"):
         make_cost("latency", target=1.0)
+
+
+def test_the_bytes_of_a_file_follow_from_its_kernels():
+    stem = Part(Stem(8, kernel_size=3, activation="hard_silu"), (16, 16), 3)
+    assert FileSizeCost()(stem) == pytest.approx(27 * 8 + 25.6 * 8 + 537 + 678)
+    skipped = Part(Block(8, skip=True), (16, 16), 8)
+    assert FileSizeCost()(skipped) == 0
+    # Expand, depthwise, reduce and expand of the attention, project.
+    weights = 8 * 32 + 9 * 32 + 2 * 8 * 32 + 32 * 16
+    block = Part(Block(16, expansion=4, activation="relu", splits=1), (16, 16), 8)
+    assert FileSizeCost()(block) == pytest.approx(
+        weights + 25.6 * (3 * 32 + 8 + 16) + 5 * 537 + 776
+    )
+    weights += 9 * 32 + 8 * 32
+    block = Part(Block(16, expansion=4, activation="relu", splits=2), (16, 16), 8)
+    assert FileSizeCost()(block) == pytest.approx(
+        weights + 25.6 * (5 * 32 + 8 + 16) + 7 * 537 + 776 + 2 * 816
+    )
+    head = Part(Head(24, activation="relu"), (4, 4), 16, num_classes=5)
+    kernels = 16 * 24 + 24 * 5 + 25.6 * (24 + 5) + 2 * 537
+    assert FileSizeCost()(head) == pytest.approx(kernels + 3027 + 10 * 5)
 
 
 def some_milliseconds(part):

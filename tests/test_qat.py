@@ -1,14 +1,17 @@
 import contextlib
+import json
+import pathlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import EVERYTHING
+from helpers import EVERYTHING, SMALL_SPACE
 from test_export_tflite import calibrated, random_images
 
-from export import conversion, devices, qat
-from fpnas_keras import data
+from export import conversion, devices, export_tflite, qat
+from export.latency_parts import random_networks
+from fpnas_keras import FileSizeCost, data, spaces
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
 
 # Enough to prune: two blocks with an expansion.
@@ -87,3 +90,37 @@ def test_a_layer_that_gives_0_for_all_images_runs_on_xnnpack(tmp_path):
     file.write_bytes(conversion.convert(quantized, "int8"))
     with contextlib.closing(devices.Host()) as host:
         assert devices.times(host, {"dead": file}, 1)["dead"][0] > 0
+
+
+@pytest.mark.parametrize(
+    "name, networks",
+    [
+        ("small", 2),
+        pytest.param("mobile_mini", 2, marks=pytest.mark.slow),
+        pytest.param("nas_bench_macro", 1, marks=pytest.mark.slow),
+        pytest.param("fbnetv2_f", 1, marks=pytest.mark.slow),
+        pytest.param("fpnas", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_file_sizes(name, networks, tmp_path):
+    """What `FileSizeCost` says is what an int8 file has."""
+    space = "small.json" if name == "small" else name
+    if name == "small":
+        space = str(tmp_path / space)
+        pathlib.Path(space).write_text(json.dumps(SMALL_SPACE))
+    space = spaces.get(space, (16, 16, 1), 10)
+    for architecture in random_networks(space, networks, seed=3):
+        model, file = tmp_path / "model.keras", tmp_path / "model_int8.tflite"
+        architecture.build().save(model)
+        architecture.save(tmp_path / "architecture.json")
+        export_tflite(
+            model=model,
+            data="digits",
+            quantize="int8",
+            overwrite=True,
+            output=file,
+            min_agreement=0,
+            max_accuracy_drop=1,
+        )
+        cost = sum(map(FileSizeCost(), architecture.parts()))
+        assert file.stat().st_size == pytest.approx(cost, rel=0.015)

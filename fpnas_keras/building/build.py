@@ -165,6 +165,8 @@ class _Build:
         logging.info("%s", "; ".join(filter(None, [line, self._describe_time(), best])))
         started, cpu = time.monotonic(), _cpu_seconds()
         self._name, self._notes = name, []
+        before = self._seconds_before(name)
+        self._earlier += before
 
         def describe(left):
             return f"step {number} of {count}{self._describe_whole(left)}"
@@ -175,11 +177,22 @@ class _Build:
         except Interrupted as error:  # It names the command of the step. Ours is another.
             raise Interrupted(number=error.signal) from None
         seconds = time.monotonic() - started
-        # A step that was interrupted knows what it took before.
-        self._earlier += max(0.0, whole - seconds)
+        # A step that was interrupted knows at its end what it took before.
+        self._earlier += max(0.0, whole - seconds - before)
         for note in self._notes:
             logging.info("%s", note)
         self.run.add_step(name, max(seconds, whole), _cpu_seconds() - cpu, self._notes)
+
+    def _seconds_before(self, name):
+        """What earlier processes took for the epochs of a step that they did not finish."""
+        steps = {"search": self.run.search, "training": self.run.training}
+        run = (steps | {"baseline": self.run.baseline}).get(name)
+        if run is None or not run.metrics_file.is_file():
+            return 0.0
+        try:
+            return type(run)(run.directory).epochs[-1]["seconds"]  # `run` would remember them.
+        except UserError:  # It was killed in its first epoch.
+            return 0.0
 
     def _elapsed(self):
         return self._earlier + time.monotonic() - self._started
@@ -264,7 +277,8 @@ class _Build:
             self.run.search.directory.absolute(),
             self.settings.space,
             self.images.image_shape[0],
-            **self._cost(),
+            cost=self.target.kind,
+            target=self.target.value,
             **{name: str(file.absolute()) for name, file in files.items()},
         )
         if self._left() == math.inf:
@@ -289,14 +303,6 @@ class _Build:
                 f"{probe.epochs * probe.steps_per_epoch:,}, for lack of time"
             )
         return dataclasses.replace(settings, epochs=epochs, steps_per_epoch=probe.steps_per_epoch)
-
-    def _cost(self):
-        """The settings of the search that state the target, but for the latency table."""
-        if self.target.kind != "bytes":
-            return {"cost": self.target.kind, "target": self.target.value}
-        params = measuring.params_for_bytes(self.settings, self.space, self.target, self.images)
-        self._notes.append(f"search: {self.target} are about {params:,.0f} parameters")
-        return {"cost": "params", "target": params}
 
     def _train(self):
         return self._train_network(self.run.training, self.run.search.architecture_file)
@@ -422,7 +428,7 @@ class _Build:
         return whole
 
     def _scale_baseline(self):
-        with measuring.NetworkCosts(self.settings, self.target.kind, self.images) as cost:
+        with measuring.NetworkCosts(self.settings, self.target.kind) as cost:
             return scale_published(
                 _BASELINE,
                 self.images.image_shape,

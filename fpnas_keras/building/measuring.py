@@ -17,10 +17,10 @@ import numpy as np
 
 import export
 from export.latency import run_measuring
-from fpnas_keras import cost, data, method, spaces
-from fpnas_keras.architecture import Architecture, Block, expanded_filters
+from fpnas_keras import cost, spaces
+from fpnas_keras.architecture import Architecture
 from fpnas_keras.building.settings import BuildSettings, default_space
-from fpnas_keras.building.targets import Target, format_cost
+from fpnas_keras.building.targets import format_cost
 from fpnas_keras.cost import latency_table
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
@@ -34,11 +34,6 @@ _LEAST_SIZE = 16
 _MOST_PIXELS_BY_BYTES = 96
 # The target is at least so many times the cost of the smallest network.
 _ROOM = 2.0
-# Networks whose files are measured, those whose files are predicted, and draws to find them among.
-_FILES, _MANY, _DRAWS = 8, 200, 4000
-# Share of networks whose files are no larger than is assumed.
-_NEARLY = 0.95
-_FEW_IMAGES = 20
 # Seconds of one core for an entry of a latency table and for a whole network, about.
 _ENTRY_SECONDS, _NETWORK_SECONDS = 0.9, 4.0
 _MOST_ENTRIES, _LEAST_ENTRIES = 1500, 150
@@ -89,17 +84,17 @@ def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classe
 def check_target(settings: BuildSettings, space: Space) -> None:
     """Raises `UserError` when no network of the space costs the target.
 
-    Milliseconds and bytes are checked by the search, when they are measured.
+    Milliseconds are checked by the search, when they are measured.
     """
     target = settings.parsed_target()
-    if target.kind != "macs":
+    if target.kind == "latency":
         return
-    space_cost = cost.SpaceCost(space, cost.MacsCost())
+    space_cost = cost.SpaceCost(space, cost.make_cost(target.kind))
     least, largest = float(space_cost.least()), float(space_cost.largest())
     if not least <= target.value <= largest:
         raise UserError(
-            f"`target` must be from {format_cost('macs', least)} to "
-            f"{format_cost('macs', largest)}, the least and the largest cost in the space "
+            f"`target` must be from {format_cost(target.kind, least)} to "
+            f"{format_cost(target.kind, largest)}, the least and the largest cost in the space "
             f"`{space.name}` for images of {space.input_shape[0]} pixels. "
             f"Received: target={settings.target}"
         )
@@ -114,22 +109,20 @@ def smallest_network(space: Space) -> Architecture:
 
 
 class NetworkCosts:
-    """What networks cost: MACs, milliseconds of their int8 files on the device, or their bytes.
+    """What networks cost: MACs, bytes of their int8 files, or milliseconds of those on the device.
 
-    Files are made in processes of their own, which stay as long as the block that this object is
-    used in. A script that asks for milliseconds or bytes needs `if __name__ == "__main__":`.
+    Milliseconds need files, which are made in processes of their own. They stay as long as the
+    block that this object is used in. A script that asks for milliseconds needs
+    `if __name__ == "__main__":`.
 
     Args:
         settings: The settings of the build.
         kind: Kind of the target.
-        images: Training images, for bytes. Without them the bytes lack metadata and a few others.
     """
 
-    def __init__(self, settings: BuildSettings, kind: str, images: "data.Images | None" = None):
+    def __init__(self, settings: BuildSettings, kind: str):
         self._settings = settings
         self._kind = kind
-        self._images = images
-        self._more = None
         self._stack = contextlib.ExitStack()
         self._pool = None
 
@@ -141,17 +134,10 @@ class NetworkCosts:
 
     def __call__(self, architectures: Sequence[Architecture]) -> list[float]:
         """The cost of each network."""
-        if self._kind == "macs":
-            return [float(each.macs()) for each in architectures]
-        files = self._write(architectures)
         if self._kind == "latency":
-            return time_files(self._settings, files)
-        sizes = [file.stat().st_size for file in files]
-        if self._more is None:
-            # What files that are made in less time lack: metadata and longer names.
-            whole = self._images and _count_exported_bytes(architectures[0], self._images)
-            self._more = whole - sizes[0] if whole else 0
-        return [float(size + self._more) for size in sizes]
+            return time_files(self._settings, self._write(architectures))
+        cost_of = cost.make_cost(self._kind)
+        return [float(sum(map(cost_of, each.parts()))) for each in architectures]
 
     def _write(self, architectures):
         if self._pool is None:
@@ -288,81 +274,3 @@ def _limits_of_table(settings, seconds):
         "proof_networks": _PROOF_NETWORKS,
         "network_seconds": _PROOF_SECONDS,
     }
-
-
-def params_for_bytes(
-    settings: BuildSettings, space: Space, target: Target, images: "data.Images"
-) -> float:
-    """How many parameters a network may have, so that its int8 file is within the target.
-
-    A file holds the weights, the biases and scales of each channel, and the description of each
-    operator. A model of these is fitted to the files of a few networks. It gives the bytes for each
-    parameter of many networks of about the right size, of which nearly the most counts.
-
-    Args:
-        settings: The settings of the build.
-        space: The space.
-        target: The target in bytes.
-        images: Training images.
-
-    Raises:
-        UserError: When no network of the space is as small.
-    """
-    from scipy.optimize import nnls
-
-    count_params = cost.SpaceCost(space, cost.ParamsCost())
-    entries = method.FactorizedLogits(space).sample(_DRAWS, seed=settings.seed, step=0).numpy()
-    params = count_params(entries).numpy()
-
-    def nearest(guess, count):
-        indices = np.argsort(np.abs(params - guess), kind="stable")[:count]
-        return [space.architecture(each) for each in space.entries.to_choices(entries[indices])]
-
-    guess = target.value / 2
-    with NetworkCosts(settings, "bytes", images) as count_bytes:
-        # Of different sizes.
-        networks = [nearest(share * guess, 1)[0] for share in np.linspace(0.6, 1.4, _FILES)]
-        sizes = np.array(count_bytes(networks))
-    weights, _ = nnls(np.array(list(map(_describe_file, networks))), sizes)
-    for _ in range(3):
-        many = np.array(list(map(_describe_file, nearest(guess, _MANY))))
-        guess = target.value / np.quantile(many @ weights / many[:, 0], _NEARLY)
-    least, largest = float(count_params.least()), float(count_params.largest())
-    if not least <= guess <= largest:
-        raise UserError(
-            f"`target` must be that of a network of the space {space.name}, which have "
-            f"{least:,.0f} to {largest:,.0f} parameters. "
-            f"Received: target={settings.target}, about {guess:,.0f} parameters"
-        )
-    return guess
-
-
-def _describe_file(architecture):
-    """What the size of a file depends on: parameters, channels, blocks, attention, and 1."""
-    blocks = [part for part in architecture.parts() if isinstance(part.layers, Block)]
-    active = [part for part in blocks if not part.layers.skip]
-    channels = sum(
-        2 * expanded_filters(part.channels, part.layers.expansion) + part.layers.filters
-        for part in active
-    )
-    attention = sum(part.layers.splits > 0 for part in active)
-    return architecture.params(), channels, len(active), attention, 1
-
-
-def _count_exported_bytes(architecture, images):
-    """Size of the int8 file of a network, as `fpnas export` makes it."""
-    few = export.conversion.representative_images(images, _FEW_IMAGES)
-    twin = export.qat.twin(architecture.build(), architecture)
-    quantized = export.qat.with_softmax(export.qat.quantize(twin, data.test_batches(few)))
-    content = export.conversion.convert(quantized, "int8", scores="probabilities")
-    described = export.metadata.Metadata(
-        name="training",
-        description="",
-        version="1",
-        author="",
-        license="",
-        labels=images.class_names,
-        scores="probabilities",
-        resize="stretch",
-    )
-    return len(export.metadata.add(content, described))

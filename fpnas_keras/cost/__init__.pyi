@@ -1,5 +1,6 @@
 from .costs import COSTS as COSTS
 from .costs import Cost as Cost
+from .costs import FileSizeCost as FileSizeCost
 from .costs import LatencyCost as LatencyCost
 from .costs import MacsCost as MacsCost
 from .costs import ParamsCost as ParamsCost

@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any
 
 from fpnas_keras.architecture import Head, Stem
-from fpnas_keras.cost import Cost, LatencyCost, MacsCost, ParamsCost
+from fpnas_keras.cost import Cost, FileSizeCost, LatencyCost, MacsCost, ParamsCost
 from fpnas_keras.errors import UserError
 from fpnas_keras.method.estimator import AdaptiveSamples, CostController
 from fpnas_keras.spaces import SearchBlock, Space
 
-_COSTS = {cost.__name__: cost for cost in (MacsCost, ParamsCost)}
+_COSTS = {cost.__name__: cost for cost in (MacsCost, ParamsCost, FileSizeCost)}
 
 
 def to_config(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def _cost_config(cost: Cost) -> dict[str, Any]:
         return {"name": name, "target": cost.target, **cost.table}
     if type(cost) not in _COSTS.values():
         raise UserError(
-            "a search can be saved as .keras with the costs MacsCost, ParamsCost and LatencyCost. "
+            "a search can be saved as .keras with the costs MacsCost, ParamsCost, FileSizeCost and "
+            "LatencyCost. "
             f"Received: cost of class {name}; `save_weights` saves what it has learned"
         )
     return {"name": name, "target": cost.target}
