@@ -108,10 +108,15 @@ def test_file_sizes(name, networks, tmp_path):
     if name == "small":
         space = str(tmp_path / space)
         pathlib.Path(space).write_text(json.dumps(SMALL_SPACE))
-    space = spaces.get(space, (16, 16, 1), 10)
+    space, rng = spaces.get(space, (16, 16, 1), 10), np.random.default_rng(0)
     for architecture in random_networks(space, networks, seed=3):
         model, file = tmp_path / "model.keras", tmp_path / "model_int8.tflite"
-        architecture.build().save(model)
+        network = architecture.build()
+        for variable in network.variables:  # As if trained: equal numbers stand in a file once.
+            if not variable.path.endswith("kernel"):
+                middle = 0.0 if variable.path.endswith("mean") else 0.5
+                variable.assign(middle + rng.uniform(-0.1, 0.1, variable.shape))
+        network.save(model)
         architecture.save(tmp_path / "architecture.json")
         export_tflite(
             model=model,
@@ -123,4 +128,4 @@ def test_file_sizes(name, networks, tmp_path):
             max_accuracy_drop=1,
         )
         cost = sum(map(FileSizeCost(), architecture.parts()))
-        assert file.stat().st_size == pytest.approx(cost, rel=0.015)
+        assert file.stat().st_size == pytest.approx(cost, rel=0.01)

@@ -40,12 +40,20 @@ def test_a_strategy_of_several_workers_needs_a_new_process(monkeypatch):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 10**9), max_size=40), st.integers(1, 8))
-def test_each_sample_is_one_replicas_and_the_work_is_even(costs, replicas):
-    shares = [own_share(tf.constant(costs, tf.int64), r, replicas).numpy() for r in range(replicas)]
-    assert sorted(np.concatenate(shares)) == list(range(len(costs)))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    sums = [sum(costs[index] for index in share) for share in shares]
-    assert max(sums) - min(sums) <= max(costs, default=0)
+def test_each_sample_is_one_replicas_and_the_work_is_even(work, replicas):
+    shares = [
+        own_share(tf.constant(work, tf.float64), r, replicas).numpy() for r in range(replicas)
+    ]
+    assert sorted(np.concatenate(shares)) == list(range(len(work)))
+    sums = [sum(work[index] for index in share) for share in shares]
+    assert max(sums) - min(sums) <= max(work, default=0)
+
+
+def test_the_work_is_even():
+    """Back and forth by size would give 15 and 9."""
+    work = tf.constant([4.0, 8.0, 3.0, 5.0, 4.0], tf.float64)
+    shares = [own_share(work, replica, 2).numpy().tolist() for replica in range(2)]
+    assert shares == [[1, 4], [3, 0, 2]]
 
 
 # Needs two logical devices, which must be configured before TensorFlow starts: a new process.

@@ -170,6 +170,7 @@ class ArchitectureSearch(keras.Model):
         _check_target(self.cost, self.space_cost)
         # Keras does not know the strategy: it would distribute the images, not the samples.
         self.strategy = strategy
+        self._work = None if strategy is None else SpaceCost(space, replicas.WorkCost())
         with self._scope():
             self.distributions = [kind(space) for kind in _LOGITS[distribution]]
             self.supernet = Supernet(space, recompute)
@@ -460,15 +461,15 @@ class ArchitectureSearch(keras.Model):
             Gradients, results on the training batch and results on the validation batch. All
             replicas have the same ones.
         """
-        costs = self.space_cost(samples.entries)
+        work = self._work(samples.entries)
         results = self.strategy.run(
-            self._evaluate_on_replica, args=(samples, costs, train_batch, validation_batch)
+            self._evaluate_on_replica, args=(samples, work, train_batch, validation_batch)
         )
         return tf.nest.map_structure(
             lambda value: replicas.first_replica_value(value, self.strategy), results
         )
 
-    def _evaluate_on_replica(self, samples, costs, train_batch, validation_batch):
+    def _evaluate_on_replica(self, samples, work, train_batch, validation_batch):
         """Evaluates this replica's share of the samples, and exchanges the results.
 
         A replica's gradient is weighted by importance within its share S of the samples:
@@ -477,7 +478,7 @@ class ArchitectureSearch(keras.Model):
         """
         replica = tf.distribute.get_replica_context()
         share = replicas.own_share(
-            costs, replica.replica_id_in_sync_group, replica.num_replicas_in_sync
+            work, replica.replica_id_in_sync_group, replica.num_replicas_in_sync
         )
         own_samples = Samples(*(tf.gather(values, share) for values in samples))
         gradients, train = self.weight_gradients(own_samples, train_batch)

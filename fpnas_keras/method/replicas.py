@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from fpnas_keras.architecture import Part, kernels_of
+from fpnas_keras.cost import Cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.method.strategies import WorkerLostError
@@ -115,24 +117,43 @@ def check_same_step(strategy: tf.distribute.Strategy | None, step: int) -> None:
         )
 
 
-def own_share(costs: tf.Tensor, replica: tf.Tensor | int, replicas: int) -> tf.Tensor:
+class WorkCost(Cost):
+    """About the time that a sample takes: the numbers that its kernels put out.
+
+    In time, multiply-adds differ more than these: they explain the times of samples with an error
+    of 17% (`mobile_mini`) and 21% (`fbnetv2_f`), and these with 12% and 7%.
+    """
+
+    unit = "numbers"
+
+    def __call__(self, part: Part) -> float:
+        return sum(each.positions * each.outputs for each in kernels_of(part))
+
+
+def own_share(work: tf.Tensor, replica: tf.Tensor | int, replicas: int) -> tf.Tensor:
     """Indices of the samples that a replica evaluates. Each sample belongs to one replica.
 
-    The samples are sorted by cost and assigned to the replicas back and forth (0 1 1 0 0 1 ... for
-    two), so that all replicas have about the same work.
+    The largest sample comes first. Each one goes to the replica that has the least work so far.
 
     Args:
-        costs: Cost of each sample, of shape `(evaluated,)`.
+        work: Work of each sample, above 0, of shape `(evaluated,)`.
         replica: Index of the replica.
         replicas: Number of replicas.
 
     Returns:
         int32 of shape `(share,)`.
     """
-    order = tf.argsort(costs, direction="DESCENDING", stable=True)
-    turn = tf.range(tf.size(order)) % (2 * replicas)
-    owner = tf.minimum(turn, 2 * replicas - 1 - turn)
-    return tf.boolean_mask(order, owner == replica)
+    order = tf.argsort(work, direction="DESCENDING", stable=True)
+    indices = tf.range(replicas)
+
+    def give(state, own):
+        loads, _ = state
+        owner = tf.argmin(loads, output_type=tf.int32)
+        return loads + own * tf.cast(indices == owner, work.dtype), owner
+
+    nothing = tf.zeros([replicas], work.dtype), tf.constant(0)
+    _, owners = tf.scan(give, tf.gather(work, order), nothing)
+    return tf.boolean_mask(order, owners == replica)
 
 
 def sum_over_replicas(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
