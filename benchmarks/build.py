@@ -1,6 +1,6 @@
 """The same images, machine and time: `fpnas build`, a network by hand, Keras Tuner, AutoKeras.
 
-python benchmarks/build.py --flowers=FOLDER --lite0=NPZ
+python benchmarks/build.py --folder=FOLDER --lite0=NPZ
 
 For each number of photos a class, on one core and for --time: `fpnas build`; MobileNetV3-Small at
 the largest width within the target, trained by `fpnas train` for as long, with and without a

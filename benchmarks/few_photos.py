@@ -1,6 +1,6 @@
 """Few photos: with and without a pretrained teacher, against MobileNetV3-Small.
 
-python benchmarks/few_photos.py --flowers=FOLDER --lite0=NPZ
+python benchmarks/few_photos.py --folder=FOLDER --lite0=NPZ
 
 For each number of photos a class: a search, its result trained with 3 seeds from scratch and with
 the teacher, and MobileNetV3-Small at the largest width within the target, trained in the same ways.
@@ -51,7 +51,7 @@ class FewPhotosSettings(harness.ProjectSettings):
     }
 
     output: str = harness.output_setting("few_photos.jsonl")
-    flowers: str | None = setting("Image folder of the flowers.", None, basic=True)
+    folder: str | None = setting("Image folder; its `train` is used.", None, basic=True)
     lite0: str | None = setting("Weights of EfficientNet-Lite0 (npz).", None, basic=True)
     photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "400"))
     classes: int = setting("Number of classes, the first in their order.", 3, least=2)
@@ -62,8 +62,8 @@ class FewPhotosSettings(harness.ProjectSettings):
 
     def check(self) -> None:
         """Raises `UserError` when the photos or the weights are not given."""
-        if not self.smoke and None in (self.flowers, self.lite0):
-            raise UserError("--flowers and --lite0 must be given")
+        if not self.smoke and None in (self.folder, self.lite0):
+            raise UserError("--folder and --lite0 must be given")
 
 
 def build_lite0(size: int, weights: Mapping[str, np.ndarray] | None) -> keras.Model:
@@ -138,7 +138,7 @@ def make_folders(settings: FewPhotosSettings, runs: harness.Runs) -> dict[str, p
 
 
 def _files_of_classes(settings):
-    root = pathlib.Path(settings.flowers).absolute() / "train"
+    root = pathlib.Path(settings.folder).absolute() / "train"
     names = sorted(each.name for each in root.iterdir())[: settings.classes]
     return {name: sorted((root / name).iterdir()) for name in names}
 

@@ -135,6 +135,18 @@ def test_the_metadata_say_what_was_given_by_the_schema_of_mediapipe(exported):
     }
 
 
+def test_tensors_are_named_after_their_layer(exported):
+    """Names of many joined operations would be a tenth of a small file."""
+    for each in exported.values():
+        model = metadata.flatbuffer_utils.read_model(str(each.path))
+        (graph,) = model.subgraphs
+        ends = {*graph.inputs, *graph.outputs}
+        inner = [t.name.decode() for index, t in enumerate(graph.tensors) if index not in ends]
+        assert any("block_0_project" in name for name in inner)
+        assert not any(";" in name or name.startswith("scores") for name in inner)
+        assert sum(map(len, inner)) < 40 * len(inner)
+
+
 def _read_metadata(content):
     model = metadata.flatbuffer_utils.convert_bytearray_to_object(content)
     (entry,) = [each for each in model.metadata if each.name == b"TFLITE_METADATA"]
