@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import few_photos
 import harness
+import matplotlib.pyplot as plt
 import numpy as np
 import rivals
 
@@ -75,6 +76,7 @@ class BuildBenchmarkSettings(few_photos.FewPhotosSettings):
     methods: tuple[str, ...] = setting("What to compare.", tuple(NAMES))
     method: str | None = setting("Run this method alone.", None, choices=tuple(NAMES))
     seed: int = setting("Seed.", 0, least=0)
+    picture: str | None = setting("File of the picture, a PNG.", None)
 
     @property
     def seconds(self) -> float:
@@ -199,7 +201,7 @@ def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:
     return float(right / len(images.y))
 
 
-def report(settings: BuildBenchmarkSettings, rows: Mapping[str, harness.Row]) -> None:
+def report(rows: Mapping[str, harness.Row]) -> None:
     """Prints the table."""
     print(
         "\n| photos a class | method | test accuracy, % | of the int8 file | its ms | its kB | "
@@ -213,6 +215,29 @@ def report(settings: BuildBenchmarkSettings, rows: Mapping[str, harness.Row]) ->
             f"{row['milliseconds']:.3g} | {row['bytes'] / 1e3:.0f} | {row['seconds'] / 60:.1f} | "
             f"{row['lines']} |"
         )
+
+
+def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
+    """Draws accuracy against milliseconds, for each number of photos."""
+    photos = sorted({row["photos"] for row in rows.values()}, key=int)
+    figure, axes = plt.subplots(
+        1, len(photos), figsize=(4.5 * len(photos), 4), squeeze=False, layout="constrained"
+    )
+    for axis, number in zip(axes[0], photos):
+        for method, name in NAMES.items():
+            own = [r for r in rows.values() if (r["photos"], r["method"]) == (number, method)]
+            axis.scatter(
+                [row["milliseconds"] for row in own],
+                [100 * row["accuracy"] for row in own],
+                s=90 if method == "build" else 50,
+                label=name,
+            )
+        axis.set(title=f"{number} photos a class", xlabel="ms of the int8 file", xlim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("test accuracy of the int8 file, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
 
 
 def run(settings: BuildBenchmarkSettings) -> None:
@@ -258,7 +283,9 @@ def run(settings: BuildBenchmarkSettings) -> None:
                 **row,
             }
             harness.append(settings.output, rows[name])
-    report(settings, rows)
+    report(rows)
+    if settings.picture:
+        draw(rows, settings.picture)
 
 
 def _run_alone(settings, photos, method):

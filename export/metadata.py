@@ -6,8 +6,8 @@ https://github.com/google-ai-edge/mediapipe/blob/master/mediapipe/tasks/metadata
 """
 
 import io
+import itertools
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -116,9 +116,10 @@ def _shorten_names(graph):
     inner = [each for index, each in enumerate(graph.tensors) if index not in ends and each.name]
     paths = [each.name.split(b";")[0].split(b"/") for each in inner]
     # The converter's own constants have no path.
-    common = os.path.commonprefix([path[:-1] for path in paths if len(path) > 1])
+    columns = zip(*[path[:-1] for path in paths if len(path) > 1])
+    common = len(list(itertools.takewhile(lambda column: len({*column}) == 1, columns)))
     for each, path in zip(inner, paths):
-        each.name = b"/".join(path[len(common) :] if len(path) > 1 else path)
+        each.name = b"/".join(path[common:] if len(path) > 1 else path)
 
 
 def _build(metadata, channels):
