@@ -53,23 +53,23 @@ def test_a_latency_needs_a_table():
 
 def test_the_bytes_of_a_file_follow_from_its_kernels():
     stem = Part(Stem(8, kernel_size=3, activation="hard_silu"), (16, 16), 3)
-    assert FileSizeCost()(stem) == pytest.approx(27 * 8 + 27.8 * 8 + 739 + 594)
+    assert FileSizeCost()(stem) == pytest.approx(27 * 8 + 27.8 * 8 + 513 + 611)
     skipped = Part(Block(8, skip=True), (16, 16), 8)
     assert FileSizeCost()(skipped) == 0
     # Expand, depthwise, reduce and expand of the attention, project.
     weights = 8 * 32 + 9 * 32 + 2 * 8 * 32 + 32 * 16
     block = Part(Block(16, expansion=4, activation="relu", splits=1), (16, 16), 8)
     assert FileSizeCost()(block) == pytest.approx(
-        weights + 27.8 * (3 * 32 + 8 + 16) + 5 * 739 + 984
+        weights + 27.8 * (3 * 32 + 8 + 16) + 5 * 513 + 730
     )
     weights += 9 * 32 + 8 * 32
     block = Part(Block(16, expansion=4, activation="relu", splits=2), (16, 16), 8)
     assert FileSizeCost()(block) == pytest.approx(
-        weights + 27.8 * (5 * 32 + 8 + 16) + 7 * 739 + 984 + 2 * 919
+        weights + 27.8 * (5 * 32 + 8 + 16) + 7 * 513 + 730 + 2 * 800
     )
     head = Part(Head(24, activation="relu"), (4, 4), 16, num_classes=5)
-    kernels = 16 * 24 + 24 * 5 + 27.8 * (24 + 5) + 2 * 739
-    assert FileSizeCost()(head) == pytest.approx(kernels + 2645 + 10 * 5)
+    kernels = 16 * 24 + 24 * 5 + 27.8 * (24 + 5) + 2 * 513
+    assert FileSizeCost()(head) == pytest.approx(kernels + 2630 + 10 * 5)
 
 
 def some_milliseconds(part):
