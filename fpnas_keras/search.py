@@ -802,6 +802,8 @@ def _describe_result(run, settings):
     cost = ""
     if summary["cost"] == "latency":
         cost = f", {format_cost(summary['found_cost'])} ms by {settings.latency_table}"
+    if summary["cost"] == "bytes":
+        cost = f", about {format_cost(summary['found_cost'])} bytes in int8"
     if summary["target"] is not None:
         cost += f" (target {format_cost(summary['target'])})"
     if summary["derivation_gap"] and summary.get("finalists", 1) == 1:

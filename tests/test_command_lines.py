@@ -19,7 +19,7 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 from helpers import ROOT, SMALL_SPACE, environment, run, run_process, write_latency_table
 
-from fpnas_keras import Architecture, LatencyCost, data, spaces
+from fpnas_keras import Architecture, FileSizeCost, LatencyCost, data, spaces
 from fpnas_keras.architecture import count_part
 from fpnas_keras.runs import SearchRun
 
@@ -168,6 +168,19 @@ def test_a_space_of_ones_own_from_search_to_tflite(tmp_path):
     assert result.returncode == 0, result.stderr
     result = run(*next_command(result.stdout))
     assert result.returncode == 0, result.stderr
+
+
+def test_a_search_for_bytes(search, tmp_path):
+    flags = [each for each in search if "target" not in each and "cost" not in each]
+    flags += ["--cost=bytes"]
+    result = run(*flags, "--target=25e3", f"--output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    architecture = Architecture.load(tmp_path / "run" / "architecture.json")
+    size = sum(map(FileSizeCost(), architecture.parts()))
+    assert 0.95 * 25e3 <= size <= 25e3
+    assert f"about {size:,.0f} bytes in int8 (target 25,000)" in result.stdout
+    too_small = run(*flags, "--target=1e3", f"--output_dir={tmp_path}/small")
+    assert_refused(too_small, "bytes, the least and the largest cost in the space")
 
 
 def test_a_search_for_milliseconds(small, search, tmp_path):
