@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 
 import few_photos
 import harness
-import matplotlib.pyplot as plt
 import numpy as np
 import rivals
 
@@ -219,6 +218,8 @@ def report(rows: Mapping[str, harness.Row]) -> None:
 
 def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
     """Draws accuracy against milliseconds, for each number of photos."""
+    import matplotlib.pyplot as plt  # Not in the processes that are timed.
+
     photos = sorted({row["photos"] for row in rows.values()}, key=int)
     figure, axes = plt.subplots(
         1, len(photos), figsize=(4.5 * len(photos), 4), squeeze=False, layout="constrained"

@@ -51,7 +51,11 @@ class FewPhotosSettings(harness.ProjectSettings):
     }
 
     output: str = harness.output_setting("few_photos.jsonl")
-    folder: str | None = setting("Image folder; its `train` is used.", None, basic=True)
+    folder: str | None = setting(
+        "Image folder, with `train/CLASS/`. Each folder needs a --work_dir and an --output.",
+        None,
+        basic=True,
+    )
     lite0: str | None = setting("Weights of EfficientNet-Lite0 (npz).", None, basic=True)
     photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "400"))
     classes: int = setting("Number of classes, the first in their order.", 3, least=2)

@@ -57,13 +57,14 @@ class Metadata(NamedTuple):
 def add(content: bytes, metadata: Metadata) -> bytes:
     """Adds metadata to a flat buffer of one image in and one row of scores out.
 
+    Inner tensors get short names. The converter's long ones are up to a tenth of a file.
+
     Args:
         content: The flat buffer, from pixels 0..255 to scores.
         metadata: What to add.
 
     Returns:
-        The flat buffer, with a zip archive of the labels behind it. Inner tensors have shorter
-        names: the converter joins those of all operations that became one, a tenth of a file.
+        The flat buffer, with a zip archive of the labels behind it.
     """
     model = flatbuffer_utils.convert_bytearray_to_object(content)
     (graph,) = model.subgraphs
@@ -111,15 +112,21 @@ def read(content: bytes) -> dict[str, Any] | None:
 
 
 def _shorten_names(graph):
-    """Names inner tensors after the first of the operations in their names, without the model's."""
+    """Keeps of each inner name the first operation, without the path that all share."""
     ends = {*graph.inputs, *graph.outputs}
+    taken = {graph.tensors[index].name for index in ends}
     inner = [each for index, each in enumerate(graph.tensors) if index not in ends and each.name]
     paths = [each.name.split(b";")[0].split(b"/") for each in inner]
     # The converter's own constants have no path.
     columns = zip(*[path[:-1] for path in paths if len(path) > 1])
     common = len(list(itertools.takewhile(lambda column: len({*column}) == 1, columns)))
     for each, path in zip(inner, paths):
-        each.name = b"/".join(path[common:] if len(path) > 1 else path)
+        name = each.name = b"/".join(path[common:] if len(path) > 1 else path)
+        # A layer's kernel and its output have the same first operation.
+        numbers = itertools.count(1)
+        while each.name in taken:
+            each.name = b"%s_%d" % (name, next(numbers))
+        taken.add(each.name)
 
 
 def _build(metadata, channels):

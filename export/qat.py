@@ -115,7 +115,7 @@ def tuned_network(tuned: tf_keras.Model, architecture: Architecture) -> keras.Mo
 def with_softmax(model: tf_keras.Model) -> tf_keras.Model:
     """A model of tf_keras that gives probabilities instead of logits."""
     softmax = tf_keras.layers.Softmax(name="probabilities")
-    # A counted name would be in the file, and decide its size.
+    # A fixed name: the same model gives the same file.
     return tf_keras.Model(model.input, softmax(model.output), name="scores")
 
 

@@ -324,7 +324,7 @@ class Kernel(NamedTuple):
         inputs: Inputs of each output: kernel height times width times channels in.
         outputs: Channels out.
         positions: Height times width of the output.
-        others: Further trainable parameters of each output: 2 of batch normalization, or a bias.
+        other_params: Further ones of each output: 2 of batch normalization, or a bias.
         activation: What follows it, one of `ACTIVATIONS`; "linear" for none. The gates of attention
             count as linear.
     """
@@ -332,7 +332,7 @@ class Kernel(NamedTuple):
     inputs: int
     outputs: int
     positions: int
-    others: int
+    other_params: int
     activation: str = "linear"
 
 
@@ -348,7 +348,7 @@ def count_part(part: Part) -> Count:
     kernels = kernels_of(part)
     return Count(
         sum(each.positions * each.inputs * each.outputs for each in kernels),
-        sum((each.inputs + each.others) * each.outputs for each in kernels),
+        sum((each.inputs + each.other_params) * each.outputs for each in kernels),
     )
 
 

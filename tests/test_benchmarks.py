@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 
+import matplotlib.pyplot as plt
 import pytest
 
 import fpnas_keras.train
@@ -110,6 +111,12 @@ def test_measured_rows_are_complete(name, tmp_path, capsys):
     assert run_command(benchmark.COMMAND, arguments) == 0
     assert output.read_bytes() == before
     assert "|---" in capsys.readouterr().out or name == "large_searches"
+
+
+def test_picture_of_builds(tmp_path):
+    picture = tmp_path / "build.png"
+    load("build").draw(read(FOLDER / "build.jsonl"), str(picture))
+    assert plt.imread(picture).shape[1] > 2 * plt.imread(picture).shape[0]  # two panels or more
 
 
 def test_given_settings_stay_in_a_smoke_run(tmp_path):

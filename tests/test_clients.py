@@ -140,6 +140,8 @@ def test_tensors_are_named_after_their_layer(exported):
     for each in exported.values():
         model = metadata.flatbuffer_utils.read_model(str(each.path))
         (graph,) = model.subgraphs
+        names = [tensor.name for tensor in graph.tensors]
+        assert len({*names}) == len(names)
         ends = {*graph.inputs, *graph.outputs}
         inner = [t.name.decode() for index, t in enumerate(graph.tensors) if index not in ends]
         assert any("block_0_project" in name for name in inner)

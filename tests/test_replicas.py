@@ -45,6 +45,7 @@ def test_each_sample_is_one_replicas_and_the_work_is_even(work, replicas):
         own_share(tf.constant(work, tf.float64), r, replicas).numpy() for r in range(replicas)
     ]
     assert sorted(np.concatenate(shares)) == list(range(len(work)))
+    assert all(map(len, shares)) or len(work) < replicas
     sums = [sum(work[index] for index in share) for share in shares]
     assert max(sums) - min(sums) <= max(work, default=0)
 

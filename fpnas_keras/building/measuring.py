@@ -1,4 +1,4 @@
-"""What networks cost: on the device, as files, and what that means for a search."""
+"""What networks cost, and what that means for a build: image size, target, latency table."""
 
 import concurrent.futures
 import contextlib

@@ -88,5 +88,5 @@ def format_cost(kind: str, value: float) -> str:
     if kind == "latency":
         return f"{value:.3g} ms"
     if kind == "bytes":
-        return f"{value / 1e3:,.0f} kB"
+        return f"{value / 1e3:.3g} kB" if value < 100e3 else f"{value / 1e3:,.0f} kB"
     return f"{value / 1e9:.3g}G MACs" if value >= 1e9 else f"{value / 1e6:.3g}M MACs"

@@ -1,4 +1,4 @@
-"""Costs of networks: MACs, parameters, and milliseconds from a latency table."""
+"""Costs of networks: MACs, parameters, bytes of int8 files, milliseconds from latency tables."""
 
 import lazy_loader
 

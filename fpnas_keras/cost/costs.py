@@ -14,17 +14,18 @@ from fpnas_keras.architecture import Block, Head, Part, count_part, kernels_of
 from fpnas_keras.cost import latency_table, published_tables
 from fpnas_keras.errors import UserError
 
-# Bytes of an int8 file, next to one for each weight: least squares over the files of 31 random
-# networks of eight spaces, with random biases. The errors are below 0.2% from 70 kB on, and at most
-# 1% in the smallest files, of 12 kB. `test_file_sizes` checks them.
-_BYTES = {
-    "channel": 27.8,
-    "kernel": 513.0,
-    "hard_silu": 611.0,
-    "attention": 730.0,
-    "split": 800.0,
+# What the contents of an int8 file take: least squares over the files that
+# `benchmarks/file_size.py` measures.
+CONTENT_BYTES = {
+    "weight": 1.0,
+    "channel": 27.7,
+    "kernel": 517.0,
+    "hard_silu": 591.0,
+    "squeeze_excite": 827.0,
+    "2_splits": 1509.0,
+    "4_splits": 5438.0,
     "class": 10.0,
-    "file": 2630.0,
+    "file": 2701.0,
 }
 
 
@@ -88,26 +89,30 @@ class FileSizeCost(Cost):
 
     A file holds more than a byte for each weight: a bias, scales and zero points for each channel,
     and a description of each operator. In small files this is more than half of all. The names of
-    classes count as ten characters each.
+    classes count as ten characters each. An author or a licence in the metadata comes on top.
     """
 
     unit = "bytes"
 
     def __call__(self, part: Part) -> float:
-        kernels, layers = kernels_of(part), part.layers
-        total = sum(
-            each.inputs * each.outputs
-            + _BYTES["channel"] * each.outputs
-            + _BYTES["kernel"]
-            + _BYTES["hard_silu"] * (each.activation == "hard_silu")
-            for each in kernels
-        )
-        if isinstance(layers, Block) and layers.splits:
-            total += _BYTES["attention"]
-            total += _BYTES["split"] * layers.splits * (layers.splits > 1)
-        if isinstance(layers, Head):
-            total += _BYTES["file"] + _BYTES["class"] * part.num_classes
-        return total
+        return sum(CONTENT_BYTES[name] * count for name, count in count_contents(part).items())
+
+
+def count_contents(part: Part) -> dict[str, int]:
+    """Counts what takes room in an int8 file, of a stem, a block or a head."""
+    kernels, layers = kernels_of(part), part.layers
+    splits = layers.splits if isinstance(layers, Block) else 0
+    return {
+        "weight": sum(each.inputs * each.outputs for each in kernels),
+        "channel": sum(each.outputs for each in kernels),
+        "kernel": len(kernels),
+        "hard_silu": sum(each.activation == "hard_silu" for each in kernels),
+        "squeeze_excite": int(splits == 1),
+        "2_splits": int(splits == 2),
+        "4_splits": int(splits == 4),
+        "class": part.num_classes,
+        "file": int(isinstance(layers, Head)),
+    }
 
 
 class LatencyCost(Cost):

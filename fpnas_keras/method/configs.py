@@ -58,8 +58,7 @@ def _cost_config(cost: Cost) -> dict[str, Any]:
         return {"name": name, "target": cost.target, **cost.table}
     if type(cost) not in _COSTS.values():
         raise UserError(
-            "a search can be saved as .keras with the costs MacsCost, ParamsCost, FileSizeCost and "
-            "LatencyCost. "
+            f"a search can be saved as .keras with the costs {', '.join(_COSTS)} and LatencyCost. "
             f"Received: cost of class {name}; `save_weights` saves what it has learned"
         )
     return {"name": name, "target": cost.target}
