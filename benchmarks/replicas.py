@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import harness
 
 from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
 from fpnas_keras.runs import SearchRun
 from fpnas_keras.search import SearchSettings
 from fpnas_keras.settings import setting
@@ -53,13 +54,19 @@ class ReplicasSettings(harness.BenchmarkSettings):
     }
 
     output: str = harness.output_setting("replicas.jsonl")
-    repeats: int = setting("Runs of each.", 3, least=1)
+    repeats: int = setting("Runs of each.", 2, least=1)
     space: str = setting("Space to search.", "mobile_mini", path=True)
     input_size: int = setting("Height and width of the images.", 32, least=1)
     batch_size: int = setting("Images in a batch.", 64, least=2)
     steps: int = setting("Steps in an epoch.", 15, least=1)
     epochs: int = setting("Epochs of a search.", 5, least=UNTIMED_EPOCHS + 1)
     samples: int = setting("Samples in a step.", 8, least=2)
+
+    def check(self) -> None:
+        """Raises `UserError` without a core for each worker: they would wait for each other."""
+        cores, workers = len(os.sched_getaffinity(0)), max(count for count, _ in KINDS.values())
+        if cores < workers:
+            raise UserError(f"{workers} workers need as many cores. Received: {cores} core(s)")
 
     def search(self, output_dir: str, together: bool) -> SearchSettings:
         """The search of a worker.
