@@ -62,12 +62,6 @@ class ReplicasSettings(harness.BenchmarkSettings):
     epochs: int = setting("Epochs of a search.", 5, least=UNTIMED_EPOCHS + 1)
     samples: int = setting("Samples in a step.", 8, least=2)
 
-    def check(self) -> None:
-        """Raises `UserError` without a core for each worker: they would wait for each other."""
-        cores, workers = len(os.sched_getaffinity(0)), max(count for count, _ in KINDS.values())
-        if cores < workers:
-            raise UserError(f"{workers} workers need as many cores. Received: {cores} core(s)")
-
     def search(self, output_dir: str, together: bool) -> SearchSettings:
         """The search of a worker.
 
@@ -100,6 +94,9 @@ def measure(settings: ReplicasSettings, workers: int, together: bool) -> float:
         workers: Number of workers, with one core each.
         together: Whether they work on one search, or each on its own.
     """
+    cores = len(os.sched_getaffinity(0))
+    if cores < workers:  # They would wait for each other.
+        raise UserError(f"{workers} workers need as many cores. Received: {cores} core(s)")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as logs:
         addresses = [f"localhost:{_find_free_port()}" for _ in range(workers)]
         outputs = [f"{folder}/run_{0 if together else index}" for index in range(workers)]
