@@ -401,7 +401,10 @@ def test_bad_flags_of_a_search_are_refused(tmp_path, arguments, message):
         (["--epochs=0"], "`epochs` must be an integer from 1. Received: epochs=0"),
         (["--epochs=x"], "`epochs` must be an integer from 1. Received: epochs=x"),
         (["--epochs=1.5"], "`epochs` must be an integer from 1. Received: epochs=1.5"),
-        (["--cost=euros"], "`cost` must be one of none, macs, params, bytes, latency. Received"),
+        (
+            ["--cost=euros"],
+            "`cost` must be one of none, macs, params, bytes, latency. Received: cost=euros",
+        ),
         (["--nodownload=1"], "--nodownload=1 does not take an argument"),
         (["--download=maybe"], "download"),
         (["--target=3e6"], "--target needs --cost"),

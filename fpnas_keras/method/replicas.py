@@ -120,7 +120,7 @@ def check_same_step(strategy: tf.distribute.Strategy | None, step: int) -> None:
 class WorkCost(Cost):
     """Stands for the time of a sample: how many numbers its kernels give.
 
-    It predicts that time to 12% (`mobile_mini` at 32 pixels) and 9% (`fbnetv2_f` at 128).
+    It predicts that time to 12% (`mobile_mini` at 32 pixels) and 8% (`fbnetv2_f` at 128).
     Multiply-adds predict it to 17% and 21%.
     """
 
