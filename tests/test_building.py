@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -478,6 +479,24 @@ def test_image_size_by_target(target, shape, expected):
     assert measuring.choose_size(settings, shape, 5) == expected
 
 
+@given(
+    text=st.sampled_from(["2ms", "500us", "8M", "1.2G", "30kB", "1.5MB"]),
+    ratio=st.floats(0.01, 0.995) | st.floats(1.005, 100),
+)
+def test_the_limits_that_a_refused_target_is_told_are_within_the_limits(text, ratio):
+    target = parse_target(text)
+    least = target.aim / ratio
+    largest = 2 * least
+    if least <= target.aim <= largest:
+        least, largest = 1.1 * target.aim, 2 * target.aim
+    with pytest.raises(UserError) as caught:
+        target.check_reachable(least, largest, "of these networks")
+    numbers = re.findall(r"([\d.,]+) ?(ms|M|G|kB)", str(caught.value).partition("Received")[0])
+    assert len(numbers) == 2
+    for number, unit in numbers:
+        parse_target(number.replace(",", "") + unit).check_reachable(least, largest, "")
+
+
 def test_a_target_below_every_network_is_refused():
     settings = BuildSettings(target="10k", output_dir="x")
     with pytest.raises(UserError, match=r"must be at least .*M MACs, the cost of the small"):
@@ -651,5 +670,5 @@ def test_a_target_outside_of_the_space_leaves_nothing(small_space, tmp_path):
     directory = tmp_path / "run"
     done = run(MODULE, "--target=2M", *short_flags(small_space, directory))
     assert done.returncode == 1
-    assert "`target` must be from 0.0156M MACs to 0.167M MACs" in done.stderr
+    assert "`target` must be at least 0.0157M MACs and at most 0.166M MACs" in done.stderr
     assert not directory.exists()

@@ -37,8 +37,6 @@ _LEAST_SEARCH_EPOCHS = 6
 # Writing and timing a file takes about as long as so many times the start of a training, which
 # builds, traces, saves and tests a network; and two passes over the test images.
 _FILE_STARTS, _TEST_PASSES = 1.3, 2
-# The size of a file is predicted to about 1%.
-_BYTES_MARGIN = 1.01
 # Fine-tuning takes about as long as writing the int8 file again and, for each of its epochs, so
 # many epochs of the training. It is left out if it would exceed the time by more than this share.
 _TUNING_EPOCHS, _MOST_OVER = 5, 0.1
@@ -283,7 +281,7 @@ class _Build:
             self.settings.space,
             self.images.image_shape[0],
             cost=self.target.kind,
-            target=self.target.value / (_BYTES_MARGIN if self.target.kind == "bytes" else 1),
+            target=self.target.aim,
             **{name: str(file.absolute()) for name, file in files.items()},
         )
         if self._left() == math.inf:

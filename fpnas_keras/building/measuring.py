@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -20,9 +21,7 @@ from export.latency import run_measuring
 from fpnas_keras import cost, spaces
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.building.settings import BuildSettings, default_space
-from fpnas_keras.building.targets import format_cost
 from fpnas_keras.cost import latency_table
-from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing
 from fpnas_keras.progress import track
 from fpnas_keras.spaces import VARIABLES, Space
@@ -72,13 +71,9 @@ def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classe
     for size, least in zip(sizes, costs):
         if target.value >= _ROOM * least:
             return size
-    if target.value >= costs[-1]:
-        return sizes[-1]
-    raise UserError(
-        f"`target` must be at least {format_cost(target.kind, costs[-1])}, the cost of the "
-        f"smallest network of {made[-1].name} for images of {sizes[-1]} pixels. "
-        f"Received: target={settings.target}"
-    )
+    whose = f"the cost of the smallest network of {made[-1].name} for images of {sizes[-1]} pixels"
+    target.check_reachable(costs[-1], math.inf, whose)
+    return sizes[-1]
 
 
 def check_target(settings: BuildSettings, space: Space) -> None:
@@ -91,13 +86,12 @@ def check_target(settings: BuildSettings, space: Space) -> None:
         return
     space_cost = cost.SpaceCost(space, cost.make_cost(target.kind))
     least, largest = float(space_cost.least()), float(space_cost.largest())
-    if not least <= target.value <= largest:
-        raise UserError(
-            f"`target` must be from {format_cost(target.kind, least)} to "
-            f"{format_cost(target.kind, largest)}, the least and the largest cost in the space "
-            f"`{space.name}` for images of {space.input_shape[0]} pixels. "
-            f"Received: target={settings.target}"
-        )
+    target.check_reachable(
+        least,
+        largest,
+        f"the least and the largest cost in the space `{space.name}` for images of "
+        f"{space.input_shape[0]} pixels",
+    )
 
 
 def smallest_network(space: Space) -> Architecture:

@@ -1,5 +1,6 @@
 """The target of a build as text: `2ms`, `8M` multiply-adds, `300kB`; and its time: `2h`."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ _UNITS = {
     "kB": ("bytes", 1e3),
     "MB": ("bytes", 1e6),
 }
+# The size of a file is predicted to about 1%.
+_BYTES_MARGIN = 1.01
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
 
@@ -30,8 +33,33 @@ class Target(NamedTuple):
     kind: str
     value: float
 
-    def __str__(self) -> str:
-        return format_cost(self.kind, self.value)
+    @property
+    def aim(self) -> float:
+        """What the search aims at: less than a size, because that is only predicted."""
+        return self.value / (_BYTES_MARGIN if self.kind == "bytes" else 1.0)
+
+    def check_reachable(self, least: float, largest: float, whose: str) -> None:
+        """Raises `UserError` when no network costs what the search aims at.
+
+        Args:
+            least: The least cost of a network.
+            largest: The largest one; infinite if it is not known.
+            whose: Which costs these are, as text.
+        """
+        if least <= self.aim <= largest:
+            return
+        margin = self.value / self.aim
+        bounds = f"at least {_format_rounded(self.kind, least * margin, math.ceil)}"
+        if largest < math.inf:
+            most = _format_rounded(self.kind, largest * margin, math.floor)
+            bounds = f"{bounds} and at most {most}"
+        raise UserError(f"`target` must be {bounds}, {whose}. Received: target={self}")
+
+
+def _format_rounded(kind, value, rounding):
+    """A limit of a target, rounded so that the text itself is within the limit."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)  # `format_cost` has three digits.
+    return format_cost(kind, rounding(value / unit) * unit)
 
 
 def parse_target(text: str) -> Target:
