@@ -310,6 +310,36 @@ def run_training(settings: TrainSettings) -> "TrainingRun":
     return run
 
 
+def load_teacher_of_images(
+    settings: TrainSettings, image_shape: tuple[int, int, int], num_classes: int
+) -> tuple["keras.Model | None", bool]:
+    """Loads the teacher of a training that sees each training image once.
+
+    Args:
+        settings: Settings of a training with a teacher.
+        image_shape: Shape of the student's images.
+        num_classes: Number of the student's classes.
+
+    Returns:
+        The teacher, and whether it gives features, which need a new head. The teacher is `None` if
+        it sees each batch of the training instead.
+
+    Raises:
+        UserError: When the teacher cannot be loaded, or cannot teach mixed images.
+    """
+    given = settings.teacher, settings.teacher_weights
+    if runs.is_foreign(*given, num_classes):
+        if settings.mix_up or settings.cut_mix:
+            raise UserError(
+                "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
+                f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
+            )
+        return runs.load_features(*given), True
+    if settings.teaches_each_batch:
+        return None, False
+    return networks.load_teacher(*given, image_shape, num_classes), False
+
+
 class _Training:
     """One training: its data, network and files."""
 
@@ -371,41 +401,20 @@ class _Training:
             return images
         if file.is_file():  # The run is continued, and the teacher need not be loaded.
             return images._replace(logits=np.load(file, allow_pickle=False))
-        if runs.is_foreign(
-            settings.teacher, settings.teacher_weights, self.architecture.num_classes
-        ):
-            return images._replace(logits=self._fit_teacher())
-        if settings.teaches_each_batch:
-            return images
-        with data.naming_unreadable(images):
-            return images._replace(logits=runs.compute_outputs(self._load_teacher(), images))
-
-    def _fit_teacher(self):
-        """The logits of a teacher of other classes for the training images."""
-        settings = self.settings
-        if settings.mix_up or settings.cut_mix:
-            raise UserError(
-                "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
-                f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
-            )
-        features = runs.load_features(settings.teacher, settings.teacher_weights)
-        height, width = features.input_shape[1:3]
-        if height != width:
-            raise UserError(f"the teacher must take square images. Received: {height} x {width}")
-        seen, _ = self._split(settings.load_images("train", height, again=True))
-        with data.naming_unreadable(seen):
-            outputs = runs.compute_outputs(features, seen)
-            return runs.fit_head(outputs, seen.y, seen.class_names, settings.seed)
-
-    def _load_teacher(self):
-        """A teacher of the same classes."""
-        settings, architecture = self.settings, self.architecture
-        return networks.load_teacher(
-            settings.teacher,
-            settings.teacher_weights,
-            architecture.input_shape,
-            architecture.num_classes,
+        teacher, needs_head = load_teacher_of_images(
+            settings, self.architecture.input_shape, self.architecture.num_classes
         )
+        if teacher is None:
+            return images
+        seen = images
+        if needs_head:
+            size = _image_size(teacher)
+            seen, _ = self._split(settings.load_images("train", size, again=True))
+        with data.naming_unreadable(seen):
+            outputs = runs.compute_outputs(teacher, seen)
+            if needs_head:
+                outputs = runs.fit_head(outputs, seen.y, seen.class_names, settings.seed)
+        return images._replace(logits=outputs)
 
     def _split(self, images):
         """The images to train on, and those held out or `None`."""
@@ -495,7 +504,13 @@ class _Training:
 
         settings, architecture, model = self.settings, self.architecture, network
         if settings.teacher and not has_logits:
-            model = networks.TaughtNetwork(network, self._load_teacher())
+            teacher = networks.load_teacher(
+                settings.teacher,
+                settings.teacher_weights,
+                architecture.input_shape,
+                architecture.num_classes,
+            )
+            model = networks.TaughtNetwork(network, teacher)
         model.compile(
             optimizer=settings.make_optimizer(steps_per_epoch * settings.epochs, steps_per_epoch),
             loss=self._loss(),
@@ -584,6 +599,14 @@ class _Training:
                     scores[f"{name}_{accuracy}"] = described.pop(accuracy)
         write_json(self.session.run.mistakes_file, score.mistakes)
         return scores | described
+
+
+def _image_size(teacher):
+    """Height and width of the images that a teacher takes."""
+    height, width = teacher.input_shape[1:3]
+    if height != width:
+        raise UserError(f"the teacher must take square images. Received: {height} x {width}")
+    return height
 
 
 def _write_report(run):

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from fpnas_keras import data, networks, runs
+from fpnas_keras import data, runs
 from fpnas_keras.search import SearchSettings, run_search
-from fpnas_keras.train import TrainSettings, run_training
+from fpnas_keras.train import TrainSettings, load_teacher_of_images, run_training
 
 # Steps of an epoch of a probe of a search, and of one of a training, whose steps are shorter. Two
 # epochs of them are timed.
@@ -122,7 +122,9 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     num_classes = len(images.class_names)
     # A teacher that sees each image once takes no time in a step.
     began = time.monotonic()
-    teacher = _load_teacher(settings, images) if settings.teacher else None
+    teacher = None
+    if settings.teacher:
+        teacher, _ = load_teacher_of_images(settings, images.image_shape, num_classes)
     loading = time.monotonic() - began
     count = len(images.y)
     with _probing() as directory:
@@ -151,18 +153,6 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     start = max(0, seconds - last["step"] * step)
     teaching = loading + _time_teaching(settings, teacher, count) if teacher else 0.0
     return Probe(start, step, steps_per_epoch, whole.epochs, whole.batch_size, teaching)
-
-
-def _load_teacher(settings, images):
-    """The teacher of a training, or `None` if it sees each batch of the training."""
-    num_classes = len(images.class_names)
-    if runs.is_foreign(settings.teacher, settings.teacher_weights, num_classes):
-        return runs.load_features(settings.teacher, settings.teacher_weights)
-    if settings.teaches_each_batch:
-        return None
-    return networks.load_teacher(
-        settings.teacher, settings.teacher_weights, images.image_shape, num_classes
-    )
 
 
 def _time_teaching(settings, teacher, count):
