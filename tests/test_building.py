@@ -358,10 +358,14 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     job.settings = settings
     job.images = data.load("digits", image_size=16)
     job._started = time.monotonic() - 95
-    # 30% of 505 s are 151 s: 5 s to start, and 29 epochs of 5 s.
+    # 15% of 505 s are 75.75 s: 5 s to start, and 14 epochs of 5 s.
     job.settings = job.settings.fit_to(job.images)
     planned = job._plan_search()
-    assert (planned.epochs, planned.steps_per_epoch) == (29, 50)
+    assert (planned.epochs, planned.steps_per_epoch) == (14, 50)
+    assert (planned.finalists, planned.ranked_samples) == (20, 2)
+    # 300 steps take 35 s, up to 30% of the time.
+    job._started = time.monotonic() - (600 - 118)
+    assert job._plan_search().epochs == 6
     train = job.settings.train_settings(directory / "training", "a.json")
 
     def plan(name, left, **more):
@@ -384,7 +388,8 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     cut = "19 epochs instead of 20, for lack of time"
     more = "18 epochs instead of 20, for lack of time"
     assert job._notes == [
-        "search: 1,450 steps instead of 1,500, for lack of time",
+        "search: 700 steps instead of 1,500, for lack of time",
+        "search: 300 steps instead of 1,500, for lack of time",
         *(f"{name}: {text}" for name in ("baseline", "training") for text in (cut, more)),
         f"baseline: {cut}",
         "training: 80 epochs instead of 20, since there is time",
@@ -393,7 +398,7 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     ]
     monkeypatch.undo()
     monkeypatch.setattr(planning, "probe_search", lambda *_: Probe(5.0, 0.1, 50, 30, 16))
-    job._started = time.monotonic() - 590
+    job._started = time.monotonic() - 590  # 590 s and 35 s / 0.3 are 11.8 minutes.
     with pytest.raises(UserError, match="`time` must be at least 12m, with which the search"):
         job._plan_search()
 

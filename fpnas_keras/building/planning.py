@@ -28,6 +28,7 @@ _PROBED_STEPS, _TRAINED_STEPS = 8, 24
 # few_photos.jsonl), more in shorter ones.
 _MEAN_SAMPLES = 0.6
 # Images of the architecture part that a finalist is judged on, about: most are out before the end.
+# A ranked sample is judged on all.
 _JUDGED_IMAGES = 1000
 # Images that say how long a teacher takes for all.
 _TAUGHT_IMAGES = 64
@@ -102,9 +103,9 @@ def probe_search(settings: SearchSettings, images: "data.Images") -> Probe:
     # A sample takes four forward passes: forward and backward, and forward for the logits.
     forward = step / last["samples"] / 4
     share = 1 - (whole.weights_share or data.choose_weights_share(len(images.y)))
-    judged = min(share * len(images.y), _JUDGED_IMAGES)
-    networks = whole.finalists + whole.ranked_samples
-    start += networks * forward * judged / whole.batch_size
+    count = share * len(images.y)
+    judged = whole.finalists * min(count, _JUDGED_IMAGES) + whole.ranked_samples * count
+    start += forward * judged / whole.batch_size
     fewest = whole.samples or whole.min_samples
     step *= min(1, max(fewest / last["samples"], _MEAN_SAMPLES))
     return Probe(start, step, whole.steps_per_epoch, whole.epochs, whole.batch_size)
