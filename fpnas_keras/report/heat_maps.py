@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fpnas_keras.report.themes import Theme
-from fpnas_keras.runs.run_directory import SearchRun
+from fpnas_keras.runs.search_run import SearchRun
 
 # All sizes are in inches.
 _ROW_HEIGHT = 0.165  # of one choice

@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from fpnas_keras.report.heat_maps import draw_heat_maps
 from fpnas_keras.report.themes import PIXELS_PER_INCH
-from fpnas_keras.runs.run_directory import PHASES, SearchRun, TrainingRun
+from fpnas_keras.runs.search_run import PHASES, SearchRun
+from fpnas_keras.runs.training_run import TrainingRun
 
 # Up to this number of epochs, a marker shows each epoch. A single epoch draws no line.
 _MAX_MARKED_EPOCHS = 12

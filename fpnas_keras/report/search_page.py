@@ -12,7 +12,7 @@ from fpnas_keras.report.parts import (
     list_flags,
     render,
 )
-from fpnas_keras.runs.run_directory import PHASES, SearchRun
+from fpnas_keras.runs.search_run import PHASES, SearchRun
 
 # Labels of the keys of summary.json that do not explain themselves.
 _LABELS = {

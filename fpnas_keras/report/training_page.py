@@ -12,7 +12,7 @@ from fpnas_keras.report.parts import (
     list_flags,
     render,
 )
-from fpnas_keras.runs.run_directory import TrainingRun
+from fpnas_keras.runs.training_run import TrainingRun
 
 # A larger confusion matrix is not readable: the most frequent confusions replace it.
 _MOST_COLUMNS = 25

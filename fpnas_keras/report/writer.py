@@ -10,7 +10,9 @@ from fpnas_keras.report.parts import Plot
 from fpnas_keras.report.plots import available_plots, to_data_uri
 from fpnas_keras.report.themes import DARK, LIGHT, PIXELS_PER_INCH
 from fpnas_keras.runs.build_run import BuildRun
-from fpnas_keras.runs.run_directory import RunDirectory, SearchRun, TrainingRun
+from fpnas_keras.runs.run_directory import RunDirectory
+from fpnas_keras.runs.search_run import SearchRun
+from fpnas_keras.runs.training_run import TrainingRun
 
 
 def write_report(directory: str | os.PathLike) -> pathlib.Path:

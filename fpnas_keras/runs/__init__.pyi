@@ -13,11 +13,11 @@ from .ranking import Ranked as Ranked
 from .ranking import choose_finalist as choose_finalist
 from .ranking import draw_architectures as draw_architectures
 from .ranking import rank_by_shared_weights as rank_by_shared_weights
-from .run_directory import SEARCH_METRICS as SEARCH_METRICS
 from .run_directory import RunDirectory as RunDirectory
-from .run_directory import SearchRun as SearchRun
-from .run_directory import TrainingRun as TrainingRun
 from .scores import describe_confusion as describe_confusion
 from .scores import score as score
+from .search_run import SEARCH_METRICS as SEARCH_METRICS
+from .search_run import SearchRun as SearchRun
 from .session import Session as Session
 from .settings import RunSettings as RunSettings
+from .training_run import TrainingRun as TrainingRun

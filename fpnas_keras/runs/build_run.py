@@ -22,12 +22,9 @@ from typing import Any
 
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_fields, read_json, write_json
-from fpnas_keras.runs.run_directory import (
-    RunDirectory,
-    SearchRun,
-    TrainingRun,
-    checked_export,
-)
+from fpnas_keras.runs.run_directory import RunDirectory
+from fpnas_keras.runs.search_run import SearchRun
+from fpnas_keras.runs.training_run import TrainingRun, checked_export
 
 # What is known of a network and its file.
 _NETWORK = dict.fromkeys(("accuracy", "milliseconds", "training_seconds"), float)
