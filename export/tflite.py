@@ -20,7 +20,7 @@ from fpnas_keras.commands import Command, run_command
 from fpnas_keras.data.settings import DATA_FLAGS, RESIZES, DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, replacing, write_json
-from fpnas_keras.report import write_report
+from fpnas_keras.report import failure_as_warning, write_report
 from fpnas_keras.settings import MAX_SEED, Settings, setting
 
 _INTERFACE, _INT8, _CHECK, _QAT, _FILES, _DATA = (
@@ -422,10 +422,8 @@ class _Export:
 def _report_with_training(model_folder):
     """Makes the report of the training again, if there is one: it has a section of the files."""
     if runs.TrainingRun(model_folder).report.is_file():
-        try:
+        with failure_as_warning():
             write_report(model_folder)
-        except (UserError, OSError) as error:  # The file is there all the same.
-            logging.warning("no report: %s", error)
 
 
 def _find_architecture(settings, model):

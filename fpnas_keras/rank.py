@@ -9,8 +9,6 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from absl import logging
-
 from fpnas_keras import data, report, runs
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import Command, run_command
@@ -149,10 +147,8 @@ def run_ranking(settings: RankSettings) -> "list[Ranked]":
     ranked = runs.rank_by_shared_weights(evaluation, architectures)
     run.write_ranking(ranked, search.cost.unit)
     run.write_pareto_front(ranked)
-    try:
+    with report.failure_as_warning():
         report.write_report(run.directory)
-    except (UserError, OSError) as error:  # The ranking is kept.
-        logging.warning("no report: %s", error)
     return ranked
 
 

@@ -477,10 +477,8 @@ def run_search(settings: SearchSettings) -> "SearchRun":
             evaluation = _search(session)
         # A report of the unfinished search may be there already.
         if chief and (searches or not run.report.exists()):
-            try:
+            with report.failure_as_warning():
                 _rank_and_report(run, settings, evaluation)
-            except (UserError, OSError) as error:  # The result is there all the same.
-                logging.warning("no report: %s", summarize_error(error))
     return run
 
 

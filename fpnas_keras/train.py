@@ -306,7 +306,8 @@ def run_training(settings: TrainSettings) -> "TrainingRun":
         if session.has_work:
             _Training(session, architecture).run()
         elif not run.report.exists():  # A kill came before it.
-            _write_report(run)
+            with report.failure_as_warning():
+                report.write_report(run.directory)
     return run
 
 
@@ -585,7 +586,8 @@ class _Training:
             **scores,
             next=_export_command(self.session.run),
         )
-        _write_report(self.session.run)
+        with report.failure_as_warning():
+            report.write_report(run.directory)
 
     def _score(self, model, held_out):
         """Accuracies on the test images and those held out, and the worst mistakes in a file."""
@@ -607,13 +609,6 @@ def _image_size(teacher):
     if height != width:
         raise UserError(f"the teacher must take square images. Received: {height} x {width}")
     return height
-
-
-def _write_report(run):
-    try:
-        report.write_report(run.directory)
-    except (UserError, OSError) as error:  # The model is there all the same.
-        logging.warning("no report: %s", error)
 
 
 def _accuracy(y_true, y_pred):

@@ -101,7 +101,8 @@ def run_build(settings: BuildSettings) -> runs.BuildRun:
             with data.remembering():
                 _Build(session).run_steps()
         elif not run.report.is_file():
-            _write_report(run)
+            with report.failure_as_warning():
+                report.write_report(run.directory)
     return run
 
 
@@ -486,7 +487,8 @@ class _Build:
             notes=notes,
             next=f"fpnas predict --model={shlex.quote(str(self.run.path(found['file'])))} PHOTO",
         )
-        _write_report(self.run)
+        with report.failure_as_warning():
+            report.write_report(self.run.directory)
 
     def _describe(self, training, name="model"):
         """A network and its file for the app, for the summary; `None` if there is no file."""
@@ -540,13 +542,6 @@ def _write_flags(run, settings):
     """Writes other flags of a run; what it has chosen for its images stays."""
     chosen = [f"--{name}={value}" for name, value in run.chosen.items()]
     run.write_flags(settings.to_flags(), chosen)
-
-
-def _write_report(run):
-    try:
-        report.write_report(run.directory)
-    except (UserError, OSError) as error:  # The files are there all the same.
-        logging.warning("no report: %s", summarize_error(error))
 
 
 def _build_and_print(settings):
