@@ -27,7 +27,7 @@ import numpy as np
 import export
 from fpnas_keras import spaces
 from fpnas_keras.architecture import Architecture, Part, Stem
-from fpnas_keras.commands import Command, run_command
+from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.cost import LatencyCost, latency_table
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, is_of_package, write_json
@@ -249,7 +249,8 @@ def measure_latency(**settings: Any) -> list[dict[str, Any]]:
     export.measure_latency(space="mobile_mini", input_size=28, channels=1, output="host.json")
     ```
     """
-    return run_measuring(LatencySettings(**settings))
+    with visible_log():
+        return run_measuring(LatencySettings(**settings))
 
 
 def run_measuring(settings: LatencySettings) -> list[dict[str, Any]]:
@@ -292,7 +293,8 @@ def compare_latency(**settings: Any) -> dict[str, Any]:
     Raises:
         UserError: When a setting is wrong, the device fails, or the table is of another device.
     """
-    return run_comparison(LatencySettings(**settings))
+    with visible_log():
+        return run_comparison(LatencySettings(**settings))
 
 
 def run_comparison(settings: LatencySettings) -> dict[str, Any]:

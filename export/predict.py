@@ -13,7 +13,7 @@ import numpy as np
 import export
 from fpnas_keras import networks, runs
 from fpnas_keras.architecture import format_table
-from fpnas_keras.commands import Command, run_command
+from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.data.settings import RESIZES
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import write_json
@@ -83,7 +83,8 @@ def classify_images(**settings: Any) -> list[Prediction]:
     found[0].classes  # {"rose": 0.93, "tulip": 0.05, "daisy": 0.02}
     ```
     """
-    return run_prediction(PredictSettings(**settings))
+    with visible_log():
+        return run_prediction(PredictSettings(**settings))
 
 
 def run_prediction(settings: PredictSettings) -> list[Prediction]:

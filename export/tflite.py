@@ -16,7 +16,7 @@ from absl import logging
 import export
 from fpnas_keras import data, networks, runs
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.commands import Command, run_command
+from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.data.settings import DATA_FLAGS, RESIZES, DataSettings
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, replacing, write_json
@@ -225,7 +225,8 @@ def export_tflite(**settings: Any) -> TfliteExport:
     exported.path, exported.report["tflite_accuracy"]
     ```
     """
-    return run_export(TfliteSettings(**settings))
+    with visible_log():
+        return run_export(TfliteSettings(**settings))
 
 
 def run_export(settings: TfliteSettings) -> TfliteExport:

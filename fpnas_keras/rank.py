@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpnas_keras import data, report, runs
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.commands import Command, run_command
+from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.cost import format_cost
 from fpnas_keras.data.settings import DATA_FLAGS, DataSettings
 from fpnas_keras.errors import UserError
@@ -118,7 +118,8 @@ def rank_architectures(**settings: Any) -> "list[Ranked]":
     ranked[0].accuracy, ranked[0].architecture
     ```
     """
-    return run_ranking(RankSettings(**settings))
+    with visible_log():
+        return run_ranking(RankSettings(**settings))
 
 
 def run_ranking(settings: RankSettings) -> "list[Ranked]":

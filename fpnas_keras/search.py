@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from fpnas_keras import data, method, report, runs, spaces
-from fpnas_keras.commands import Command, run_command
+from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, summarize_error
@@ -462,7 +462,8 @@ def search_architecture(**settings: Any) -> "SearchRun":
     run.architecture.macs()
     ```
     """
-    return run_search(SearchSettings(**settings))
+    with visible_log():
+        return run_search(SearchSettings(**settings))
 
 
 def run_search(settings: SearchSettings) -> "SearchRun":

@@ -15,7 +15,7 @@ from absl import logging
 
 from fpnas_keras import data, networks, report, runs
 from fpnas_keras.architecture import Architecture
-from fpnas_keras.commands import Command, run_command
+from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, write_json
 from fpnas_keras.runs.settings import (
@@ -288,7 +288,8 @@ def train_architecture(**settings: Any) -> "TrainingRun":
     run.summary["test_accuracy"]
     ```
     """
-    return run_training(TrainSettings(**settings))
+    with visible_log():
+        return run_training(TrainSettings(**settings))
 
 
 def run_training(settings: TrainSettings) -> "TrainingRun":

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import logging as stdlib_logging
 
@@ -6,6 +7,9 @@ import numpy as np
 import pytest
 from absl import logging
 
+from export import latency, predict, tflite
+from fpnas_keras import rank, search, train
+from fpnas_keras.building import build
 from fpnas_keras.commands import visible_log
 from fpnas_keras.progress import describe_left, part_of, track
 from fpnas_keras.runs.callbacks import MetricsFile, Progress, StopOnDivergence
@@ -98,19 +102,52 @@ def test_what_is_left_of_a_whole_is_said_with_what_is_left_of_its_part():
     assert describe_left(90) == "0:01:30 left"
 
 
-def test_the_log_is_visible_where_nothing_else_has_set_it_up(capsys):
-    """In a notebook, a job of hours would be silent."""
+@contextlib.contextmanager
+def nothing_set_up():
+    """absl's log as it is when nobody has set it up, as in a notebook."""
     root, verbosity = stdlib_logging.getLogger(), logging.get_verbosity()
     handlers, root.handlers[:] = root.handlers[:], []
+    logging.set_verbosity(logging.WARNING)
     try:
-        logging.set_verbosity(logging.WARNING)
+        yield
+    finally:
+        root.handlers[:] = handlers
+        logging.set_verbosity(verbosity)
+
+
+def test_the_log_is_visible_where_nothing_else_has_set_it_up(capsys):
+    with nothing_set_up():
         with visible_log():
             logging.info("seen %d", 1)
         logging.info("unseen")
         logging.set_verbosity(logging.ERROR)
         with visible_log():  # The user wants silence.
             logging.info("unseen")
-    finally:
-        root.handlers[:] = handlers
-        logging.set_verbosity(verbosity)
     assert capsys.readouterr().err == "seen 1\n"
+
+
+@pytest.mark.parametrize(
+    "module, job, work, settings",
+    [
+        (search, "search_architecture", "run_search", {"output_dir": "x"}),
+        (train, "train_architecture", "run_training", {"architecture": "a", "output_dir": "x"}),
+        (rank, "rank_architectures", "run_ranking", {"search_dir": "x"}),
+        (build, "build", "run_build", {"target": "8M", "output_dir": "x"}),
+        (tflite, "export_tflite", "run_export", {"model": "m.keras"}),
+        (latency, "measure_latency", "run_measuring", {"space": "mobile_mini", "output": "x.json"}),
+        (
+            latency,
+            "compare_latency",
+            "run_comparison",
+            {"architecture": "a", "latency_table": "x.json"},
+        ),
+        (predict, "classify_images", "run_prediction", {"model": "m", "images": ("x.png",)}),
+    ],
+)
+def test_a_job_in_python_says_what_it_does(capsys, monkeypatch, module, job, work, settings):
+    """In a notebook, hours would be silent."""
+    monkeypatch.setattr(module, work, lambda _: logging.info("seen"))
+    with nothing_set_up():
+        getattr(module, job)(**settings)
+        logging.info("unseen")
+    assert capsys.readouterr().err == "seen\n"

@@ -59,8 +59,6 @@ def build(**settings: Any) -> runs.BuildRun:
     MobileNetV3-Small as long, to compare with. If the directory holds an unfinished build with the
     same settings, it is continued. A finished one is not run again.
 
-    It says what it does, as the command, unless absl's verbosity has been changed.
-
     For a target in milliseconds, files are made in processes of their own: a script that
     calls this then needs `if __name__ == "__main__":`.
 
