@@ -203,12 +203,12 @@ def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:
 def report(rows: Mapping[str, harness.Row]) -> None:
     """Prints the table."""
     print(
-        "\n| photos a class | method | test accuracy, % | of the int8 file | its ms | its kB | "
-        f"minutes | lines of the user |\n{'|---' * 8}|"
+        "\n| images | photos a class | method | seed | test accuracy, % | of the int8 file | "
+        f"its ms | its kB | minutes | lines of the user |\n{'|---' * 10}|"
     )
     for row in rows.values():
         print(
-            f"| {row['photos']} | {NAMES[row['method']]} | "
+            f"| {row['images']} | {row['photos']} | {NAMES[row['method']]} | {row['seed']} | "
             f"{100 * row.get('float_accuracy', np.nan):.2f} | "
             f"{100 * row['accuracy']:.2f} | "
             f"{row['milliseconds']:.3g} | {row['bytes'] / 1e3:.0f} | {row['seconds'] / 60:.1f} | "
@@ -217,23 +217,28 @@ def report(rows: Mapping[str, harness.Row]) -> None:
 
 
 def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
-    """Draws accuracy against milliseconds, for each number of photos."""
+    """Draws accuracy against milliseconds, for each folder and number of photos."""
     import matplotlib.pyplot as plt  # Not in the processes that are timed.
 
-    photos = sorted({row["photos"] for row in rows.values()}, key=int)
+    panels = dict.fromkeys((row["images"], row["photos"]) for row in rows.values())
     figure, axes = plt.subplots(
-        1, len(photos), figsize=(4.5 * len(photos), 4), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )
-    for axis, number in zip(axes[0], photos):
+    for axis, panel in zip(axes[0], panels):
         for method, name in NAMES.items():
-            own = [r for r in rows.values() if (r["photos"], r["method"]) == (number, method)]
+            own = [
+                row
+                for row in rows.values()
+                if (row["images"], row["photos"], row["method"]) == (*panel, method)
+            ]
             axis.scatter(
                 [row["milliseconds"] for row in own],
                 [100 * row["accuracy"] for row in own],
                 s=90 if method == "build" else 50,
                 label=name,
             )
-        axis.set(title=f"{number} photos a class", xlabel="ms of the int8 file", xlim=(0, None))
+        title = "{}: {} photos a class".format(*panel)
+        axis.set(title=title, xlabel="ms of the int8 file", xlim=(0, None))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("test accuracy of the int8 file, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -256,7 +261,7 @@ def run(settings: BuildBenchmarkSettings) -> None:
     rows = harness.finished(settings.output, "name")
     for photos, folder in folders.items():
         for method in settings.methods:
-            name = f"{photos} {method} {settings.seed}"
+            name = f"{folder.name} {method} {settings.seed}"
             if name in rows:
                 continue
             print(f"{name} ...", flush=True)
@@ -273,7 +278,9 @@ def run(settings: BuildBenchmarkSettings) -> None:
                 (times,) = devices.times(host, {name: file}, 30).values()
             rows[name] = {
                 "name": name,
+                "images": settings.images,
                 "photos": photos,
+                "seed": settings.seed,
                 "method": method,
                 "accuracy": judge(file, folder, settings.input_size),
                 "float_accuracy": judge(directory / FLOAT, folder, settings.input_size),

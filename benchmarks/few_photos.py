@@ -51,11 +51,7 @@ class FewPhotosSettings(harness.ProjectSettings):
     }
 
     output: str = harness.output_setting("few_photos.jsonl")
-    folder: str | None = setting(
-        "Image folder, with `train/CLASS/`. Each folder needs a --work_dir and an --output.",
-        None,
-        basic=True,
-    )
+    folder: str | None = setting("Image folder, with `train/CLASS/`.", None, basic=True)
     lite0: str | None = setting("Weights of EfficientNet-Lite0 (npz).", None, basic=True)
     photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "400"))
     classes: int = setting("Number of classes, the first in their order.", 3, least=2)
@@ -68,6 +64,11 @@ class FewPhotosSettings(harness.ProjectSettings):
         """Raises `UserError` when the photos or the weights are not given."""
         if not self.smoke and None in (self.folder, self.lite0):
             raise UserError("--folder and --lite0 must be given")
+
+    @property
+    def images(self) -> str:
+        """Name of the image folder, for the rows. Smoke runs have noise instead of the flowers."""
+        return pathlib.Path(self.folder or "flowers_128").absolute().name
 
 
 def build_lite0(size: int, weights: Mapping[str, np.ndarray] | None) -> keras.Model:
@@ -122,11 +123,11 @@ def build_lite0(size: int, weights: Mapping[str, np.ndarray] | None) -> keras.Mo
 
 def make_folders(settings: FewPhotosSettings, runs: harness.Runs) -> dict[str, pathlib.Path]:
     """Image folders of links to the photos, by the number of photos a class."""
+    folders = {count: runs.work_dir / f"{settings.images}_{count}" for count in settings.photos}
     if settings.smoke:
-        return {count: _make_noise(runs.work_dir / f"photos_{count}") for count in settings.photos}
-    files, folders = _files_of_classes(settings), {}
-    for count in settings.photos:
-        folder = folders[count] = runs.work_dir / f"photos_{count}"
+        return {count: _make_noise(folder) for count, folder in folders.items()}
+    files = _files_of_classes(settings)
+    for count, folder in folders.items():
         for name, paths in files.items():
             order = np.random.default_rng(0).permutation(len(paths))
             held_out = int(_TEST_SHARE * len(paths))
@@ -176,16 +177,16 @@ def phases(settings: FewPhotosSettings, runs: harness.Runs) -> Iterator[dict[str
         for count, folder in folders.items()
     }
     searches, trainings = {}, {}
-    for count in folders:
+    for count, folder in folders.items():
         steps = {} if settings.smoke else {"steps_per_epoch": None}
         searches |= runs.search(
-            f"search {count}",
+            f"search {folder.name}",
             **common[count] | steps,
             input_size=settings.input_size,
             target=settings.target,
             architecture_learning_rate=0.03,
         )
-        published = runs.work_dir / f"MobileNetV3-Small_{count}.json"
+        published = runs.work_dir / f"MobileNetV3-Small_{folder.name}.json"
         shape = (settings.input_size, settings.input_size, 3)
         scale_published(
             "MobileNetV3-Small",
@@ -193,13 +194,13 @@ def phases(settings: FewPhotosSettings, runs: harness.Runs) -> Iterator[dict[str
             settings.published_blocks,
         ).save(published)
         files = {
-            "found": runs.architecture_file(f"search {count}"),
+            "found": runs.architecture_file(f"search {folder.name}"),
             "MobileNetV3-Small": published,
         }
         for seed in range(settings.seeds):
             for name, file in files.items():
                 for way, changes in (("scratch", {}), ("teacher", {"teacher": str(teacher)})):
-                    label = f"{count} {name} {way} {seed}"
+                    label = f"{folder.name} {name} {way} {seed}"
                     trainings |= runs.train(label, file, **common[count] | changes, seed=seed)
     yield searches
     yield trainings
@@ -212,7 +213,7 @@ def report(settings: FewPhotosSettings, rows: Mapping[str, harness.Row]) -> None
         for name in ("found", "MobileNetV3-Small"):
             for way in ("scratch", "teacher"):
                 values = [
-                    100 * rows[f"{count} {name} {way} {seed}"]["test_accuracy"]
+                    100 * rows[f"{settings.images}_{count} {name} {way} {seed}"]["test_accuracy"]
                     for seed in range(settings.seeds)
                 ]
                 listed = " ".join(f"{value:.2f}" for value in values)
