@@ -220,7 +220,7 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
     """Draws accuracy against milliseconds, for each folder and number of photos."""
     import matplotlib.pyplot as plt  # Not in the processes that are timed.
 
-    panels = dict.fromkeys((row["images"], row["photos"]) for row in rows.values())
+    panels = sorted({(row["images"], int(row["photos"])) for row in rows.values()})
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )
@@ -229,7 +229,7 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
             own = [
                 row
                 for row in rows.values()
-                if (row["images"], row["photos"], row["method"]) == (*panel, method)
+                if (row["images"], int(row["photos"]), row["method"]) == (*panel, method)
             ]
             axis.scatter(
                 [row["milliseconds"] for row in own],
@@ -237,7 +237,7 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
                 s=90 if method == "build" else 50,
                 label=name,
             )
-        title = "{}: {} photos a class".format(*panel)
+        title = "{}: {:,} photos a class".format(*panel)
         axis.set(title=title, xlabel="ms of the int8 file", xlim=(0, None))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("test accuracy of the int8 file, %")

@@ -51,7 +51,12 @@ class FewPhotosSettings(harness.ProjectSettings):
     }
 
     output: str = harness.output_setting("few_photos.jsonl")
-    folder: str | None = setting("Image folder, with `train/CLASS/`.", None, basic=True)
+    folder: str | None = setting(
+        "Image folder, with `train/CLASS/`. Rows have its name: those that were measured have "
+        "flowers_128 and cifar10_24k.",
+        None,
+        basic=True,
+    )
     lite0: str | None = setting("Weights of EfficientNet-Lite0 (npz).", None, basic=True)
     photos: tuple[str, ...] = setting("Training photos of each class.", ("60", "400"))
     classes: int = setting("Number of classes, the first in their order.", 3, least=2)
@@ -67,8 +72,11 @@ class FewPhotosSettings(harness.ProjectSettings):
 
     @property
     def images(self) -> str:
-        """Name of the image folder, for the rows. Smoke runs have noise instead of the flowers."""
-        return pathlib.Path(self.folder or "flowers_128").absolute().name
+        """Name of the image folder, for the rows.
+
+        Smoke runs have noise under the name of a folder that was measured: a test compares rows.
+        """
+        return pathlib.Path(self.folder or "flowers_128").resolve().name
 
 
 def build_lite0(size: int, weights: Mapping[str, np.ndarray] | None) -> keras.Model:
@@ -139,6 +147,11 @@ def make_folders(settings: FewPhotosSettings, runs: harness.Runs) -> dict[str, p
                     link = target / paths[index].name
                     if not link.exists():
                         link.symlink_to(paths[index])
+                    elif link.resolve() != paths[index].resolve():
+                        raise UserError(
+                            f"`folder` has the name of another one, whose images are in {folder}: "
+                            f"give another --work_dir. Received: folder={settings.folder}"
+                        )
     return folders
 
 

@@ -122,21 +122,23 @@ def _make_handler():
 def visible_log() -> Iterator[None]:
     """Inside the block, the log is shown as by a command: in a notebook, hours would be silent.
 
-    Nothing changes if the verbosity of absl's log is not its default, or if the root logger has
-    handlers already.
+    Nothing changes if the verbosity of absl's log is not its default. If the root logger has
+    handlers already, those show the log in their own way.
     """
-    root = stdlib_logging.getLogger()
-    if logging.get_verbosity() != logging.WARNING or root.handlers:
+    if logging.get_verbosity() != logging.WARNING:
         yield
         return
-    handler = _make_handler()
-    root.addHandler(handler)
+    root = stdlib_logging.getLogger()
+    handler = None if root.handlers else _make_handler()
+    if handler:
+        root.addHandler(handler)
     logging.set_verbosity(logging.INFO)
     try:
         yield
     finally:
         logging.set_verbosity(logging.WARNING)
-        root.removeHandler(handler)
+        if handler:
+            root.removeHandler(handler)
 
 
 def _set_verbosity(verbosity):

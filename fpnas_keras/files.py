@@ -186,7 +186,7 @@ def abbreviate(value: Any) -> str:
 
 
 def summarize_error(error: Exception, line: int = 0) -> str:
-    """One line of an exception of another library, for messages: by default its first."""
+    """One line of an exception, for messages: by default its first."""
     lines = str(error).strip().splitlines()
     return lines[line] if lines else type(error).__name__
 

@@ -312,10 +312,10 @@ def run_training(settings: TrainSettings) -> "TrainingRun":
     return run
 
 
-def load_teacher_of_images(
+def load_teacher_seeing_images_once(
     settings: TrainSettings, image_shape: tuple[int, int, int], num_classes: int
 ) -> tuple["keras.Model | None", bool]:
-    """Loads the teacher of a training that sees each training image once.
+    """Loads the teacher if it sees each training image once; `None` if it sees each batch.
 
     Args:
         settings: Settings of a training with a teacher.
@@ -323,23 +323,34 @@ def load_teacher_of_images(
         num_classes: Number of the student's classes.
 
     Returns:
-        The teacher, and whether it gives features, which need a new head. The teacher is `None` if
-        it sees each batch of the training instead.
+        The teacher, and whether it gives features, which need a new head.
 
     Raises:
-        UserError: When the teacher cannot be loaded, or cannot teach mixed images.
+        UserError: When the teacher cannot be loaded, does not take square images, or has other
+            classes and would have to teach mixed images.
     """
     given = settings.teacher, settings.teacher_weights
-    if runs.is_foreign(*given, num_classes):
-        if settings.mix_up or settings.cut_mix:
-            raise UserError(
-                "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
-                f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
-            )
-        return runs.load_features(*given), True
-    if settings.teaches_each_batch:
-        return None, False
-    return networks.load_teacher(*given, image_shape, num_classes), False
+    if not runs.is_foreign(*given, num_classes):
+        if settings.teaches_each_batch:
+            return None, False
+        return _load_teacher(settings, image_shape, num_classes), False
+    if settings.mix_up or settings.cut_mix:
+        raise UserError(
+            "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
+            f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
+        )
+    features = runs.load_features(*given)
+    height, width = features.input_shape[1:3]
+    if height != width:
+        raise UserError(f"the teacher must take square images. Received: {height} x {width}")
+    return features, True
+
+
+def _load_teacher(settings, image_shape, num_classes):
+    """A teacher of the same classes."""
+    return networks.load_teacher(
+        settings.teacher, settings.teacher_weights, image_shape, num_classes
+    )
 
 
 class _Training:
@@ -403,14 +414,14 @@ class _Training:
             return images
         if file.is_file():  # The run is continued, and the teacher need not be loaded.
             return images._replace(logits=np.load(file, allow_pickle=False))
-        teacher, needs_head = load_teacher_of_images(
+        teacher, needs_head = load_teacher_seeing_images_once(
             settings, self.architecture.input_shape, self.architecture.num_classes
         )
         if teacher is None:
             return images
         seen = images
         if needs_head:
-            size = _image_size(teacher)
+            size = teacher.input_shape[1]
             seen, _ = self._split(settings.load_images("train", size, again=True))
         with data.naming_unreadable(seen):
             outputs = runs.compute_outputs(teacher, seen)
@@ -506,12 +517,7 @@ class _Training:
 
         settings, architecture, model = self.settings, self.architecture, network
         if settings.teacher and not has_logits:
-            teacher = networks.load_teacher(
-                settings.teacher,
-                settings.teacher_weights,
-                architecture.input_shape,
-                architecture.num_classes,
-            )
+            teacher = _load_teacher(settings, architecture.input_shape, architecture.num_classes)
             model = networks.TaughtNetwork(network, teacher)
         model.compile(
             optimizer=settings.make_optimizer(steps_per_epoch * settings.epochs, steps_per_epoch),
@@ -602,14 +608,6 @@ class _Training:
                     scores[f"{name}_{accuracy}"] = described.pop(accuracy)
         write_json(self.session.run.mistakes_file, score.mistakes)
         return scores | described
-
-
-def _image_size(teacher):
-    """Height and width of the images that a teacher takes."""
-    height, width = teacher.input_shape[1:3]
-    if height != width:
-        raise UserError(f"the teacher must take square images. Received: {height} x {width}")
-    return height
 
 
 def _accuracy(y_true, y_pred):

@@ -115,15 +115,18 @@ def nothing_set_up():
         logging.set_verbosity(verbosity)
 
 
-def test_the_log_is_visible_where_nothing_else_has_set_it_up(capsys):
+def test_the_log_is_visible_unless_the_user_wants_silence(capsys):
+    with nothing_set_up(), visible_log():
+        logging.info("seen %d", 1)
     with nothing_set_up():
+        logging.info("unseen")  # absl now has a handler of its own.
         with visible_log():
-            logging.info("seen %d", 1)
-        logging.info("unseen")
+            logging.info("seen %d", 2)
+    with nothing_set_up():
         logging.set_verbosity(logging.ERROR)
-        with visible_log():  # The user wants silence.
+        with visible_log():
             logging.info("unseen")
-    assert capsys.readouterr().err == "seen 1\n"
+    assert capsys.readouterr().err == "seen 1\nINFO:absl:seen 2\n"
 
 
 @pytest.mark.parametrize(

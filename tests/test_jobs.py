@@ -121,6 +121,25 @@ def test_a_report_made_during_the_search_is_made_again_at_its_end(settings, tmp_
     assert run.ranking is not None
 
 
+def test_a_report_that_cannot_be_written_is_a_warning(settings, tmp_path, monkeypatch, caplog):
+    def fail(directory):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(fpnas.report, "write_report", fail)
+    with caplog.at_level("WARNING", logger="absl"):
+        run = fpnas.search_architecture(**settings, output_dir=tmp_path / "run")
+        trained = fpnas.train_architecture(
+            architecture=run.architecture_file,
+            train_images=400,
+            epochs=1,
+            tensorboard=False,
+            output_dir=tmp_path / "trained",
+        )
+        ranked = fpnas.rank_architectures(search_dir=run.directory, samples=2)
+    assert run.finished and trained.finished and ranked
+    assert caplog.messages.count("no report: the disk is full") == 3
+
+
 def test_a_finished_search_is_returned_as_it_is(searched, settings):
     before = {path: path.stat().st_mtime_ns for path in searched.directory.iterdir()}
     again = fpnas.search_architecture(**settings, output_dir=searched.directory)

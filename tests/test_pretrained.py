@@ -7,6 +7,7 @@ import pytest
 import fpnas_keras as fpnas
 from fpnas_keras import data, runs
 from fpnas_keras.networks import DistillationLoss
+from fpnas_keras.train import TrainSettings, load_teacher_seeing_images_once
 
 CLASSES = 3
 NAMES = ("dark", "grey", "bright")
@@ -151,3 +152,25 @@ def test_teachers_without_a_head_are_refused(tmp_path):
         runs.load_features(str(tmp_path / "no.keras"), None)
     with pytest.raises(ValueError, match=r"one of keras\.applications"):
         runs.load_features("NoNet", None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ((12, 8, 3), {}, "the teacher must take square images. Received: 12 x 8"),
+        (
+            (12, 12, 3),
+            {"mix_up": 0.2},
+            "a teacher of other classes has no logits. Received: mix_up",
+        ),
+    ],
+)
+def test_teachers_of_other_classes_that_cannot_teach_are_refused(shape, changes, message, tmp_path):
+    file = tmp_path / "teacher.keras"
+    layers = [keras.Input(shape), keras.layers.Conv2D(4, 3), keras.layers.Flatten()]
+    keras.Sequential([*layers, keras.layers.Dense(7)]).save(file)
+    settings = TrainSettings(
+        architecture="a.json", teacher=str(file), output_dir=str(tmp_path), **changes
+    )
+    with pytest.raises(fpnas.UserError, match=message):
+        load_teacher_seeing_images_once(settings, (12, 12, 3), 2)

@@ -419,11 +419,11 @@ def test_command_line(unfinished):
 
 def test_import_loads_neither_keras_nor_matplotlib():
     code = (
-        "import sys; from fpnas_keras import report; assert 'write_report' in report.__all__; "
+        "import sys; from fpnas_keras import report; print(sorted(report.__all__)); "
         "print([name for name in ('tensorflow', 'keras', 'matplotlib') if name in sys.modules])"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert process.stdout == "[]\n", process.stderr
+    assert process.stdout == "['failure_as_warning', 'write_report']\n[]\n", process.stderr
 
 
 def write_training(directory, finished=True, classes=3, **changes):

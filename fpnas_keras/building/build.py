@@ -30,14 +30,14 @@ from fpnas_keras.runs.settings import RunSettings
 from fpnas_keras.search import SearchSettings, run_search
 from fpnas_keras.train import TrainSettings, run_training
 
-# Of the time that is left when the search begins, and for a latency table of all time. A training
-# gains more by that time than a search: 2.2 points by 76 epochs instead of 43 (docs/benchmarks.md).
+# Of the time that is left when the search begins, and for a latency table of all time. More time
+# helps a training more surely than a search (docs/benchmarks.md, "What the time buys").
 _SEARCH_SHARE, _TABLE_SHARE = 0.15, 0.15
 # A shorter search has not decided (benchmarks/versus.jsonl has searches of 30 epochs). It may take
 # a larger share.
 _LEAST_SEARCH_EPOCHS, _LARGEST_SEARCH_SHARE = 6, 0.3
-# Networks that a search with little time judges at its end: the choice among more of them by the
-# shared weights gained nothing (docs/benchmarks.md), and takes as long as 100 steps.
+# Networks that a shortened search judges at its end. Judging more takes as long as 100 steps, and
+# in three jobs the choice among finalists was no better than a draw.
 _JUDGED = {"finalists": 20, "ranked_samples": 8}
 # Writing and timing a file takes about as long as so many times the start of a training, which
 # builds, traces, saves and tests a network; and two passes over the test images.
@@ -280,36 +280,37 @@ class _Build:
         return settings
 
     def _plan_search(self, **files):
-        has_limit = self._left() < math.inf
-        settings = self.settings.search_settings(
+        make = functools.partial(
+            self.settings.search_settings,
             self.run.search.directory.absolute(),
             self.settings.space,
             self.images.image_shape[0],
             cost=self.target.kind,
             target=self.target.aim,
             **{name: str(file.absolute()) for name, file in files.items()},
-            **(_JUDGED if has_limit else {}),
         )
-        if not has_limit:
+        settings, shortened = make(), make(**_JUDGED)
+        if self._left() == math.inf:
             return settings
         if settings.epochs is not None:
             self._notes.append(f"search: {settings.epochs} epochs, whatever time they take")
             return settings
         logging.info("measuring the time of a step of the search")
-        probe = planning.probe_search(settings, self.images)
-        most = probe.epochs_in(_LARGEST_SEARCH_SHARE * self._left())
-        if most < _LEAST_SEARCH_EPOCHS:
-            least = probe.seconds(_LEAST_SEARCH_EPOCHS) / _LARGEST_SEARCH_SHARE
+        probe = planning.probe_search(shortened, self.images)
+        least = min(_LEAST_SEARCH_EPOCHS, probe.epochs)
+        if probe.epochs_in(_LARGEST_SEARCH_SHARE * self._left()) < least:
+            needed = self._elapsed() + probe.seconds(least) / _LARGEST_SEARCH_SHARE
             raise UserError(
-                f"`time` must be at least {math.ceil((self._elapsed() + least) / 60)}m, with "
-                f"which the search has {_LEAST_SEARCH_EPOCHS * probe.steps_per_epoch} steps. "
-                f"Received: time={self.settings.time}"
+                f"`time` must be at least {math.ceil(needed / 60)}m, with which the search has "
+                f"{least * probe.steps_per_epoch} steps. Received: time={self.settings.time}"
             )
-        epochs = max(_LEAST_SEARCH_EPOCHS, probe.epochs_in(_SEARCH_SHARE * self._left()))
+        epochs = max(least, probe.epochs_in(_SEARCH_SHARE * self._left()))
         if epochs < probe.epochs:
+            settings = shortened
             self._notes.append(
                 f"search: {epochs * probe.steps_per_epoch:,} steps instead of "
-                f"{probe.epochs * probe.steps_per_epoch:,}, for lack of time"
+                f"{probe.epochs * probe.steps_per_epoch:,}, and {settings.finalists} finalists, "
+                "for lack of time"
             )
         epochs = min(epochs, probe.epochs)
         return dataclasses.replace(settings, epochs=epochs, steps_per_epoch=probe.steps_per_epoch)

@@ -71,8 +71,8 @@ def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classe
     for size, least in zip(sizes, costs):
         if target.value >= _ROOM * least:
             return size
-    whose = f"the cost of the smallest network of {made[-1].name} for images of {sizes[-1]} pixels"
-    target.check_reachable(costs[-1], math.inf, whose)
+    least = f"the cost of the smallest network of {made[-1].name} for images of {sizes[-1]} pixels"
+    target.check_reachable(costs[-1], math.inf, least, settings.target)
     return sizes[-1]
 
 
@@ -91,6 +91,7 @@ def check_target(settings: BuildSettings, space: Space) -> None:
         largest,
         f"the least and the largest cost in the space `{space.name}` for images of "
         f"{space.input_shape[0]} pixels",
+        settings.target,
     )
 
 

@@ -18,7 +18,7 @@ from absl import logging
 
 from fpnas_keras import data, runs
 from fpnas_keras.search import SearchSettings, run_search
-from fpnas_keras.train import TrainSettings, load_teacher_of_images, run_training
+from fpnas_keras.train import TrainSettings, load_teacher_seeing_images_once, run_training
 
 # Steps of an epoch of a probe of a search, and of one of a training, whose steps are shorter. Two
 # epochs of them are timed.
@@ -125,7 +125,7 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
     began = time.monotonic()
     teacher = None
     if settings.teacher:
-        teacher, _ = load_teacher_of_images(settings, images.image_shape, num_classes)
+        teacher, _ = load_teacher_seeing_images_once(settings, images.image_shape, num_classes)
     loading = time.monotonic() - began
     count = len(images.y)
     with _probing() as directory:

@@ -35,31 +35,39 @@ class Target(NamedTuple):
 
     @property
     def aim(self) -> float:
-        """What the search aims at: less than a size, because that is only predicted."""
+        """The cost that the search aims at.
+
+        For a size it is 1% lower, because the size of a file is predicted to about 1%.
+        """
         return self.value / (_BYTES_MARGIN if self.kind == "bytes" else 1.0)
 
-    def check_reachable(self, least: float, largest: float, whose: str) -> None:
+    def check_reachable(self, least: float, largest: float, bounds: str, received: str) -> None:
         """Raises `UserError` when no network costs what the search aims at.
 
         Args:
             least: The least cost of a network.
             largest: The largest one; infinite if it is not known.
-            whose: Which costs these are, as text.
+            bounds: What the two are, for the message.
+            received: The target as the user gave it.
         """
         if least <= self.aim <= largest:
             return
         margin = self.value / self.aim
-        bounds = f"at least {_format_rounded(self.kind, least * margin, math.ceil)}"
-        if largest < math.inf:
-            most = _format_rounded(self.kind, largest * margin, math.floor)
-            bounds = f"{bounds} and at most {most}"
-        raise UserError(f"`target` must be {bounds}, {whose}. Received: target={self}")
+        low, high = least * margin, largest * margin
+        limits = f"at least {format_cost(self.kind, _round(low, math.ceil))}"
+        if high < math.inf:
+            limits += f" and at most {format_cost(self.kind, _round(high, math.floor))}"
+            if _round(low, math.ceil) > _round(high, math.floor):  # Nearly the same.
+                limits = f"about {format_cost(self.kind, low)}"
+        if margin > 1:
+            bounds += ", and 1% for the error of the prediction"
+        raise UserError(f"`target` must be {limits}, {bounds}. Received: target={received}")
 
 
-def _format_rounded(kind, value, rounding):
-    """A limit of a target, rounded so that the text itself is within the limit."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)  # `format_cost` has three digits.
-    return format_cost(kind, rounding(value / unit) * unit)
+def _round(value, rounding):
+    """Three digits, as `format_cost` shows, so that a limit in a message is within the limit."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return rounding(value / unit) * unit
 
 
 def parse_target(text: str) -> Target:

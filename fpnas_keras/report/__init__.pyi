@@ -1,2 +1,2 @@
-from .writer import failure_as_warning as failure_as_warning
+from .failures import failure_as_warning as failure_as_warning
 from .writer import write_report as write_report

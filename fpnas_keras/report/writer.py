@@ -1,15 +1,10 @@
 """Writes the report of a search, a training or a build into its directory."""
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
 from types import ModuleType
 
-from absl import logging
-
-from fpnas_keras.errors import UserError
-from fpnas_keras.files import replacing, summarize_error
+from fpnas_keras.files import replacing
 from fpnas_keras.report import build_page, search_page, training_page
 from fpnas_keras.report.parts import Plot
 from fpnas_keras.report.plots import available_plots, to_data_uri
@@ -64,23 +59,6 @@ def write_report(directory: str | os.PathLike) -> pathlib.Path:
     with replacing(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return run.report
-
-
-@contextlib.contextmanager
-def failure_as_warning() -> Iterator[None]:
-    """Inside the block, a report that cannot be written is a warning: the run is not lost.
-
-    Example:
-
-    ```python
-    with report.failure_as_warning():
-        report.write_report(run.directory)
-    ```
-    """
-    try:
-        yield
-    except (UserError, OSError) as error:
-        logging.warning("no report: %s", summarize_error(error))
 
 
 def _open(directory: str | os.PathLike) -> tuple[RunDirectory, ModuleType]:

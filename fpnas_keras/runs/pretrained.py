@@ -61,7 +61,7 @@ def load_features(teacher: str, teacher_weights: str | None) -> keras.Model:
     """
     if teacher.endswith(".keras"):
         model = load_teacher_file(teacher, teacher_weights)
-        return keras.Model(model.input, _features(model, teacher))
+        return keras.Model(model.inputs, _features(model, teacher))  # `Sequential` has no `input`.
     network, preprocessing = load_application(teacher, teacher_weights)
     height, width = (size or _SIZE for size in network.input_shape[1:3])
     images = keras.Input((height, width, 3), name="image")
