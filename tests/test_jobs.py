@@ -313,12 +313,12 @@ def test_a_search_that_will_end_undecided_says_so_first(settings, tmp_path, capl
 @pytest.mark.parametrize(
     ("count", "search", "train"),
     [
-        (80, (16, 50, 30, 0.05), (16, 200, 0.2 / 8**0.5)),
-        (216, (16, 50, 30, 0.05), (16, 200, 0.2 / 8**0.5)),
-        (800, (32, 50, 30, 0.1 / 2**0.5), (16, 125, 0.2 / 8**0.5)),
-        (8000, (64, 50, 30, 0.1), (32, 20, 0.1)),
-        (80_000, (64, 50, 30, 0.1), (128, 20, 0.2)),
-        (400_000, (64, 50, 100, 0.1), (128, 20, 0.2)),
+        (80, (16, 50, 30, 0.05), (16, 200, 0.2 / 8**0.5, 0.2)),
+        (216, (16, 50, 30, 0.05), (16, 200, 0.2 / 8**0.5, 0.2)),
+        (800, (32, 50, 30, 0.1 / 2**0.5), (16, 125, 0.2 / 8**0.5, 0.2)),
+        (8000, (64, 50, 30, 0.1), (32, 20, 0.1, 0)),
+        (80_000, (64, 50, 30, 0.1), (128, 20, 0.2, 0)),
+        (400_000, (64, 50, 100, 0.1), (128, 20, 0.2, 0)),
     ],
 )
 def test_settings_fit_the_number_of_images(count, search, train):
@@ -328,10 +328,12 @@ def test_settings_fit_the_number_of_images(count, search, train):
     received = (fitted.batch_size, fitted.steps_per_epoch, fitted.epochs, fitted.learning_rate)
     assert received == pytest.approx(search, rel=1e-3)
     fitted = TrainSettings(architecture="x", output_dir="x").fit_to(images)
-    assert (fitted.batch_size, fitted.epochs, fitted.learning_rate) == pytest.approx(
-        train, rel=1e-3
-    )
+    received = (fitted.batch_size, fitted.epochs, fitted.learning_rate, fitted.mix_up)
+    assert received == pytest.approx(train, rel=1e-3)
     assert fitted.random_crop == 4
+    for other in ({"teacher": "a"}, {"cut_mix": 0.5}, {"class_weight": "balanced"}):
+        settings = TrainSettings(architecture="x", output_dir="x", **other)
+        assert settings.fit_to(images).mix_up == 0
 
 
 def test_given_settings_stay_and_the_others_follow(caplog):

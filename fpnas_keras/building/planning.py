@@ -140,6 +140,7 @@ def probe_training(settings: TrainSettings, images: "data.Images") -> Probe:
                 output_dir=str(directory),
                 epochs=1 + math.ceil(2 * _TRAINED_STEPS / steps),
                 batch_size=whole.batch_size,
+                mix_up=whole.mix_up,
                 train_images=few if few < count else settings.train_images,
                 validation_split=0.0,
                 ema_momentum=0.0,

@@ -53,7 +53,8 @@ class Target(NamedTuple):
         if least <= self.aim <= largest:
             return
         margin = self.value / self.aim
-        low, high = least * margin, largest * margin
+        # A limit that has three digits must not be missed by a rounding error.
+        low, high = least * margin * (1 + 1e-9), largest * margin * (1 - 1e-9)
         limits = f"at least {format_cost(self.kind, _round(low, math.ceil))}"
         if high < math.inf:
             limits += f" and at most {format_cost(self.kind, _round(high, math.floor))}"
