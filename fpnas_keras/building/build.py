@@ -36,8 +36,8 @@ _SEARCH_SHARE, _TABLE_SHARE = 0.15, 0.15
 # A shorter search has not decided (benchmarks/versus.jsonl has searches of 30 epochs). It may take
 # a larger share.
 _LEAST_SEARCH_EPOCHS, _LARGEST_SEARCH_SHARE = 6, 0.3
-# Networks that a shortened search judges at its end. Judging more takes as long as 100 steps, and
-# in three jobs the choice among finalists was no better than a draw.
+# Networks that a shortened search judges at its end: in three jobs the choice among more finalists
+# was no better than a draw.
 _JUDGED = {"finalists": 20, "ranked_samples": 8}
 # Writing and timing a file takes about as long as so many times the start of a training, which
 # builds, traces, saves and tests a network; and two passes over the test images.
@@ -305,6 +305,7 @@ class _Build:
                 f"{least * probe.steps_per_epoch} steps. Received: time={self.settings.time}"
             )
         epochs = max(least, probe.epochs_in(_SEARCH_SHARE * self._left()))
+        epochs = min(epochs, probe.epochs)
         if epochs < probe.epochs:
             settings = shortened
             self._notes.append(
@@ -312,7 +313,6 @@ class _Build:
                 f"{probe.epochs * probe.steps_per_epoch:,}, and {settings.finalists} finalists, "
                 "for lack of time"
             )
-        epochs = min(epochs, probe.epochs)
         return dataclasses.replace(settings, epochs=epochs, steps_per_epoch=probe.steps_per_epoch)
 
     def _train(self):

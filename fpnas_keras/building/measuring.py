@@ -71,8 +71,8 @@ def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classe
     for size, least in zip(sizes, costs):
         if target.value >= _ROOM * least:
             return size
-    least = f"the cost of the smallest network of {made[-1].name} for images of {sizes[-1]} pixels"
-    target.check_reachable(costs[-1], math.inf, least, settings.target)
+    bound = f"the cost of the smallest network of {made[-1].name} for images of {sizes[-1]} pixels"
+    target.check_reachable(costs[-1], math.inf, bound, settings.target)
     return sizes[-1]
 
 
