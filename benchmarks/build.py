@@ -82,11 +82,15 @@ class BuildBenchmarkSettings(few_photos.FewPhotosSettings):
         """Time of each method."""
         return parse_time(self.time)
 
+    def row_name(self, folder: pathlib.Path, method: str) -> str:
+        """Name of the row of a method on a folder of photos."""
+        return f"{folder.name} {self.time} {method} {self.seed}"
+
 
 def run_method(settings: BuildBenchmarkSettings, folder: pathlib.Path) -> dict[str, Any]:
     """Runs `settings.method` on a folder of photos, and gives its row."""
     runs = harness.Runs(settings)
-    directory = runs.directory(f"{folder.name} {settings.method} {settings.seed}")
+    directory = runs.directory(settings.row_name(folder, settings.method))
     directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     if settings.method == "build":
@@ -203,14 +207,14 @@ def judge(file: pathlib.Path, folder: pathlib.Path, size: int) -> float:
 def report(rows: Mapping[str, harness.Row]) -> None:
     """Prints the table."""
     print(
-        "\n| images | photos a class | method | seed | test accuracy, % | of the int8 file | "
-        f"its ms | its kB | minutes | lines of the user |\n{'|---' * 10}|"
+        "\n| images | photos a class | time | method | seed | test accuracy, % | "
+        f"of the int8 file | its ms | its kB | minutes | lines of the user |\n{'|---' * 11}|"
     )
     for row in rows.values():
         print(
-            f"| {row['images']} | {row['photos']} | {NAMES[row['method']]} | {row['seed']} | "
-            f"{100 * row.get('float_accuracy', np.nan):.2f} | "
-            f"{100 * row['accuracy']:.2f} | "
+            f"| {row['images']} | {row['photos']} | {row['time']} | "
+            f"{NAMES[row['method']]} | {row['seed']} | "
+            f"{100 * row.get('float_accuracy', np.nan):.2f} | {100 * row['accuracy']:.2f} | "
             f"{row['milliseconds']:.3g} | {row['bytes'] / 1e3:.0f} | {row['seconds'] / 60:.1f} | "
             f"{row['lines']} |"
         )
@@ -220,7 +224,7 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
     """Draws accuracy against milliseconds, for each folder and number of photos."""
     import matplotlib.pyplot as plt  # Not in the processes that are timed.
 
-    panels = sorted({(row["images"], int(row["photos"])) for row in rows.values()})
+    panels = sorted({(row["images"], int(row["photos"]), row["time"]) for row in rows.values()})
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )
@@ -229,7 +233,8 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
             own = [
                 row
                 for row in rows.values()
-                if (row["images"], int(row["photos"]), row["method"]) == (*panel, method)
+                if (row["images"], int(row["photos"]), row["time"], row["method"])
+                == (*panel, method)
             ]
             axis.scatter(
                 [row["milliseconds"] for row in own],
@@ -237,7 +242,7 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
                 s=90 if method == "build" else 50,
                 label=name,
             )
-        title = "{}: {:,} photos a class".format(*panel)
+        title = "{}: {:,} photos a class, {}".format(*panel)
         axis.set(title=title, xlabel="ms of the int8 file", xlim=(0, None))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("test accuracy of the int8 file, %")
@@ -261,7 +266,7 @@ def run(settings: BuildBenchmarkSettings) -> None:
     rows = harness.finished(settings.output, "name")
     for photos, folder in folders.items():
         for method in settings.methods:
-            name = f"{folder.name} {method} {settings.seed}"
+            name = settings.row_name(folder, method)
             if name in rows:
                 continue
             print(f"{name} ...", flush=True)

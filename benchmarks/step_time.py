@@ -191,7 +191,7 @@ def ranking(settings: StepTimeSettings) -> dict[str, float]:
     row = {key: each / len(networks) for key, (each,) in seconds.items()}
     finalists = search.finalists(settings.finalists, None)
     (row["finalists"],) = harness.timed_in_turn(
-        {"": lambda: fpnas.runs.choose_finalist(evaluation, finalists)}, repeats=1, untimed=0
+        {"": lambda: fpnas.runs.rank_finalists(evaluation, finalists)}, repeats=1, untimed=0
     )[""]
     row["finalists"] /= len(finalists)
     return row

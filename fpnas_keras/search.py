@@ -700,7 +700,8 @@ def _finish(session, evaluation, batches, checkpoints):
     derivation = search.derivation(
         seconds=settings.derive_seconds, least_share=settings.least_share
     )
-    architecture, finalists = _choose(settings, evaluation, derivation.architecture)
+    count, best = _choose(settings, evaluation, derivation.architecture)
+    architecture = best[0]
     # What the most probable architecture reaches with the shared weights.
     mode = search.evaluate(
         batches.map(lambda _, validation: validation),
@@ -712,23 +713,24 @@ def _finish(session, evaluation, batches, checkpoints):
     mode["mode_macs"] = search.derive(budget=None).macs()
     if session.writes:
         architecture.save(run.architecture_file)
+        run.write_finalists(best)
         summary = _summarize(settings, evaluation, derivation, architecture)
         command = _train_command(run, settings, architecture.input_shape[-1] == 3)
-        session.finish(**summary, finalists=finalists, **mode, next=command)
+        session.finish(**summary, finalists=count, **mode, next=command)
 
 
 def _choose(settings, evaluation, most_probable):
-    """The result and the number of architectures it was chosen from."""
+    """The number of architectures that the result is chosen from, and the best of them first."""
     search = evaluation.search
     space = search.space
     if not settings.finalists:
-        return most_probable, 1
+        return 1, [most_probable]
     first = space.entries_of(most_probable)
     others = search.finalists(settings.finalists, least_share=settings.least_share)
     finalists = np.concatenate([first[None], others[(others != first).any(axis=1)]])
     finalists = finalists[: settings.finalists]
-    chosen = finalists[runs.choose_finalist(evaluation, finalists)]
-    return space.architecture(space.entries.to_choices(chosen)), len(finalists)
+    best = finalists[runs.rank_finalists(evaluation, finalists)]
+    return len(finalists), [space.architecture(each) for each in space.entries.to_choices(best)]
 
 
 def _summarize(

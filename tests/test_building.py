@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import keras
 import numpy as np
@@ -22,11 +23,12 @@ from hypothesis import strategies as st
 import fpnas_keras as fpnas
 from export.latency_parts import named_parts
 from fpnas_keras import data, report
-from fpnas_keras.building import build, measuring, planning
+from fpnas_keras.building import build, finalists, measuring, planning
 from fpnas_keras.building.planning import Probe
 from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.building.targets import parse_target, parse_time
 from fpnas_keras.errors import UserError
+from fpnas_keras.files import write_json
 from fpnas_keras.runs import BuildRun
 
 # The directory of a build is shared by many tests.
@@ -126,6 +128,7 @@ def test_settings_of_steps_are_flags():
         ("--latency.threads=1,2", "`latency.threads` must be one number"),
         ("--device=adb", "--device=adb needs --benchmark_model"),
         ("--latency_table=t.json", "--latency_table needs a target in milliseconds"),
+        ("--trained_finalists=1", "`trained_finalists` must be 0 or at least 2"),
         ("--time=soon", "`time` must be hours, minutes or seconds"),
         ("--data=folder:nowhere", "`data` names no folder"),
     ],
@@ -217,6 +220,7 @@ def test_report(built):
         ("summary.json", "[", "is not a summary file"),
         ("steps.json", '[{"name": 3}]', "`name` of a step must be text"),
         ("planned.json", "[]", "it must be an object of lists"),
+        ("finalists.json", '{"count": 0}', "`count` must be above 0"),
         ("model_int8_report.json", "{}", "lacks the key"),
     ],
 )
@@ -409,6 +413,140 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     job._started = time.monotonic() - 590  # 590 s and 35 s / 0.3 are 11.8 minutes.
     with pytest.raises(UserError, match="`time` must be at least 12m, with which the search"):
         job._plan_search()
+
+
+@given(
+    st.floats(0, 50),
+    st.floats(0.01, 2),
+    st.integers(1, 200),
+    st.integers(1, 30),
+    st.floats(-9, 1e4),
+)
+def test_as_many_finalists_as_fit(start, step, steps_per_epoch, epochs, seconds):
+    probe = Probe(start, step, steps_per_epoch, epochs, 32, teaching=1e6)  # They have no teacher.
+    one = start + step * steps_per_epoch * epochs
+    count = finalists.count_that_fit(probe, seconds)
+    assert count == 0 or 2 <= count <= finalists.MOST_FINALISTS
+    assert count * one <= max(0, seconds) * (1 + 1e-9)
+    if count < finalists.MOST_FINALISTS:
+        assert max(count + 1, 2) * one > seconds * (1 - 1e-9)
+
+
+def test_finalists_are_trained_in_spare_time(built, small_space, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    shutil.copytree(built[0].directory, directory)
+    settings = BuildSettings.from_flags(
+        ["--target=166k", "--time=1h", *short_flags(small_space, directory)]
+    )
+    job = build._Build(fpnas.runs.Session(BuildRun(directory), settings, "x"))
+    job.images = data.load("digits", image_size=16)
+    monkeypatch.setattr(planning, "probe_training", lambda *_: Probe(5.0, 1.0, 10, 20, 1440))
+    monkeypatch.setattr(finalists, "LEAST_IMAGES", len(job.images.y))
+    known = len(job.run.search.finalist_files)
+    assert known > 1
+
+    def count(left, **changes):
+        monkeypatch.setattr(job, "_left", lambda: left)
+        job.settings = dataclasses.replace(settings, **{"train": {}} | changes)
+        return job._count_finalists()
+
+    # A training of all 80 epochs takes 805 s, one of a finalist 205 s, a file 6.67 s; each twice,
+    # and one file more.
+    needed = 2 * 805 + 3 * 6.67
+    assert count(needed + 2 * 205 + 1) == 2
+    assert count(needed + 2 * 205 - 1) == 0  # Instead of one.
+    assert count(805 + 2 * 6.67 + 2 * 205 + 1, baseline=False) == 2
+    assert count(needed + 1e5) == known
+    assert count(np.inf) == 0
+    # With 30 epochs as the user says, finalists have as many.
+    monkeypatch.setattr(planning, "probe_training", lambda *_: Probe(5.0, 1.0, 10, 30, 1440))
+    job._measured.clear()
+    assert count(2 * 305 + 3 * 6.67 + 2 * 305 + 1, train={"epochs": 30}) == 2
+    assert count(2 * 305 + 3 * 6.67 + 2 * 305 - 1, train={"epochs": 30}) == 0
+    assert count(10.0, trained_finalists=0) == 0
+    assert count(10.0, trained_finalists=2) == 2
+    assert count(10.0, trained_finalists=1000) == known
+    assert job._notes == [f"training: the search has {known} finalists, not 1000"]
+    monkeypatch.setattr(finalists, "LEAST_IMAGES", len(job.images.y) + 1)
+    assert count(1e6) == 0
+
+
+@pytest.mark.parametrize("accuracies, best", [((0.5, 0.75, 0.625), 2), ((0.5, 0.5), 1)])
+def test_the_finalist_with_the_highest_accuracy_is_chosen(
+    tmp_path, small_space, monkeypatch, accuracies, best
+):
+    space = fpnas.spaces.get(str(small_space), (16, 16, 1), 10)
+    networks = [
+        space.architecture(space.entries.to_choices([number] * len(space.blocks)))
+        for number in range(len(accuracies))
+    ]
+    run_ = BuildRun(tmp_path)
+    run_.search.directory.mkdir()
+    run_.search.write_finalists(networks)
+    run_.plan_finalists(len(accuracies))
+
+    def train(settings):
+        training, file = settings
+        number = run_.search.finalist_files.index(file)
+        assert training.directory == run_.finalists[number].directory
+        summary = {"val_accuracy": accuracies[number], "wall_seconds": 3.0, "epochs": 20}
+        return types.SimpleNamespace(summary=summary)
+
+    monkeypatch.setattr(finalists, "run_training", train)
+    note, seconds = finalists.choose_finalist(run_, lambda *given: given)
+    assert f"number {best} is the best on the images held out" in note
+    assert ("the first one has 50.00%" in note) == (best > 1)
+    assert seconds == 3.0 * len(accuracies)
+    assert run_.architecture == networks[best - 1]
+    assert run_.network_file == run_.architecture_file
+
+
+def test_the_best_finalist_is_the_network(built, small_space, tmp_path):
+    """Killed in the middle, the build goes on with the same finalists."""
+    directory = tmp_path / "run"
+    shutil.copytree(built[0].directory, directory)
+    run_ = BuildRun(directory)
+    for name in ("training", "baseline"):
+        shutil.rmtree(run_.path(name))
+    for path in (run_.summary_file, *directory.glob("*.tflite"), *directory.glob("*_report.json")):
+        path.unlink()
+    write_json(run_.steps_file, [step for step in run_.steps if step["name"] == "search"])
+    write_json(run_.path("planned.json"), {})
+    flags = ["--target=166k", "--trained_finalists=2", "--nobaseline"]
+    flags += short_flags(small_space, directory)
+    command = [sys.executable, "-m", "fpnas_keras.building", *flags]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "finalist 2 of 2" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(run_.finalists) == 2 and run_.finalists[0].finished
+    first = run_.finalists[0].model_file.stat().st_mtime_ns
+    refused = run(MODULE, *flags, "--trained_finalists=0")
+    assert "it differs in --trained_finalists." in refused.stderr
+    done = run(MODULE, *flags)
+    assert done.returncode == 0, done.stderr
+    assert run_.finalists[0].model_file.stat().st_mtime_ns == first
+    summaries = [training.summary for training in run_.finalists]
+    accuracies = [summary["val_accuracy"] for summary in summaries]
+    best = int(np.argmax(accuracies))
+    files = run_.search.finalist_files
+    assert run_.search.architecture == fpnas.Architecture.load(files[0])
+    for training, file in zip(run_.finalists, files):
+        assert training.architecture == fpnas.Architecture.load(file)
+        assert training.flags["validation_split"] == "0.2" and training.flags["epochs"] == "12"
+    assert run_.training.architecture == fpnas.Architecture.load(files[best])
+    assert run_.summary["macs"] == run_.training.architecture.macs()
+    (training,) = (step for step in run_.steps if step["name"] == "training")
+    planned, found = training["notes"]
+    assert planned == "training: 2 finalists of the search are trained first"
+    assert f"number {best + 1} is the best on the images held out: {accuracies[best]:.2%}" in found
+    assert training["seconds"] >= sum(summary["wall_seconds"] for summary in summaries)
+    page = run_.report.read_text()
+    assert "Finalists that were trained" in page
+    assert all(f"{accuracy:.2%}" in page for accuracy in accuracies)
 
 
 def test_what_there_is_no_time_for_is_left_out(built, small_space, tmp_path, monkeypatch):

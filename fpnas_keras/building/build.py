@@ -3,6 +3,7 @@
 fpnas build --data=folder:photos --target=8M --output_dir=runs/photos
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,14 +11,14 @@ import pathlib
 import resource
 import shlex
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from export.tflite import run_export
 from fpnas_keras import data, progress, report, runs, spaces
-from fpnas_keras.building import measuring, planning
+from fpnas_keras.building import finalists, measuring, planning
 from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.building.targets import format_cost
 from fpnas_keras.commands import Command, visible_log
@@ -104,6 +105,14 @@ def run_build(settings: BuildSettings) -> runs.BuildRun:
     return run
 
 
+class _Measured(NamedTuple):
+    """What a training takes: its probe, the seconds of a file of its network, and of the probe."""
+
+    probe: planning.Probe
+    file: float
+    probing: float
+
+
 class _Build:
     """One build: its steps, and the time that they have."""
 
@@ -116,6 +125,8 @@ class _Build:
         self._earlier_cpu = sum(step["cpu_seconds"] for step in self.run.steps)
         self._started = time.monotonic()
         self._table_notes = []
+        # What trainings take, by the content of their architecture files.
+        self._measured = {}
         # Of the step that is done now: its name, and what is decided in it.
         self._name, self._notes = "", []
 
@@ -192,14 +203,17 @@ class _Build:
 
         What they took for a table or for files is not known.
         """
-        trainings = {"training": self.run.training, "baseline": self.run.baseline}
-        run = {"search": self.run.search, **trainings}.get(name)
-        if run is None or not run.metrics_file.is_file():
-            return 0.0
-        try:
-            return run.epochs[-1]["seconds"]
-        except UserError:  # No epoch has ended; or the file is damaged, of which the step speaks.
-            return 0.0
+        runs_of = {
+            "search": [self.run.search],
+            "training": [*self.run.finalists, self.run.training],
+            "baseline": [self.run.baseline],
+        }
+        seconds = 0.0
+        for run in runs_of.get(name, ()):
+            # No epoch has ended; or the file is damaged, of which the step speaks.
+            with contextlib.suppress(UserError):
+                seconds += run.epochs[-1]["seconds"] if run.metrics_file.is_file() else 0.0
+        return seconds
 
     def _elapsed(self):
         return self._earlier + time.monotonic() - self._started
@@ -249,6 +263,8 @@ class _Build:
         if settings is None:
             settings = self._plan_search(**files)
             self.run.write_planned(self._name, self._notes)
+        else:
+            self._notes += self.run.planned.get(self._name, [])
         run = run_search(settings)
         if run.is_decided is False:
             self._notes.append(f"{run.decision} It needs more time, or --search.epochs")
@@ -267,7 +283,6 @@ class _Build:
         """
         if not run.flag_file.is_file():
             return None
-        self._notes += self.run.planned.get(self._name, [])
         known = cls.from_flags([f"--flagfile={run.flag_file}"])
         names = cls.may_change() & BuildSettings.may_change()
         ours = {name: getattr(self.settings, name) for name in names}
@@ -316,7 +331,56 @@ class _Build:
         return dataclasses.replace(settings, epochs=epochs, steps_per_epoch=probe.steps_per_epoch)
 
     def _train(self):
-        return self._train_network(self.run.training, self.run.search.architecture_file)
+        run = self.run
+        if run.training.flag_file.is_file():
+            before = sum(each.summary["wall_seconds"] for each in run.finalists)
+        else:
+            before = self._train_finalists()
+        return before + self._train_network(run.training, run.network_file)
+
+    def _train_finalists(self):
+        """Chooses among finalists by trainings of them, and gives the seconds that those took."""
+        run = self.run
+        if run.finalists:
+            self._notes += run.planned.get(self._name, [])
+        elif count := self._count_finalists():
+            self._notes.append(f"training: {count} finalists of the search are trained first")
+            run.write_planned(self._name, self._notes)
+            run.plan_finalists(count)
+        else:
+            return 0.0
+
+        def settings_of(training, file):
+            resumed = self._resumed(TrainSettings, training, architecture=file)
+            if resumed is not None:
+                return resumed
+            return finalists.shorten(self._train_settings(training, file), self.images)
+
+        note, seconds = finalists.choose_finalist(run, settings_of)
+        self._notes.append(note)
+        return seconds
+
+    def _count_finalists(self):
+        """How many finalists are trained: as the user says, or as many as fit into spare time."""
+        run, given = self.run, self.settings.trained_finalists
+        known = len(run.search.finalist_files)
+        if given is not None:
+            if given > known:
+                self._notes.append(f"training: the search has {known} finalists, not {given}")
+            return min(given, known)
+        if self._left() == math.inf or len(self.images.y) < finalists.LEAST_IMAGES:
+            return 0
+        settings = self._train_settings(run.training, run.search.architecture_file)
+        measured = self._measure_training(settings)
+        probe = measured.probe
+        whole = probe.seconds(settings.epochs or probe.most_epochs)
+        spare = self._time_to_train(measured) - whole
+        if self.settings.baseline:
+            spare *= 2
+        return min(finalists.count_that_fit(probe, spare), known)
+
+    def _train_settings(self, run, architecture):
+        return self.settings.train_settings(run.directory.absolute(), str(architecture.absolute()))
 
     def _train_network(self, run, architecture, most=math.inf):
         """Trains a network in the time that is left, or in no more than some seconds.
@@ -326,9 +390,7 @@ class _Build:
         """
         settings = self._resumed(TrainSettings, run, architecture=architecture)
         if settings is None:
-            settings = self.settings.train_settings(
-                run.directory.absolute(), str(architecture.absolute())
-            )
+            settings = self._train_settings(run, architecture)
             name = run.directory.name
             if self._left() < math.inf and settings.epochs is not None:
                 self._notes.append(f"{name}: {settings.epochs} epochs, whatever time they take")
@@ -337,25 +399,16 @@ class _Build:
                 if settings is None:
                     return None
             self.run.write_planned(self._name, self._notes)
+        else:
+            self._notes += self.run.planned.get(self._name, [])
         return run_training(settings).summary["wall_seconds"]
 
     def _plan_training(self, settings, name, most=math.inf):
         """The settings with the epochs that fit; `None` for a baseline that has time for none."""
-        logging.info("measuring the time of a step of the training")
-        started = time.monotonic()
-        probe = planning.probe_training(settings, self.images)
-        probing = time.monotonic() - started
-        tests = len(self.settings.load_images("test", self.images.image_shape[0], again=True).y)
-        test = _TEST_PASSES * tests * probe.step / probe.batch_size / 3
-        file = _FILE_STARTS * probe.start + test
-        left = self._left()
+        measured = self._measure_training(settings)
+        probe = measured.probe
         is_baseline = name == self.run.baseline.directory.name
-        if is_baseline:
-            left -= file
-        elif self.settings.baseline:  # It takes the same, and has one file.
-            left = (left - probing - 3 * file) / 2
-        else:
-            left -= 2 * file
+        left = self._left() - measured.file if is_baseline else self._time_to_train(measured)
         allowed = min(left, most)
         epochs = probe.epochs_to_train(allowed)
         if is_baseline and probe.epochs_in(left) < 1:
@@ -367,6 +420,26 @@ class _Build:
             reason = "for lack of time" if epochs < probe.epochs else "since there is time"
             self._notes.append(f"{name}: {epochs} epochs instead of {probe.epochs}, {reason}")
         return dataclasses.replace(settings, epochs=epochs)
+
+    def _measure_training(self, settings):
+        """What a training takes; that of the same architecture is not measured again."""
+        architecture = pathlib.Path(settings.architecture).read_text(encoding="utf-8")
+        if architecture not in self._measured:
+            logging.info("measuring the time of a step of the training")
+            started = time.monotonic()
+            probe = planning.probe_training(settings, self.images)
+            tests = self.settings.load_images("test", self.images.image_shape[0], again=True)
+            test = _TEST_PASSES * len(tests.y) * probe.step / probe.batch_size / 3
+            self._measured[architecture] = _Measured(
+                probe, file=_FILE_STARTS * probe.start + test, probing=time.monotonic() - started
+            )
+        return self._measured[architecture]
+
+    def _time_to_train(self, measured):
+        """Seconds that are left for the training of the network for the app."""
+        if self.settings.baseline:  # It takes the same, and has one file.
+            return (self._left() - measured.probing - 3 * measured.file) / 2
+        return self._left() - 2 * measured.file
 
     def _export(self):
         self._export_as("none", self.run.training, "model")

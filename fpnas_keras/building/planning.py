@@ -66,9 +66,14 @@ class Probe(NamedTuple):
         left = seconds - self.start - self.teaching
         return math.floor(left / (self.steps_per_epoch * self.step))
 
+    @property
+    def most_epochs(self) -> int:
+        """Epochs of a training that has all the time: 4 times the default."""
+        return _MOST_EPOCHS * self.epochs
+
     def epochs_to_train(self, seconds: float) -> int:
-        """Epochs of a training that has some time: at least 1, at most 4 times the default."""
-        return min(max(1, self.epochs_in(seconds)), _MOST_EPOCHS * self.epochs)
+        """Epochs of a training that has some time: at least 1, at most `most_epochs`."""
+        return min(max(1, self.epochs_in(seconds)), self.most_epochs)
 
 
 def probe_search(settings: SearchSettings, images: "data.Images") -> Probe:

@@ -88,6 +88,15 @@ class BuildSettings(RunSettings):
         True,
         basic=True,
     )
+    trained_finalists: int | None = setting(
+        "Number of the search's best finalists that are trained for the usual epochs on a part of "
+        "the images. The best of them on the other images is the network for the app. Default: as "
+        "many as fit, at most 8, into the time that its training does not need; none without "
+        "--time, or for fewer than 5,000 images. 0 keeps the first one.",
+        None,
+        least=0,
+        group=_NETWORK,
+    )
     random_flip: bool | None = setting(
         "Mirror half of the training images left to right. Not for digits or text, or where left "
         "and right differ. Default: if the images have color.",
@@ -135,6 +144,11 @@ class BuildSettings(RunSettings):
             raise UserError(
                 f"--latency_table needs a target in milliseconds. Received: target={self.target}"
             )
+        if self.trained_finalists == 1:
+            raise UserError(
+                "`trained_finalists` must be 0 or at least 2, of which the best one is chosen. "
+                "Received: trained_finalists=1"
+            )
         # What is wrong with a step should not wait for it.
         shape = {"input_size": 32, "channels": 3, "num_classes": 10}
         threads = self.latency_settings("mobile_mini", output="table.json", **shape).threads
@@ -162,8 +176,8 @@ class BuildSettings(RunSettings):
         if not run.search.flag_file.is_file() or name == "baseline":
             return True
         step, _, _ = name.partition(".")
-        if step == "train":
-            return not run.training.flag_file.is_file()
+        if step in ("train", "trained_finalists"):
+            return not (run.finalists or run.training.flag_file.is_file())
         if step == "latency" or name in ("device", "benchmark_model"):
             return self.parsed_target().kind != "latency" or name == "benchmark_model"
         return step == "export" and run.export_report("none") is None

@@ -24,7 +24,7 @@ _SHOWN = ("notes", "baseline", "class_counts")
 _STEPS = {
     "latency table": "Measures what the parts of networks take on the device.",
     "search": "Searches for a network within the target.",
-    "training": "Trains the network from scratch.",
+    "training": "Trains the network from scratch, and finalists before it if there is time.",
     "export": "Writes the files for the app and checks them.",
     "baseline": "Trains MobileNetV3-Small to compare with.",
 }
@@ -59,6 +59,7 @@ def make_page(run: BuildRun, plots: dict[str, Plot]) -> str:
             "comparison": _comparison(summary),
             "data": _data(summary),
             "search": _search(run, plots),
+            "finalists": _finalists(run),
             "network": network_of(training),
             "curves": learning_curves(training, _of("training", plots))
             if training.finished
@@ -158,6 +159,23 @@ def _search(run, plots):
             (plot, f"The course of the {name}") for name, plot in _of("search", plots).items()
         ],
     }
+
+
+def _finalists(run):
+    """Rows of the finalists that were trained."""
+    rows = [
+        (
+            f"{number}",
+            f"{summary['val_accuracy']:.2%}",
+            f"{summary['macs']:,}",
+            f"{summary['params']:,}",
+            f"{summary['epochs']:,}",
+            format_duration(summary["wall_seconds"]),
+        )
+        for number, training in enumerate(run.finalists, 1)
+        if (summary := training.summary)
+    ]
+    return {"rows": rows} if rows else None
 
 
 def _file_row(run, quantize, name):

@@ -10,9 +10,9 @@ from .pretrained import is_foreign as is_foreign
 from .pretrained import load_features as load_features
 from .ranking import Evaluation as Evaluation
 from .ranking import Ranked as Ranked
-from .ranking import choose_finalist as choose_finalist
 from .ranking import draw_architectures as draw_architectures
 from .ranking import rank_by_shared_weights as rank_by_shared_weights
+from .ranking import rank_finalists as rank_finalists
 from .run_directory import RunDirectory as RunDirectory
 from .scores import describe_confusion as describe_confusion
 from .scores import score as score

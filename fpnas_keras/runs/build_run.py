@@ -7,6 +7,8 @@
 | `steps.json` | the steps that are finished, with the seconds that each took |
 | `latency_table.json` | the latency table, for a target in milliseconds |
 | `search/`, `training/` | the run directories of the search and the training |
+| `finalists.json`, `finalists/` | how many of the search's finalists are trained; their trainings |
+| `architecture.json` | the best of these finalists |
 | `mobilenet_v3_small.json`, `baseline/` | the network to compare with, and its training |
 | `model.tflite`, `model_int8.tflite` or `model_qat.tflite`, `labels.txt` | the files for the app |
 | `baseline_int8.tflite`, or `baseline_qat.tflite` | the file of the network to compare with |
@@ -54,8 +56,35 @@ class BuildRun(RunDirectory):
 
     @property
     def training(self) -> TrainingRun:
-        """The training of the network that the search found."""
+        """The training of the network for the app."""
         return TrainingRun(self.path("training"))
+
+    @property
+    def network_file(self) -> pathlib.Path:
+        """The network for the app: the best of the finalists that were trained, or the first."""
+        chosen = self.architecture_file
+        return chosen if chosen.is_file() else self.search.architecture_file
+
+    @property
+    def finalists_file(self) -> pathlib.Path:
+        """How many finalists of the search are trained."""
+        return self.path("finalists.json")
+
+    @property
+    def finalists(self) -> list[TrainingRun]:
+        """The trainings of finalists of the search, begun or not, in the order of the search.
+
+        Raises:
+            UserError: When the file of their number is damaged.
+        """
+        if not self.finalists_file.is_file():
+            return []
+        count = read_json(self.finalists_file, "a number of finalists", _checked_count)["count"]
+        return [TrainingRun(self.path(f"finalists/{number + 1}")) for number in range(count)]
+
+    def plan_finalists(self, count: int) -> None:
+        """Writes down how many finalists are trained."""
+        write_json(self.finalists_file, {"count": count})
 
     @property
     def baseline(self) -> TrainingRun:
@@ -155,6 +184,13 @@ class BuildRun(RunDirectory):
         """Raises `UserError` unless the directory holds a build, finished or not."""
         if not self.is_build:
             raise UserError(f"{self.directory} must be the directory of a build")
+
+
+def _checked_count(data):
+    check_fields(data, "it", count=int)
+    if not 0 < data["count"] < 1000:
+        raise UserError(f"`count` must be above 0 and below 1,000. Received: {data['count']}")
+    return data
 
 
 def _checked_planned(data):

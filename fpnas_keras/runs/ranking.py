@@ -150,18 +150,18 @@ def _read(images):
     return tf.cast(x, tf.uint8), *targets
 
 
-def choose_finalist(evaluation: Evaluation, finalists: np.ndarray) -> int:
-    """The finalist with the lowest loss under the shared weights.
+def rank_finalists(evaluation: Evaluation, finalists: np.ndarray) -> np.ndarray:
+    """The finalists in the order of their loss under the shared weights.
 
     By successive halving: all finalists are evaluated on some images, the best of them on more, and
-    so on until all images are used.
+    so on until all images are used. A finalist comes before those that were out earlier.
 
     Args:
         evaluation: The evaluation.
         finalists: Different architectures, integers of shape `(n, blocks)`.
 
     Returns:
-        The index of the finalist.
+        The indices of the finalists, the best one first.
 
     Reference: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
     Optimization", AISTATS 2016, arXiv:1502.07943.
@@ -170,16 +170,17 @@ def choose_finalist(evaluation: Evaluation, finalists: np.ndarray) -> int:
     per_batch = evaluation.images / batches
     left, sums = np.arange(len(finalists)), np.zeros(len(finalists))
     first, last = 0, max(1, round(_FIRST_IMAGES / per_batch))
+    ranked = []
     while True:
         last = min(last, batches)
         sums += evaluation(finalists[left], first, last)[:, 0]
         order = np.argsort(sums, kind="stable")
-        if last == batches:
-            return int(left[order[0]])
-        order = order[: max(1, len(order) // _RATIO)]
+        count = 1 if last == batches else max(1, len(order) // _RATIO)
         left, sums = left[order], sums[order]
-        if len(left) == 1:
-            return int(left[0])
+        ranked = [*left[count:], *ranked]
+        left, sums = left[:count], sums[:count]
+        if count == 1:
+            return np.array([*left, *ranked])
         first, last = last, last * _RATIO
 
 

@@ -29,10 +29,13 @@ from fpnas_keras.spaces import SUFFIXES
 from fpnas_keras.spaces import get as get_space
 
 if TYPE_CHECKING:
+    from fpnas_keras.architecture import Architecture
     from fpnas_keras.method import ArchitectureSearch
     from fpnas_keras.runs.ranking import Ranked
 
 _RANKING_FORMAT = 1
+# Folder of the finalists, and how many are kept.
+_FINALISTS, _KEPT_FINALISTS = "finalists", 8
 _UNITS = {name: cost.unit for name, cost in COSTS.items()}
 # Values of the column `phase`, and what reports call them.
 PHASES = {"warm_up": "warm-up", "factorized": "factorized", "joint": "joint"}
@@ -212,6 +215,25 @@ class SearchRun(RunDirectory):
         contents = {"format": _RANKING_FORMAT, "images": ranked[0].images, "cost_unit": unit}
         write_json(self.ranking_file, contents | {"architectures": rows})
 
+    @property
+    def finalist_files(self) -> list[pathlib.Path]:
+        """The result and the best of the other finalists, the best one first."""
+        folder = self.path(_FINALISTS)
+        return sorted(folder.glob("*.json"), key=lambda file: (len(file.name), file.name))
+
+    def write_finalists(self, architectures: "Sequence[Architecture]") -> None:
+        """Writes the result and the best of the other finalists.
+
+        Args:
+            architectures: The finalists, the best one first.
+        """
+        for file in self.finalist_files:  # of a search that went on
+            file.unlink()
+        for number, architecture in enumerate(architectures[:_KEPT_FINALISTS], 1):
+            file = self.path(f"{_FINALISTS}/{number}.json")
+            file.parent.mkdir(exist_ok=True)
+            architecture.save(file)
+
     def write_pareto_front(self, ranked: "Sequence[Ranked]") -> None:
         """Writes the architectures on the Pareto front of a ranking to files of their own."""
         for each in ranked:
@@ -233,9 +255,12 @@ class SearchRun(RunDirectory):
 
     @classmethod
     def of_architecture(cls, file: str | os.PathLike) -> "SearchRun":
-        """The run directory of an architecture file: its folder, or the parent of `pareto/`."""
+        """The run directory of an architecture file.
+
+        It is the folder of the file, or the parent of `pareto/` and `finalists/`.
+        """
         folder = pathlib.Path(file).parent
-        return cls(folder.parent if folder.name == "pareto" else folder)
+        return cls(folder.parent if folder.name in ("pareto", _FINALISTS) else folder)
 
     def load_search(self) -> "ArchitectureSearch":
         """The search with its shared weights and logits, not compiled.
