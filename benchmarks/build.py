@@ -65,6 +65,7 @@ class BuildBenchmarkSettings(few_photos.FewPhotosSettings):
         **few_photos.FewPhotosSettings.SMOKE,
         "photos": ("60",),  # The smallest number that was measured; the stand-ins are 16.
         "methods": ("build", "by_hand"),
+        "time": "8m",
     }
 
     output: str = harness.output_setting("build.jsonl")

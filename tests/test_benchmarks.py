@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import pathlib
 import shutil
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 import fpnas_keras.train
@@ -17,7 +19,10 @@ from fpnas_keras.train import TrainSettings
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 # What the benchmarks share. Every other file of the folder is a benchmark.
-SHARED = {"dmasking", "harness", "networks", "peer_networks", "rivals", "torch_trainings"}
+SHARED = {
+    *("dmasking", "harness", "networks", "peer_networks", "rivals", "torch_trainings"),
+    "tuner_trials",
+}
 NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - SHARED)
 # These need more than their rows to report: a data set, a run directory, or a latency table.
 NEEDS_MORE = {
@@ -27,6 +32,7 @@ NEEDS_MORE = {
     "joint_logits",
     "macro_search",
     "milliseconds",
+    "multi_trial",
     "nas_bench_macro",
     "recipe",
     "soak",
@@ -111,6 +117,20 @@ def test_measured_rows_are_complete(name, tmp_path, capsys):
     assert run_command(benchmark.COMMAND, arguments) == 0
     assert output.read_bytes() == before
     assert "|---" in capsys.readouterr().out or name == "large_searches"
+
+
+@pytest.mark.parametrize("count, draws", [(5, 2), (6, 3), (7, 7), (4, 1)])
+def test_trials_of_random_search(count, draws):
+    """The closed forms, against all orders of the draws."""
+    multi_trial = load("multi_trial")
+    accuracies = np.random.default_rng(count).normal(size=count)
+    level = np.sort(accuracies)[-2]
+    orders = list(itertools.permutations(accuracies))
+    best = np.mean([max(order[:draws]) for order in orders])
+    needed = np.mean([multi_trial.trials_to_reach(order, level) for order in orders])
+    assert multi_trial.expected_best(accuracies, draws) == pytest.approx(best)
+    assert multi_trial.random_trials(accuracies, level) == pytest.approx(needed)
+    assert multi_trial.trials_to_reach(accuracies, 1e9) == np.inf
 
 
 def test_picture_of_builds(tmp_path):

@@ -1,0 +1,205 @@
+"""How many trainings a tuner needs to find what a search finds: NAS-Bench-Macro.
+
+python benchmarks/multi_trial.py --table_dir=FOLDER --data=folder:FOLDER
+
+A multi-trial search trains one network after the other. Here a trial looks up the published
+accuracy: the mean of three trainings of 50 epochs. A real trial of --train_epochs epochs would
+tell less. For each target, the script counts the trials until the best network is as good as the
+searches of `macro_search.py`, whose rows are in --searches:
+
+* random networks that cost 95% to 100% of the target, by counting,
+* tuners of Keras Tuner, which run in an environment that the script makes. Networks over the target
+  are not trained and do not count.
+
+What a trial takes is measured, with a network of about the target's cost. Finished rows are
+appended to --output.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import harness
+import numpy as np
+from nas_bench_macro import TABLE_FILE, Table, all_entries, write_stand_in
+from networks import LEAST_SHARE
+
+from fpnas_keras.building import planning
+from fpnas_keras.commands import run_command
+from fpnas_keras.errors import UserError
+from fpnas_keras.settings import setting
+from fpnas_keras.train import TrainSettings
+
+REQUIREMENTS = ("keras-tuner==1.4.8", "tensorflow-cpu==2.21.0", "tensorboard", "scikit-learn")
+# After so many trainings the best accuracy is shown.
+SHOWN = (1, 3, 10)
+_SCRIPT = pathlib.Path(__file__).with_name("tuner_trials.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiTrialSettings(harness.ProjectSettings):
+    """Settings of this benchmark."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "data": "digits",
+        "train_images": 40,
+        "input_size": 8,
+        "targets": ("40",),
+        "tuners": (),  # Their environment needs the network.
+        "train_epochs": 1,
+        "batch_size": 8,
+        "searches": "none.jsonl",
+    }
+
+    output: str = harness.output_setting("multi_trial.jsonl")
+    table_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
+    data: str = setting("Images of CIFAR-10.", "folder:cifar10", basic=True)
+    searches: str = setting("Rows of macro_search.py.", "benchmarks/macro_search.jsonl", basic=True)
+    targets: tuple[str, ...] = setting("Targets in millions of MACs.", ("30", "40", "60"))
+    tuners: tuple[str, ...] = setting(
+        "Tuners of Keras Tuner: RandomSearch; BayesianOptimization, which takes minutes to hours "
+        "where most networks cost more than the target.",
+        ("RandomSearch",),
+    )
+    trials: int = setting("Networks that a tuner trains.", 30, least=1)
+    input_size: int = setting("Height and width of the images.", 32, least=1)
+    train_images: int | None = setting("Training images. Default: all.", None, least=2)
+
+    def check(self) -> None:
+        """Raises `UserError` when the table is missing."""
+        if self.table_dir is None and not self.smoke:
+            raise UserError(f"--table_dir must be given: the folder of {TABLE_FILE}")
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run, with a table of random accuracies that stands in."""
+        write_stand_in(folder)
+        return dataclasses.replace(super().shrink(folder), table_dir=str(folder))
+
+
+def run_tuner(
+    settings: MultiTrialSettings, table_file: pathlib.Path, tuner: str, target: str, seed: int
+) -> harness.Row:
+    """The accuracies of the networks that a tuner trains, in their order."""
+    python = harness.make_environment(
+        harness.Runs(settings).work_dir / "environment_keras_tuner", REQUIREMENTS
+    )
+    arguments = [tuner, table_file, 1e6 * float(target), settings.trials, seed]
+    done = subprocess.run(
+        list(map(str, [python, "-W", "ignore", _SCRIPT, *arguments])),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"},
+    )
+    return {"accuracies": json.loads(done.stdout.splitlines()[-1])}
+
+
+def time_training(settings: MultiTrialSettings, table: Table, target: str) -> harness.Row:
+    """Seconds of a training of a network that costs about the target, on the cores there are."""
+    runs = harness.Runs(settings)
+    nearest = np.abs(table.macs - 1e6 * float(target)).argmin()
+    choices = table.space.entries.to_choices(all_entries()[nearest])
+    file = runs.work_dir / f"{target}M.json"
+    table.space.architecture(choices).save(file)
+    train = TrainSettings(
+        **runs.data(),
+        architecture=str(file),
+        input_size=settings.input_size,
+        random_flip=True,
+        batch_size=settings.batch_size,
+        output_dir=str(runs.directory(f"training {target}M")),
+    )
+    probe = planning.probe_training(train, train.load_images("train", settings.input_size))
+    return {"seconds": probe.seconds(settings.train_epochs), "epochs": settings.train_epochs}
+
+
+def trials_to_reach(accuracies: Sequence[float], level: float) -> float:
+    """The number of the first trial that reaches an accuracy; infinite if none does."""
+    reached = np.flatnonzero(np.array(accuracies) >= level)
+    return float(reached[0]) + 1 if len(reached) else np.inf
+
+
+def random_trials(accuracies: np.ndarray, level: float) -> float:
+    """Mean number of draws, without replacement, until one reaches an accuracy."""
+    return (len(accuracies) + 1) / (np.count_nonzero(accuracies >= level) + 1)
+
+
+def expected_best(accuracies: np.ndarray, draws: int) -> float:
+    """Mean of the best of so many draws, without replacement."""
+    left = np.arange(len(accuracies))
+    # The chance that the best one is at most the i-th worst: all draws are among those.
+    at_most = np.ones(len(accuracies))
+    for draw in range(draws):
+        at_most *= np.clip(left + 1 - draw, 0, None) / (len(accuracies) - draw)
+    return float(np.sort(accuracies) @ np.diff(at_most, prepend=0.0))
+
+
+def searches(settings: MultiTrialSettings, target: str) -> tuple[float, float]:
+    """Mean accuracy of the searches for a target, and their mean CPU seconds."""
+    rows = harness.finished(settings.searches, "name")
+    names = [name for name in rows if name.startswith(f"ours {target}M ")]
+    if not names:
+        return np.nan, np.nan
+    accuracy = statistics.mean(rows[f"judge {name}"]["accuracy"] for name in names)
+    return accuracy, statistics.mean(rows[name]["cpu_seconds"] for name in names)
+
+
+def report(settings: MultiTrialSettings, rows: Mapping[str, harness.Row], table: Table) -> None:
+    """Prints the table."""
+    shown = " | ".join(f"best of {count}" for count in SHOWN)
+    print(
+        f"\n| target | the search | trials | {shown} | trials to reach the search | "
+        f"a training over a search | time over the search's |\n{'|---' * (6 + len(SHOWN))}|"
+    )
+    for target in settings.targets:
+        level, cpu_seconds = searches(settings, target)
+        ratio = rows[f"training {target}M"]["seconds"] / cpu_seconds
+        budget = 1e6 * float(target)
+        in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
+        near = table.accuracy[in_band]
+        best = [expected_best(near, count) for count in SHOWN]
+        lines = {"random, 95% to 100% of the target": (best, random_trials(near, level))}
+        for tuner in settings.tuners:
+            own = [rows[f"{tuner} {target}M {seed}"] for seed in range(settings.seeds)]
+            best = [np.mean([max(row["accuracies"][:count]) for row in own]) for count in SHOWN]
+            needed = [trials_to_reach(row["accuracies"], level) for row in own]
+            lines[tuner] = (best, statistics.median(needed))
+        for name, (best, needed) in lines.items():
+            cells = " | ".join(f"{each:.2f}" for each in best)
+            print(
+                f"| {target}M | {level:.2f} | {name} | {cells} | {needed:.1f} | {ratio:.2f} | "
+                f"{needed * ratio:.1f} |"
+            )
+
+
+def run(settings: MultiTrialSettings) -> None:
+    """Makes the rows that are not in the output yet, and prints all of them."""
+    table = Table(settings.table_dir)
+    blocks = (3,) * len(table.space.blocks)
+    table_file = harness.Runs(settings).work_dir / "table.npz"
+    np.savez(table_file, accuracy=table.accuracy.reshape(blocks), macs=table.macs.reshape(blocks))
+    jobs = {}
+    for target in settings.targets:
+        jobs[f"training {target}M"] = (time_training, table, target)
+        for tuner in settings.tuners:
+            for seed in range(settings.seeds):
+                jobs[f"{tuner} {target}M {seed}"] = (run_tuner, table_file, tuner, target, seed)
+    rows = harness.finished(settings.output, "name")
+    for name, (work, *arguments) in jobs.items():
+        if name not in rows:
+            print(f"{name} ...", flush=True)
+            rows[name] = {"name": name} | work(settings, *arguments)
+            harness.append(settings.output, rows[name])
+    report(settings, rows, table)
+
+
+COMMAND = harness.make_command(__file__, __doc__, MultiTrialSettings, run)
+
+if __name__ == "__main__":
+    sys.exit(run_command(COMMAND))
