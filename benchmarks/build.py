@@ -222,10 +222,17 @@ def report(rows: Mapping[str, harness.Row]) -> None:
 
 
 def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
-    """Draws accuracy against milliseconds, for each folder and number of photos."""
+    """Draws accuracy against milliseconds, for each folder, number of photos and time.
+
+    What has one method has no panel.
+    """
     import matplotlib.pyplot as plt  # Not in the processes that are timed.
 
-    panels = sorted({(row["images"], int(row["photos"]), row["time"]) for row in rows.values()})
+    methods = {}
+    for row in rows.values():
+        panel = row["images"], int(row["photos"]), row["time"]
+        methods.setdefault(panel, set()).add(row["method"])
+    panels = sorted(panel for panel in methods if len(methods[panel]) > 1)
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )

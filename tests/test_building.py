@@ -378,7 +378,9 @@ def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "_left", lambda: 155.1 / 0.3)
     whole = job._plan_search()
     assert (whole.epochs, whole.steps_per_epoch, whole.finalists) == (3, 500, 100)
-    train = job.settings.train_settings(directory / "training", "a.json")
+    architecture = tmp_path / "a.json"
+    architecture.write_text("{}")
+    train = job.settings.train_settings(directory / "training", str(architecture))
 
     def plan(name, left, **more):
         monkeypatch.setattr(job, "_left", lambda: left)

@@ -92,6 +92,7 @@ def test_search_leaves_a_run_directory(searched):
         "architecture.json",
         "checkpoints",
         "chosen.txt",
+        "finalists",
         "flags.txt",
         "images.json",
         "metrics.csv",

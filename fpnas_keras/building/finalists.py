@@ -33,7 +33,7 @@ def count_that_fit(probe: Probe, seconds: float) -> int:
     return min(count, MOST_FINALISTS) if count > 1 else 0
 
 
-def shorten(settings: TrainSettings, images: data.Images) -> TrainSettings:
+def shorten(settings: TrainSettings, images: "data.Images") -> TrainSettings:
     """The settings of the training of a finalist, which has the usual epochs.
 
     Args:
