@@ -224,7 +224,7 @@ def report(rows: Mapping[str, harness.Row]) -> None:
 def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
     """Draws accuracy against milliseconds, for each folder, number of photos and time.
 
-    What has one method has no panel.
+    A panel needs at least two methods to compare.
     """
     import matplotlib.pyplot as plt  # Not in the processes that are timed.
 

@@ -11,8 +11,8 @@ searches of `macro_search.py`, whose rows are in --searches:
 * tuners of Keras Tuner, which run in an environment that the script makes. Networks over the target
   are not trained and do not count.
 
-What a trial takes is measured, with a network of about the target's cost. Finished rows are
-appended to --output.
+What a trial takes is measured on one core, with a network of about the target's cost. Finished rows
+are appended to --output.
 """
 
 import dataclasses
@@ -52,7 +52,6 @@ class MultiTrialSettings(harness.ProjectSettings):
         "input_size": 8,
         "targets": ("40",),
         "tuners": (),  # Their environment needs the network.
-        "train_epochs": 1,
         "batch_size": 8,
         "searches": "none.jsonl",
     }
@@ -73,13 +72,27 @@ class MultiTrialSettings(harness.ProjectSettings):
 
     def check(self) -> None:
         """Raises `UserError` when the table is missing."""
-        if self.table_dir is None and not self.smoke:
+        if self.smoke:
+            return
+        if self.table_dir is None:
             raise UserError(f"--table_dir must be given: the folder of {TABLE_FILE}")
+        if not pathlib.Path(self.searches).is_file():
+            raise UserError(
+                f"`searches` must be a file of rows. Received: searches={self.searches}"
+            )
 
     def shrink(self, folder: pathlib.Path) -> Self:
         """The settings of the smoke run, with a table of random accuracies that stands in."""
         write_stand_in(folder)
         return dataclasses.replace(super().shrink(folder), table_dir=str(folder))
+
+    def training_name(self, target: str) -> str:
+        """Name of the row of a training."""
+        return f"training {target}M {self.train_epochs} epochs"
+
+    def tuner_name(self, tuner: str, target: str, seed: int) -> str:
+        """Name of the row of a tuner."""
+        return f"{tuner} {target}M {self.trials} trials {seed}"
 
 
 def run_tuner(
@@ -101,7 +114,7 @@ def run_tuner(
 
 
 def time_training(settings: MultiTrialSettings, table: Table, target: str) -> harness.Row:
-    """Seconds of a training of a network that costs about the target, on the cores there are."""
+    """Seconds of a training of a network that costs about the target."""
     runs = harness.Runs(settings)
     nearest = np.abs(table.macs - 1e6 * float(target)).argmin()
     choices = table.space.entries.to_choices(all_entries()[nearest])
@@ -159,14 +172,15 @@ def report(settings: MultiTrialSettings, rows: Mapping[str, harness.Row], table:
     )
     for target in settings.targets:
         level, cpu_seconds = searches(settings, target)
-        ratio = rows[f"training {target}M"]["seconds"] / cpu_seconds
+        ratio = rows[settings.training_name(target)]["seconds"] / cpu_seconds
         budget = 1e6 * float(target)
         in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
         near = table.accuracy[in_band]
         best = [expected_best(near, count) for count in SHOWN]
         lines = {"random, 95% to 100% of the target": (best, random_trials(near, level))}
         for tuner in settings.tuners:
-            own = [rows[f"{tuner} {target}M {seed}"] for seed in range(settings.seeds)]
+            names = [settings.tuner_name(tuner, target, seed) for seed in range(settings.seeds)]
+            own = [rows[name] for name in names]
             best = [np.mean([max(row["accuracies"][:count]) for row in own]) for count in SHOWN]
             needed = [trials_to_reach(row["accuracies"], level) for row in own]
             lines[tuner] = (best, statistics.median(needed))
@@ -180,16 +194,19 @@ def report(settings: MultiTrialSettings, rows: Mapping[str, harness.Row], table:
 
 def run(settings: MultiTrialSettings) -> None:
     """Makes the rows that are not in the output yet, and prints all of them."""
+    if not settings.smoke:  # All on one core, as the searches.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     table = Table(settings.table_dir)
     blocks = (3,) * len(table.space.blocks)
     table_file = harness.Runs(settings).work_dir / "table.npz"
     np.savez(table_file, accuracy=table.accuracy.reshape(blocks), macs=table.macs.reshape(blocks))
     jobs = {}
     for target in settings.targets:
-        jobs[f"training {target}M"] = (time_training, table, target)
+        jobs[settings.training_name(target)] = (time_training, table, target)
         for tuner in settings.tuners:
             for seed in range(settings.seeds):
-                jobs[f"{tuner} {target}M {seed}"] = (run_tuner, table_file, tuner, target, seed)
+                name = settings.tuner_name(tuner, target, seed)
+                jobs[name] = (run_tuner, table_file, tuner, target, seed)
     rows = harness.finished(settings.output, "name")
     for name, (work, *arguments) in jobs.items():
         if name not in rows:

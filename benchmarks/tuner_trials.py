@@ -17,7 +17,7 @@ import keras_tuner as kt
 import numpy as np
 
 # Proposals for each network that is trained. Those over the budget are not trained.
-_PROPOSALS = 30
+_PROPOSALS = 100
 
 
 class EnoughError(BaseException):
@@ -65,11 +65,13 @@ def run_tuner(
             objective=kt.Objective("default_objective", "max"),
             hyperparameters=space,
             max_trials=_PROPOSALS * trials,
-            seed=seed,
+            seed=seed + 1,  # It takes 0 for none.
             directory=folder,
         )
         with contextlib.suppress(EnoughError):
             tuner.search(verbose=0)
+    if len(trained) < trials:
+        raise RuntimeError(f"{name} must train {trials} networks. Received: {len(trained)}")
     return trained
 
 

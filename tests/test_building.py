@@ -30,6 +30,7 @@ from fpnas_keras.building.targets import parse_target, parse_time
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import write_json
 from fpnas_keras.runs import BuildRun
+from fpnas_keras.runs.search_run import KEPT_FINALISTS
 
 # The directory of a build is shared by many tests.
 pytestmark = pytest.mark.xdist_group("building")
@@ -428,9 +429,9 @@ def test_as_many_finalists_as_fit(start, step, steps_per_epoch, epochs, seconds)
     probe = Probe(start, step, steps_per_epoch, epochs, 32, teaching=1e6)  # They have no teacher.
     one = start + step * steps_per_epoch * epochs
     count = finalists.count_that_fit(probe, seconds)
-    assert count == 0 or 2 <= count <= finalists.MOST_FINALISTS
+    assert count == 0 or 2 <= count <= KEPT_FINALISTS
     assert count * one <= max(0, seconds) * (1 + 1e-9)
-    if count < finalists.MOST_FINALISTS:
+    if count < KEPT_FINALISTS:
         assert max(count + 1, 2) * one > seconds * (1 - 1e-9)
 
 
@@ -455,22 +456,65 @@ def test_finalists_are_trained_in_spare_time(built, small_space, tmp_path, monke
     # A training of all 80 epochs takes 805 s, one of a finalist 205 s, a file 6.67 s; each twice,
     # and one file more.
     needed = 2 * 805 + 3 * 6.67
-    assert count(needed + 2 * 205 + 1) == 2
+    assert count(needed + 2 * 205 + 2) == 2
     assert count(needed + 2 * 205 - 1) == 0  # Instead of one.
-    assert count(805 + 2 * 6.67 + 2 * 205 + 1, baseline=False) == 2
+    assert count(805 + 2 * 6.67 + 2 * 205 + 2, baseline=False) == 2
     assert count(needed + 1e5) == known
     assert count(np.inf) == 0
     # With 30 epochs as the user says, finalists have as many.
     monkeypatch.setattr(planning, "probe_training", lambda *_: Probe(5.0, 1.0, 10, 30, 1440))
     job._measured.clear()
-    assert count(2 * 305 + 3 * 6.67 + 2 * 305 + 1, train={"epochs": 30}) == 2
+    assert count(2 * 305 + 3 * 6.67 + 2 * 305 + 2, train={"epochs": 30}) == 2
     assert count(2 * 305 + 3 * 6.67 + 2 * 305 - 1, train={"epochs": 30}) == 0
     assert count(10.0, trained_finalists=0) == 0
     assert count(10.0, trained_finalists=2) == 2
-    assert count(10.0, trained_finalists=1000) == known
-    assert job._notes == [f"training: the search has {known} finalists, not 1000"]
+    assert count(10.0, trained_finalists=8) == known
+    assert job._notes == [f"training: the search has kept {known} of its finalists, not 8"]
+    for file in job.run.search.finalist_files[1:]:  # A single one would be trained for nothing.
+        file.unlink()
+    assert count(1e6) == count(10.0, trained_finalists=2) == 0
     monkeypatch.setattr(finalists, "LEAST_IMAGES", len(job.images.y) + 1)
     assert count(1e6) == 0
+
+
+def test_trainings_of_finalists(tmp_path):
+    """They have the epochs of the whole training, and what they cannot have is left out."""
+    images = data.load("digits", image_size=16)
+    settings = BuildSettings(
+        target="166k",
+        output_dir=str(tmp_path),
+        train={"ema_momentum": 0.999, "teacher": "t.keras", "validation_split": 0.05},
+    ).train_settings(tmp_path, "a.json")
+    short = finalists.shorten(settings, images)
+    kept = images.part(data.split(images.y, 0.05, 0)[0])
+    whole = settings.fit_to(kept)
+    assert (short.epochs, short.batch_size, short.mix_up) == (
+        *(whole.epochs, whole.batch_size, whole.mix_up),
+    )
+    assert (short.validation_split, short.teacher, short.ema_momentum) == (0.2, None, 0.0)
+    more = dataclasses.replace(settings, validation_split=0.4)
+    assert finalists.shorten(more, images).validation_split == 0.4
+
+
+def test_flags_of_trainings_may_change_until_they_are_used(tmp_path):
+    settings = BuildSettings(target="166k", output_dir=str(tmp_path))
+    run_ = BuildRun(tmp_path)
+    run_.write_flags(settings.to_flags())
+    run_.search.directory.mkdir()
+    run_.search.write_flags(["--epochs=1"])
+    run_.plan_finalists(2)
+
+    def changeable():
+        names = ("train.batch_size", "trained_finalists", "train.teacher", "train.ema_momentum")
+        return [settings.may_still_change(run_, name) for name in names]
+
+    assert changeable() == [True, True, True, True]
+    run_.finalists[0].directory.mkdir(parents=True)
+    run_.finalists[0].write_flags(["--epochs=1"])
+    assert changeable() == [False, False, True, True]  # The finalists have no teacher.
+    run_.training.directory.mkdir()
+    run_.training.write_flags(["--epochs=1"])
+    assert changeable() == [False, False, False, False]
 
 
 @pytest.mark.parametrize("accuracies, best", [((0.5, 0.75, 0.625), 2), ((0.5, 0.5), 1)])
@@ -495,7 +539,7 @@ def test_the_finalist_with_the_highest_accuracy_is_chosen(
         return types.SimpleNamespace(summary=summary)
 
     monkeypatch.setattr(finalists, "run_training", train)
-    note, seconds = finalists.choose_finalist(run_, lambda *given: given)
+    note, seconds = finalists.train_and_choose(run_, lambda *given: given)
     assert f"number {best} is the best on the images held out" in note
     assert ("the first one has 50.00%" in note) == (best > 1)
     assert seconds == 3.0 * len(accuracies)

@@ -214,6 +214,19 @@ def test_finalists_are_ranked_by_their_loss(batches, noise):
     assert {each: seen.count(each) for each in seen} == expected
 
 
+def test_the_best_finalists_are_kept(tmp_path):
+    space = make_tiny_space()
+    rng = np.random.default_rng(0)
+    networks = [space.architecture(random_choices(space, rng)) for _ in range(12)]
+    run = SearchRun(tmp_path)
+    run.write_finalists(networks)
+    assert [file.name for file in run.finalist_files] == [f"{n}.json" for n in range(1, 9)]
+    assert [fpnas.Architecture.load(file) for file in run.finalist_files] == networks[:8]
+    assert SearchRun.of_architecture(run.finalist_files[1]).directory == tmp_path
+    run.write_finalists(networks[9:])  # The search went on.
+    assert [fpnas.Architecture.load(file) for file in run.finalist_files] == networks[9:]
+
+
 def test_an_architecture_of_another_space_is_refused(finished):
     search, _ = finished
     other = fpnas.spaces.get("mobile_mini", (8, 8, 1), 3)

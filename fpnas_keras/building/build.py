@@ -56,9 +56,9 @@ _STRIDES = ((40, 1), (160, 2), (math.inf, 4))
 def build(**settings: Any) -> runs.BuildRun:
     """Finds a network for images, trains it, and writes the file for the app, with a report.
 
-    It searches, trains the result, exports it in float32 and int8, and, if there is time, trains
-    MobileNetV3-Small as long, to compare with. If the directory holds an unfinished build with the
-    same settings, it is continued. A finished one is not run again.
+    It searches, trains the result or the best of the finalists, exports it in float32 and int8,
+    and, if there is time, trains MobileNetV3-Small as long, to compare with. If the directory holds
+    an unfinished build with the same settings, it is continued. A finished one is not run again.
 
     For a target in milliseconds, files are made in processes of their own: a script that
     calls this then needs `if __name__ == "__main__":`.
@@ -106,11 +106,17 @@ def run_build(settings: BuildSettings) -> runs.BuildRun:
 
 
 class _Measured(NamedTuple):
-    """What a training takes: its probe, the seconds of a file of its network, and of the probe."""
+    """What a training takes.
+
+    Attributes:
+        probe: Its steps.
+        file_seconds: Seconds for a file of its network.
+        probing_seconds: Seconds that the probe has taken.
+    """
 
     probe: planning.Probe
-    file: float
-    probing: float
+    file_seconds: float
+    probing_seconds: float
 
 
 class _Build:
@@ -203,16 +209,18 @@ class _Build:
 
         What they took for a table or for files is not known.
         """
-        runs_of = {
-            "search": [self.run.search],
-            "training": [*self.run.finalists, self.run.training],
-            "baseline": [self.run.baseline],
-        }
+        begun = {"search": self.run.search, "baseline": self.run.baseline}
+        begun_runs = [begun[name]] if name in begun else []
+        if name == "training":
+            begun_runs = [*self.run.finalists, self.run.training]
         seconds = 0.0
-        for run in runs_of.get(name, ()):
+        for run in begun_runs:
             # No epoch has ended; or the file is damaged, of which the step speaks.
             with contextlib.suppress(UserError):
-                seconds += run.epochs[-1]["seconds"] if run.metrics_file.is_file() else 0.0
+                if run.finished:
+                    seconds += run.summary["wall_seconds"]
+                elif run.metrics_file.is_file():
+                    seconds += run.epochs[-1]["seconds"]
         return seconds
 
     def _elapsed(self):
@@ -333,7 +341,7 @@ class _Build:
     def _train(self):
         run = self.run
         if run.training.flag_file.is_file():
-            before = sum(each.summary["wall_seconds"] for each in run.finalists)
+            before = sum(each.summary["wall_seconds"] for each in run.finalists if each.finished)
         else:
             before = self._train_finalists()
         return before + self._train_network(run.training, run.network_file)
@@ -341,13 +349,14 @@ class _Build:
     def _train_finalists(self):
         """Chooses among finalists by trainings of them, and gives the seconds that those took."""
         run = self.run
-        if run.finalists:
-            self._notes += run.planned.get(self._name, [])
+        if any(each.flag_file.is_file() for each in run.finalists):
+            self._notes += run.planned.get("finalists", [])
         elif count := self._count_finalists():
             self._notes.append(f"training: {count} finalists of the search are trained first")
-            run.write_planned(self._name, self._notes)
+            run.write_planned("finalists", self._notes)
             run.plan_finalists(count)
         else:
+            run.finalists_file.unlink(missing_ok=True)
             return 0.0
 
         def settings_of(training, file):
@@ -356,19 +365,25 @@ class _Build:
                 return resumed
             return finalists.shorten(self._train_settings(training, file), self.images)
 
-        note, seconds = finalists.choose_finalist(run, settings_of)
+        note, seconds = finalists.train_and_choose(run, settings_of)
         self._notes.append(note)
         return seconds
 
     def _count_finalists(self):
-        """How many finalists are trained: as the user says, or as many as fit into spare time."""
+        """How many finalists are trained: as the user says, or as many as fit into spare time.
+
+        It is never a single one: there would be nothing to choose.
+        """
         run, given = self.run, self.settings.trained_finalists
-        known = len(run.search.finalist_files)
+        kept = len(run.search.finalist_files)
         if given is not None:
-            if given > known:
-                self._notes.append(f"training: the search has {known} finalists, not {given}")
-            return min(given, known)
-        if self._left() == math.inf or len(self.images.y) < finalists.LEAST_IMAGES:
+            count = min(given, kept) if kept > 1 else 0
+            if given > kept:
+                self._notes.append(
+                    f"training: the search has kept {kept} of its finalists, not {given}"
+                )
+            return count
+        if kept < 2 or self._left() == math.inf or len(self.images.y) < finalists.LEAST_IMAGES:
             return 0
         settings = self._train_settings(run.training, run.search.architecture_file)
         measured = self._measure_training(settings)
@@ -377,7 +392,8 @@ class _Build:
         spare = self._time_to_train(measured) - whole
         if self.settings.baseline:
             spare *= 2
-        return min(finalists.count_that_fit(probe, spare), known)
+        spare -= measured.probing_seconds  # Another one than the first may be the best.
+        return min(finalists.count_that_fit(probe, spare), kept)
 
     def _train_settings(self, run, architecture):
         return self.settings.train_settings(run.directory.absolute(), str(architecture.absolute()))
@@ -408,7 +424,9 @@ class _Build:
         measured = self._measure_training(settings)
         probe = measured.probe
         is_baseline = name == self.run.baseline.directory.name
-        left = self._left() - measured.file if is_baseline else self._time_to_train(measured)
+        left = (
+            self._left() - measured.file_seconds if is_baseline else self._time_to_train(measured)
+        )
         allowed = min(left, most)
         epochs = probe.epochs_to_train(allowed)
         if is_baseline and probe.epochs_in(left) < 1:
@@ -431,15 +449,15 @@ class _Build:
             tests = self.settings.load_images("test", self.images.image_shape[0], again=True)
             test = _TEST_PASSES * len(tests.y) * probe.step / probe.batch_size / 3
             self._measured[architecture] = _Measured(
-                probe, file=_FILE_STARTS * probe.start + test, probing=time.monotonic() - started
+                probe, _FILE_STARTS * probe.start + test, time.monotonic() - started
             )
         return self._measured[architecture]
 
     def _time_to_train(self, measured):
         """Seconds that are left for the training of the network for the app."""
         if self.settings.baseline:  # It takes the same, and has one file.
-            return (self._left() - measured.probing - 3 * measured.file) / 2
-        return self._left() - 2 * measured.file
+            return (self._left() - measured.probing_seconds - 3 * measured.file_seconds) / 2
+        return self._left() - 2 * measured.file_seconds
 
     def _export(self):
         self._export_as("none", self.run.training, "model")

@@ -1,4 +1,4 @@
-"""Trains the best finalists of a search briefly: the shared weights tell them apart poorly."""
+"""Trains the best finalists of a search: the shared weights tell them apart poorly."""
 
 import dataclasses
 import pathlib
@@ -11,10 +11,9 @@ from fpnas_keras import data
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.building.planning import Probe
 from fpnas_keras.runs import BuildRun, TrainingRun
+from fpnas_keras.runs.search_run import KEPT_FINALISTS
 from fpnas_keras.train import TrainSettings, run_training
 
-# So many finalists are trained at most, if the user does not say.
-MOST_FINALISTS = 8
 # With fewer training images, those held out are too few to tell two networks apart.
 LEAST_IMAGES = 5_000
 # Share of the training images that are held out to compare the finalists.
@@ -30,25 +29,30 @@ def count_that_fit(probe: Probe, seconds: float) -> int:
     """
     one = probe.seconds(probe.epochs) - probe.teaching
     count = int(max(0.0, seconds) // one)
-    return min(count, MOST_FINALISTS) if count > 1 else 0
+    return min(count, KEPT_FINALISTS) if count > 1 else 0
 
 
 def shorten(settings: TrainSettings, images: "data.Images") -> TrainSettings:
-    """The settings of the training of a finalist, which has the usual epochs.
+    """The settings of the training of a finalist, which has the usual epochs unless they are given.
 
     Args:
         settings: Those of the whole training.
-        images: All training images. What depends on their number is chosen for all of them.
+        images: All training images. What depends on their number is chosen as for the whole
+            training.
     """
+    if settings.validation_split:
+        images = images.part(data.split(images.y, settings.validation_split, settings.seed)[0])
     return dataclasses.replace(
         settings.fit_to(images),
-        validation_split=settings.validation_split or _HELD_OUT,
+        validation_split=max(settings.validation_split, _HELD_OUT),
+        # A teacher takes minutes. An average of the weights needs more steps.
         teacher=None,
         teacher_weights=None,
+        ema_momentum=0.0,
     )
 
 
-def choose_finalist(
+def train_and_choose(
     run: BuildRun, settings_of: Callable[[TrainingRun, pathlib.Path], TrainSettings]
 ) -> tuple[str, float]:
     """Trains the finalists of a build that are not trained yet, and writes the best one.

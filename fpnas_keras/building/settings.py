@@ -14,6 +14,7 @@ from fpnas_keras.building.targets import Target, parse_target, parse_time
 from fpnas_keras.data.settings import DATA_FLAGS
 from fpnas_keras.errors import UserError
 from fpnas_keras.runs.build_run import BuildRun
+from fpnas_keras.runs.search_run import KEPT_FINALISTS
 from fpnas_keras.runs.settings import RunSettings
 from fpnas_keras.search import SearchSettings
 from fpnas_keras.settings import format_flag, setting
@@ -29,6 +30,11 @@ _OF_SEARCH = _COMMON | {"space", "input_size", "cost", "target", "latency_table"
 _OF_TRAINING = _COMMON | {"architecture", "input_size", "init", "search_dir"}
 _OF_EXPORT = {*DATA_FLAGS, "model", "quantize", "architecture", "output", "overwrite", "seed"}
 _OF_EXPORT |= {"prune"}
+# Settings of a training that those of the finalists do not use.
+_NOT_OF_FINALISTS = {
+    *("train.teacher", "train.teacher_weights", "train.temperature"),
+    *("train.distillation_weight", "train.ema_momentum"),
+}
 _OF_LATENCY = {
     *("space", "input_size", "channels", "num_classes", "output", "architecture", "latency_table"),
     *("device", "benchmark_model", "quantize", "seed"),
@@ -89,12 +95,13 @@ class BuildSettings(RunSettings):
         basic=True,
     )
     trained_finalists: int | None = setting(
-        "Number of the search's best finalists that are trained for the usual epochs on a part of "
-        "the images. The best of them on the other images is the network for the app. Default: as "
-        "many as fit, at most 8, into the time that its training does not need; none without "
-        "--time, or for fewer than 5,000 images. 0 keeps the first one.",
+        "Number of the search's finalists that are trained on a part of the images, for the usual "
+        "epochs or --train.epochs. The best one on the other images is the network for the app. "
+        "Default: as many as fit if --time leaves more than its training needs; none without "
+        "--time or for fewer than 5,000 images. 0 takes the result of the search.",
         None,
         least=0,
+        most=KEPT_FINALISTS,
         group=_NETWORK,
     )
     random_flip: bool | None = setting(
@@ -177,7 +184,8 @@ class BuildSettings(RunSettings):
             return True
         step, _, _ = name.partition(".")
         if step in ("train", "trained_finalists"):
-            return not (run.finalists or run.training.flag_file.is_file())
+            begun = [run.training] if name in _NOT_OF_FINALISTS else [*run.finalists, run.training]
+            return not any(each.flag_file.is_file() for each in begun)
         if step == "latency" or name in ("device", "benchmark_model"):
             return self.parsed_target().kind != "latency" or name == "benchmark_model"
         return step == "export" and run.export_report("none") is None

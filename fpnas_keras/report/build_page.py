@@ -173,7 +173,7 @@ def _finalists(run):
             format_duration(summary["wall_seconds"]),
         )
         for number, training in enumerate(run.finalists, 1)
-        if (summary := training.summary)
+        if (summary := training.summary) and "val_accuracy" in summary
     ]
     return {"rows": rows} if rows else None
 

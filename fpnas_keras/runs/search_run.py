@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _RANKING_FORMAT = 1
 # Folder of the finalists, and how many are kept.
-_FINALISTS, _KEPT_FINALISTS = "finalists", 8
+_FINALISTS, KEPT_FINALISTS = "finalists", 8
 _UNITS = {name: cost.unit for name, cost in COSTS.items()}
 # Values of the column `phase`, and what reports call them.
 PHASES = {"warm_up": "warm-up", "factorized": "factorized", "joint": "joint"}
@@ -229,7 +229,7 @@ class SearchRun(RunDirectory):
         """
         for file in self.finalist_files:  # of a search that went on
             file.unlink()
-        for number, architecture in enumerate(architectures[:_KEPT_FINALISTS], 1):
+        for number, architecture in enumerate(architectures[:KEPT_FINALISTS], 1):
             file = self.path(f"{_FINALISTS}/{number}.json")
             file.parent.mkdir(exist_ok=True)
             architecture.save(file)
