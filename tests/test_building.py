@@ -327,8 +327,10 @@ def test_the_time_of_a_killed_step_counts(built, small_space, tmp_path):
     run_ = BuildRun(directory)
     settings = BuildSettings.from_flags(["--target=166k", *short_flags(small_space, directory)])
     session = fpnas.runs.Session(run_, settings, "x")
+    whole = run_.training.summary["wall_seconds"]
+    run_.training.summary_file.unlink()
     taken = run_.training.epochs[-1]["seconds"]
-    assert taken > 0
+    assert whole > taken > 0
     elapsed = []
 
     def work():
@@ -344,6 +346,11 @@ def test_the_time_of_a_killed_step_counts(built, small_space, tmp_path):
     assert elapsed[0] == pytest.approx(100 + taken, abs=0.5)
     assert job._elapsed() == pytest.approx(107 + taken, abs=0.5)
     assert run_.steps[-1]["seconds"] == pytest.approx(7 + taken, abs=0.5)
+    # Finalists that are finished count with their start and their end.
+    run_.plan_finalists(2)
+    for training in run_.finalists:
+        shutil.copytree(built[0].training.directory, training.directory)
+    assert job._seconds_before("training") == pytest.approx(2 * whole + taken)
 
 
 def test_time_decides_steps_and_epochs(small_space, tmp_path, monkeypatch):
