@@ -41,7 +41,7 @@ from fpnas_keras.train import TrainSettings, run_training
 
 # What the environments of the others hold. AutoKeras 3.0 fails with later versions of Keras.
 REQUIREMENTS = {
-    "keras_tuner": ("keras-tuner==1.4.8", "tensorflow-cpu==2.21.0", "tensorboard"),
+    "keras_tuner": harness.KERAS_TUNER,
     "autokeras": ("autokeras==3.0.0", "tensorflow-cpu==2.21.0", "tensorboard", "keras==3.10.0"),
 }
 NAMES = {
@@ -228,22 +228,20 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
     """
     import matplotlib.pyplot as plt  # Not in the processes that are timed.
 
-    methods = {}
+    panels = {}
     for row in rows.values():
-        panel = row["images"], int(row["photos"]), row["time"]
-        methods.setdefault(panel, set()).add(row["method"])
-    panels = sorted(panel for panel in methods if len(methods[panel]) > 1)
+        panels.setdefault((row["images"], int(row["photos"]), row["time"]), []).append(row)
+    panels = {
+        panel: shown
+        for panel, shown in sorted(panels.items())
+        if len({row["method"] for row in shown}) > 1
+    }
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )
-    for axis, panel in zip(axes[0], panels):
+    for axis, (panel, shown) in zip(axes[0], panels.items()):
         for method, name in NAMES.items():
-            own = [
-                row
-                for row in rows.values()
-                if (row["images"], int(row["photos"]), row["time"], row["method"])
-                == (*panel, method)
-            ]
+            own = [row for row in shown if row["method"] == method]
             axis.scatter(
                 [row["milliseconds"] for row in own],
                 [100 * row["accuracy"] for row in own],

@@ -42,6 +42,8 @@ PARSEC: Mapping[str, Any] = {
     "stratified": False,
     "deduplicate": False,
 }
+# What an environment for Keras Tuner holds.
+KERAS_TUNER = ("keras-tuner==1.4.8", "tensorflow-cpu==2.21.0", "tensorboard")
 # Image size and batch size that each space is measured with.
 SIZES = {"mobile_mini": (32, 64), "fbnetv2_f": (128, 32)}
 # A space of two blocks, which replaces every other space in a smoke run.

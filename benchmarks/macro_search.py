@@ -21,13 +21,12 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import harness
 import numpy as np
 import scipy.stats
-from nas_bench_macro import TABLE_FILE, Table, all_entries, write_stand_in
-from networks import LEAST_SHARE
+from nas_bench_macro import Table, TableSettings, all_entries
 
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
@@ -64,54 +63,39 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MacroSearchSettings(harness.ProjectSettings):
+class MacroSearchSettings(TableSettings):
     """Settings of this benchmark."""
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
-        "data": "digits",
+        **TableSettings.SMOKE,
         "methods": ("ours",),
-        "targets": ("40",),
         "seeds": 1,
         "search_epochs": 1,
         "steps_per_epoch": 2,
         "warmup_steps": 1,
-        "batch_size": 2,
-        "train_images": 40,
-        "input_size": 8,
         "compared_networks": 4,
         "evaluation_images": 4,
     }
 
     output: str = harness.output_setting("macro_search.jsonl")
-    table_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
-    data: str = setting("Images of CIFAR-10.", "folder:cifar10", basic=True)
     methods: tuple[str, ...] = setting(
         f"What to compare, separated by commas: {'; '.join(METHODS)}.",
         ("ours", "ours before", "PARSEC", "single path one-shot"),
         basic=True,
     )
-    targets: tuple[str, ...] = setting("Targets in millions of MACs.", ("30", "40", "60"))
-    input_size: int = setting("Height and width of the images.", 32, least=1)
-    train_images: int | None = setting("Training images. Default: all.", None, least=2)
     warmup_steps: int | None = setting("Steps of the warm-up.", None, least=0)
     compared_networks: int = setting("Networks of each rank correlation.", 40, least=2)
     evaluation_images: int = setting("Images that they are evaluated on.", 1000, least=2)
     judged: str | None = setting("Judge this finished search, and end.", None)
 
     def check(self) -> None:
-        """Raises `UserError` when the table, the images or a method is missing."""
-        if self.table_dir is None and not self.smoke:
-            raise UserError(f"--table_dir must be given: the folder of {TABLE_FILE}")
+        """Raises `UserError` when the table or a method is missing."""
+        super().check()
         unknown = set(self.methods) - METHODS.keys()
         if unknown:
             raise UserError(
                 f"`methods` must be of {', '.join(METHODS)}. Received: {', '.join(unknown)}"
             )
-
-    def shrink(self, folder: pathlib.Path) -> Self:
-        """The settings of the smoke run, with a table of random accuracies that stands in."""
-        write_stand_in(folder)
-        return dataclasses.replace(super().shrink(folder), table_dir=str(folder))
 
     def macs(self, target: str) -> float:
         """A target in MACs. Smaller images of a smoke run have a smaller one."""
@@ -161,7 +145,7 @@ def judge(settings: MacroSearchSettings) -> None:
     """Writes what a search is worth, by the table, as the summary of a directory of its own."""
     run, table = SearchRun(settings.judged), Table(settings.table_dir)
     budget = float(settings.targets[0]) * 1e6
-    in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
+    in_band = table.near(budget)
     search = run.load_search()
     images = run.data_settings().load_images("train", settings.input_size)
     evaluation = Evaluation(search, images, run.weights_share, settings.evaluation_images)

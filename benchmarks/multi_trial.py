@@ -23,12 +23,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import harness
 import numpy as np
-from nas_bench_macro import TABLE_FILE, Table, all_entries, write_stand_in
-from networks import LEAST_SHARE
+from nas_bench_macro import Table, TableSettings, all_entries
 
 from fpnas_keras.building import planning
 from fpnas_keras.commands import run_command
@@ -36,55 +35,39 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.settings import setting
 from fpnas_keras.train import TrainSettings
 
-REQUIREMENTS = ("keras-tuner==1.4.8", "tensorflow-cpu==2.21.0", "tensorboard", "scikit-learn")
+# The Bayesian tuner needs scikit-learn.
+REQUIREMENTS = (*harness.KERAS_TUNER, "scikit-learn")
 # After so many trainings the best accuracy is shown.
 SHOWN = (1, 3, 10)
 _SCRIPT = pathlib.Path(__file__).with_name("tuner_trials.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultiTrialSettings(harness.ProjectSettings):
+class MultiTrialSettings(TableSettings):
     """Settings of this benchmark."""
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
-        "data": "digits",
-        "train_images": 40,
-        "input_size": 8,
-        "targets": ("40",),
+        **TableSettings.SMOKE,
         "tuners": (),  # Their environment needs the network.
-        "batch_size": 8,
         "searches": "none.jsonl",
     }
 
     output: str = harness.output_setting("multi_trial.jsonl")
-    table_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
-    data: str = setting("Images of CIFAR-10.", "folder:cifar10", basic=True)
     searches: str = setting("Rows of macro_search.py.", "benchmarks/macro_search.jsonl", basic=True)
-    targets: tuple[str, ...] = setting("Targets in millions of MACs.", ("30", "40", "60"))
     tuners: tuple[str, ...] = setting(
         "Tuners of Keras Tuner: RandomSearch; BayesianOptimization, which takes minutes to hours "
         "where most networks cost more than the target.",
         ("RandomSearch",),
     )
     trials: int = setting("Networks that a tuner trains.", 30, least=1)
-    input_size: int = setting("Height and width of the images.", 32, least=1)
-    train_images: int | None = setting("Training images. Default: all.", None, least=2)
 
     def check(self) -> None:
-        """Raises `UserError` when the table is missing."""
-        if self.smoke:
-            return
-        if self.table_dir is None:
-            raise UserError(f"--table_dir must be given: the folder of {TABLE_FILE}")
-        if not pathlib.Path(self.searches).is_file():
+        """Raises `UserError` when the table or the rows of the searches are missing."""
+        super().check()
+        if not self.smoke and not pathlib.Path(self.searches).is_file():
             raise UserError(
                 f"`searches` must be a file of rows. Received: searches={self.searches}"
             )
-
-    def shrink(self, folder: pathlib.Path) -> Self:
-        """The settings of the smoke run, with a table of random accuracies that stands in."""
-        write_stand_in(folder)
-        return dataclasses.replace(super().shrink(folder), table_dir=str(folder))
 
     def training_name(self, target: str) -> str:
         """Name of the row of a training."""
@@ -173,9 +156,7 @@ def report(settings: MultiTrialSettings, rows: Mapping[str, harness.Row], table:
     for target in settings.targets:
         level, cpu_seconds = searches(settings, target)
         ratio = rows[settings.training_name(target)]["seconds"] / cpu_seconds
-        budget = 1e6 * float(target)
-        in_band = (table.macs >= LEAST_SHARE * budget) & (table.macs <= budget)
-        near = table.accuracy[in_band]
+        near = table.accuracy[table.near(1e6 * float(target))]
         best = [expected_best(near, count) for count in SHOWN]
         lines = {"random, 95% to 100% of the target": (best, random_trials(near, level))}
         for tuner in settings.tuners:

@@ -21,6 +21,7 @@ import harness
 import keras
 import numpy as np
 import tensorflow as tf
+from networks import LEAST_SHARE
 
 import fpnas_keras as fpnas
 from fpnas_keras.commands import run_command
@@ -116,6 +117,35 @@ class NasBenchMacroSettings(harness.BenchmarkSettings):
         return smallest
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableSettings(harness.ProjectSettings):
+    """Settings of a benchmark that compares with the table on images of CIFAR-10."""
+
+    SMOKE: ClassVar[Mapping[str, Any]] = {
+        "data": "digits",
+        "targets": ("40",),
+        "batch_size": 2,
+        "train_images": 40,
+        "input_size": 8,
+    }
+
+    table_dir: str | None = setting(f"Folder of {TABLE_FILE}.", None, basic=True)
+    data: str = setting("Images of CIFAR-10.", "folder:cifar10", basic=True)
+    targets: tuple[str, ...] = setting("Targets in millions of MACs.", ("30", "40", "60"))
+    input_size: int = setting("Height and width of the images.", 32, least=1)
+    train_images: int | None = setting("Training images. Default: all.", None, least=2)
+
+    def check(self) -> None:
+        """Raises `UserError` when the table is missing."""
+        if self.table_dir is None and not self.smoke:
+            raise UserError(f"--table_dir must be given: the folder of {TABLE_FILE}")
+
+    def shrink(self, folder: pathlib.Path) -> Self:
+        """The settings of the smoke run, with a table of random accuracies that stands in."""
+        write_stand_in(folder)
+        return dataclasses.replace(super().shrink(folder), table_dir=str(folder))
+
+
 def write_stand_in(folder: pathlib.Path) -> None:
     """Writes a table of random accuracies. Costs are those of the project."""
     space, rng = fpnas.spaces.get("nas_bench_macro"), np.random.default_rng(0)
@@ -166,6 +196,10 @@ class Table:
         """
         place_values = 3 ** np.arange(7, -1, -1, dtype=np.int32)
         return tf.reduce_sum(entries * place_values, axis=-1)
+
+    def near(self, budget: float) -> np.ndarray:
+        """Which networks of `all_entries` cost 95% to 100% of a budget."""
+        return (self.macs >= LEAST_SHARE * budget) & (self.macs <= budget)
 
     def best(self, budget: float) -> float:
         """The highest accuracy within a budget."""

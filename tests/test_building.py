@@ -555,7 +555,7 @@ def test_the_finalist_with_the_highest_accuracy_is_chosen(
 
 
 def test_the_best_finalist_is_the_network(built, small_space, tmp_path):
-    """Killed in the middle, the build goes on with the same finalists."""
+    """A build that is killed among its finalists trains the same ones when it goes on."""
     directory = tmp_path / "run"
     shutil.copytree(built[0].directory, directory)
     run_ = BuildRun(directory)

@@ -209,12 +209,16 @@ class _Build:
 
         What they took for a table or for files is not known.
         """
-        begun = {"search": self.run.search, "baseline": self.run.baseline}
-        begun_runs = [begun[name]] if name in begun else []
+        own = {
+            "search": self.run.search,
+            "training": self.run.training,
+            "baseline": self.run.baseline,
+        }
+        begun = [own[name]] if name in own else []
         if name == "training":
-            begun_runs = [*self.run.finalists, self.run.training]
+            begun += self.run.finalists
         seconds = 0.0
-        for run in begun_runs:
+        for run in begun:
             # No epoch has ended; or the file is damaged, of which the step speaks.
             with contextlib.suppress(UserError):
                 if run.finished:

@@ -163,7 +163,7 @@ def _search(run, plots):
 
 def _finalists(run):
     """Rows of the finalists that were trained."""
-    rows = [
+    return [
         (
             f"{number}",
             f"{summary['val_accuracy']:.2%}",
@@ -175,7 +175,6 @@ def _finalists(run):
         for number, training in enumerate(run.finalists, 1)
         if (summary := training.summary) and "val_accuracy" in summary
     ]
-    return {"rows": rows} if rows else None
 
 
 def _file_row(run, quantize, name):
