@@ -129,8 +129,16 @@ def side_by_side(settings: MemorySettings, name: str) -> dict[str, int]:
         for block in supernet.blocks:
             own, filters = block.search_block.entries, len(block.search_block.filters) - 1
             own = own[own[:, VARIABLES.index("filters")] == filters]
-            outputs = [block(x, choices=tf.constant(e), filters_in_index=widest) for e in own]
-            x = tf.add_n(outputs) / len(outputs)
+            # One after the other: the combinations share kernels that must not run twice at once.
+            outputs = tf.map_fn(
+                lambda e, x=x, block=block, widest=widest: block(
+                    x, choices=e, filters_in_index=widest
+                ),
+                tf.constant(own),
+                fn_output_signature=tf.float32,
+                parallel_iterations=1,
+            )
+            x = tf.reduce_mean(outputs, axis=0)
             if not block.search_block.keeps_filters:
                 widest = tf.constant(filters)
         x = supernet.head_activation(supernet.head_bn(supernet.head(x)))

@@ -28,6 +28,10 @@ class Supernet(keras.layers.Layer):
     the batch in every batch normalization. The choices are tensors: another architecture needs no
     retracing.
 
+    Several architectures in one `tf.function` must run one after the other, as in a
+    `tf.while_loop` with `parallel_iterations=1`. At the same time they corrupt memory on a CPU:
+    TensorFlow's kernels of batch normalization, which they share, keep the number of channels.
+
     Args:
         space: The space.
         recompute: Whether the backward pass recomputes the activations inside each block instead
