@@ -177,7 +177,7 @@ def _run_rival(settings, folder, directory):
             str(settings.target),
         ),
     ]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}
+    environment = os.environ | harness.OTHERS_VARIABLES
     with (directory / "log.txt").open("w") as log:
         subprocess.run(command, check=True, cwd=directory, env=environment, stdout=log, stderr=log)
     source = inspect.getsource(getattr(rivals, settings.method))

@@ -44,6 +44,8 @@ PARSEC: Mapping[str, Any] = {
 }
 # What an environment for Keras Tuner holds.
 KERAS_TUNER = ("keras-tuner==1.4.8", "tensorflow-cpu==2.21.0", "tensorboard")
+# What the code of others runs with, besides the variables that are set.
+OTHERS_VARIABLES = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}
 # Image size and batch size that each space is measured with.
 SIZES = {"mobile_mini": (32, 64), "fbnetv2_f": (128, 32)}
 # A space of two blocks, which replaces every other space in a smoke run.

@@ -91,7 +91,7 @@ def run_tuner(
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"},
+        env=os.environ | harness.OTHERS_VARIABLES,
     )
     return {"accuracies": json.loads(done.stdout.splitlines()[-1])}
 
@@ -136,12 +136,12 @@ def expected_best(accuracies: np.ndarray, draws: int) -> float:
     return float(np.sort(accuracies) @ np.diff(at_most, prepend=0.0))
 
 
-def searches(settings: MultiTrialSettings, target: str) -> tuple[float, float]:
-    """Mean accuracy of the searches for a target, and their mean CPU seconds."""
+def searches(settings: MultiTrialSettings, target: str) -> tuple[float, float] | None:
+    """Mean accuracy and CPU seconds of the searches for a target; `None` without any."""
     rows = harness.finished(settings.searches, "name")
     names = [name for name in rows if name.startswith(f"ours {target}M ")]
     if not names:
-        return np.nan, np.nan
+        return None
     accuracy = statistics.mean(rows[f"judge {name}"]["accuracy"] for name in names)
     return accuracy, statistics.mean(rows[name]["cpu_seconds"] for name in names)
 
@@ -154,7 +154,11 @@ def report(settings: MultiTrialSettings, rows: Mapping[str, harness.Row], table:
         f"a training over a search | time over the search's |\n{'|---' * (6 + len(SHOWN))}|"
     )
     for target in settings.targets:
-        level, cpu_seconds = searches(settings, target)
+        found = searches(settings, target)
+        if found is None:
+            print(f"| {target}M | not in {settings.searches} {'|' * (5 + len(SHOWN))}")
+            continue
+        level, cpu_seconds = found
         ratio = rows[settings.training_name(target)]["seconds"] / cpu_seconds
         near = table.accuracy[table.near(1e6 * float(target))]
         best = [expected_best(near, count) for count in SHOWN]

@@ -221,7 +221,7 @@ def test_report(built):
         ("summary.json", "[", "is not a summary file"),
         ("steps.json", '[{"name": 3}]', "`name` of a step must be text"),
         ("planned.json", "[]", "it must be an object of lists"),
-        ("finalists.json", '{"count": 0}', "`count` must be above 0"),
+        ("trained_finalists.json", '{"count": 0}', "`count` must be above 0"),
         ("model_int8_report.json", "{}", "lacks the key"),
     ],
 )
@@ -347,8 +347,8 @@ def test_the_time_of_a_killed_step_counts(built, small_space, tmp_path):
     assert job._elapsed() == pytest.approx(107 + taken, abs=0.5)
     assert run_.steps[-1]["seconds"] == pytest.approx(7 + taken, abs=0.5)
     # Finalists that are finished count with their start and their end.
-    run_.plan_finalists(2)
-    for training in run_.finalists:
+    run_.plan_trained_finalists(2)
+    for training in run_.trained_finalists:
         shutil.copytree(built[0].training.directory, training.directory)
     assert job._seconds_before("training") == pytest.approx(2 * whole + taken)
 
@@ -509,15 +509,15 @@ def test_flags_of_trainings_may_change_until_they_are_used(tmp_path):
     run_.write_flags(settings.to_flags())
     run_.search.directory.mkdir()
     run_.search.write_flags(["--epochs=1"])
-    run_.plan_finalists(2)
+    run_.plan_trained_finalists(2)
 
     def changeable():
         names = ("train.batch_size", "trained_finalists", "train.teacher", "train.ema_momentum")
         return [settings.may_still_change(run_, name) for name in names]
 
     assert changeable() == [True, True, True, True]
-    run_.finalists[0].directory.mkdir(parents=True)
-    run_.finalists[0].write_flags(["--epochs=1"])
+    run_.trained_finalists[0].directory.mkdir(parents=True)
+    run_.trained_finalists[0].write_flags(["--epochs=1"])
     assert changeable() == [False, False, True, True]  # The finalists have no teacher.
     run_.training.directory.mkdir()
     run_.training.write_flags(["--epochs=1"])
@@ -536,20 +536,19 @@ def test_the_finalist_with_the_highest_accuracy_is_chosen(
     run_ = BuildRun(tmp_path)
     run_.search.directory.mkdir()
     run_.search.write_finalists(networks)
-    run_.plan_finalists(len(accuracies))
+    run_.plan_trained_finalists(len(accuracies))
 
     def train(settings):
         training, file = settings
         number = run_.search.finalist_files.index(file)
-        assert training.directory == run_.finalists[number].directory
-        summary = {"val_accuracy": accuracies[number], "wall_seconds": 3.0, "epochs": 20}
+        assert training.directory == run_.trained_finalists[number].directory
+        summary = {"val_accuracy": accuracies[number], "epochs": 20}
         return types.SimpleNamespace(summary=summary)
 
     monkeypatch.setattr(finalists, "run_training", train)
-    note, seconds = finalists.train_and_choose(run_, lambda *given: given)
+    note = finalists.train_and_choose(run_, lambda *given: given)
     assert f"number {best} is the best on the images held out" in note
     assert ("the first one has 50.00%" in note) == (best > 1)
-    assert seconds == 3.0 * len(accuracies)
     assert run_.architecture == networks[best - 1]
     assert run_.network_file == run_.architecture_file
 
@@ -575,19 +574,19 @@ def test_the_best_finalist_is_the_network(built, small_space, tmp_path):
         process.send_signal(signal.SIGTERM)
         process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert len(run_.finalists) == 2 and run_.finalists[0].finished
-    first = run_.finalists[0].model_file.stat().st_mtime_ns
+    assert len(run_.trained_finalists) == 2 and run_.trained_finalists[0].finished
+    first = run_.trained_finalists[0].model_file.stat().st_mtime_ns
     refused = run(MODULE, *flags, "--trained_finalists=0")
     assert "it differs in --trained_finalists." in refused.stderr
     done = run(MODULE, *flags)
     assert done.returncode == 0, done.stderr
-    assert run_.finalists[0].model_file.stat().st_mtime_ns == first
-    summaries = [training.summary for training in run_.finalists]
+    assert run_.trained_finalists[0].model_file.stat().st_mtime_ns == first
+    summaries = [training.summary for training in run_.trained_finalists]
     accuracies = [summary["val_accuracy"] for summary in summaries]
     best = int(np.argmax(accuracies))
     files = run_.search.finalist_files
     assert run_.search.architecture == fpnas.Architecture.load(files[0])
-    for training, file in zip(run_.finalists, files):
+    for training, file in zip(run_.trained_finalists, files):
         assert training.architecture == fpnas.Architecture.load(file)
         assert training.flags["validation_split"] == "0.2" and training.flags["epochs"] == "12"
     assert run_.training.architecture == fpnas.Architecture.load(files[best])
@@ -600,6 +599,7 @@ def test_the_best_finalist_is_the_network(built, small_space, tmp_path):
     page = run_.report.read_text()
     assert "Finalists that were trained" in page
     assert all(f"{accuracy:.2%}" in page for accuracy in accuracies)
+    assert [number for number in (1, 2) if f"{number}, chosen" in page] == [best + 1]
 
 
 def test_what_there_is_no_time_for_is_left_out(built, small_space, tmp_path, monkeypatch):

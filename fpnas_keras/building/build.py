@@ -216,7 +216,7 @@ class _Build:
         }
         begun = [own[name]] if name in own else []
         if name == "training":
-            begun += self.run.finalists
+            begun += self.run.trained_finalists
         seconds = 0.0
         for run in begun:
             # No epoch has ended; or the file is damaged, of which the step speaks.
@@ -344,24 +344,24 @@ class _Build:
 
     def _train(self):
         run = self.run
-        if run.training.flag_file.is_file():
-            before = sum(each.summary["wall_seconds"] for each in run.finalists if each.finished)
-        else:
-            before = self._train_finalists()
+        if not run.training.flag_file.is_file():
+            self._train_finalists()
+        trained = [each.summary for each in run.trained_finalists if each.finished]
+        before = sum(summary["wall_seconds"] for summary in trained)
         return before + self._train_network(run.training, run.network_file)
 
     def _train_finalists(self):
-        """Chooses among finalists by trainings of them, and gives the seconds that those took."""
+        """Chooses among finalists by trainings of them, where there is time for these."""
         run = self.run
-        if any(each.flag_file.is_file() for each in run.finalists):
+        if any(each.flag_file.is_file() for each in run.trained_finalists):
             self._notes += run.planned.get("finalists", [])
         elif count := self._count_finalists():
             self._notes.append(f"training: {count} finalists of the search are trained first")
             run.write_planned("finalists", self._notes)
-            run.plan_finalists(count)
+            run.plan_trained_finalists(count)
         else:
-            run.finalists_file.unlink(missing_ok=True)
-            return 0.0
+            run.trained_finalists_file.unlink(missing_ok=True)
+            return
 
         def settings_of(training, file):
             resumed = self._resumed(TrainSettings, training, architecture=file)
@@ -369,9 +369,7 @@ class _Build:
                 return resumed
             return finalists.shorten(self._train_settings(training, file), self.images)
 
-        note, seconds = finalists.train_and_choose(run, settings_of)
-        self._notes.append(note)
-        return seconds
+        self._notes.append(finalists.train_and_choose(run, settings_of))
 
     def _count_finalists(self):
         """How many finalists are trained: as the user says, or as many as fit into spare time.

@@ -54,7 +54,7 @@ def shorten(settings: TrainSettings, images: "data.Images") -> TrainSettings:
 
 def train_and_choose(
     run: BuildRun, settings_of: Callable[[TrainingRun, pathlib.Path], TrainSettings]
-) -> tuple[str, float]:
+) -> str:
     """Trains the finalists of a build that are not trained yet, and writes the best one.
 
     Args:
@@ -62,11 +62,11 @@ def train_and_choose(
         settings_of: Makes the settings of the training of an architecture file in a directory.
 
     Returns:
-        What was found, in a sentence, and the seconds that the trainings took.
+        What was found, in a sentence.
     """
     files, trained = run.search.finalist_files, []
-    for training, file in zip(run.finalists, files):
-        logging.info("finalist %d of %d", len(trained) + 1, len(run.finalists))
+    for training, file in zip(run.trained_finalists, files):
+        logging.info("finalist %d of %d", len(trained) + 1, len(run.trained_finalists))
         trained.append(run_training(settings_of(training, file)).summary)
     accuracies = [each["val_accuracy"] for each in trained]
     best = int(np.argmax(accuracies))
@@ -77,4 +77,4 @@ def train_and_choose(
     )
     if best:
         note += f"; the first one has {accuracies[0]:.2%}"
-    return note, sum(each["wall_seconds"] for each in trained)
+    return note

@@ -184,7 +184,11 @@ class BuildSettings(RunSettings):
             return True
         step, _, _ = name.partition(".")
         if step in ("train", "trained_finalists"):
-            begun = [run.training] if name in _NOT_OF_FINALISTS else [*run.finalists, run.training]
+            begun = (
+                [run.training]
+                if name in _NOT_OF_FINALISTS
+                else [*run.trained_finalists, run.training]
+            )
             return not any(each.flag_file.is_file() for each in begun)
         if step == "latency" or name in ("device", "benchmark_model"):
             return self.parsed_target().kind != "latency" or name == "benchmark_model"

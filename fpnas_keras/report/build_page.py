@@ -163,16 +163,17 @@ def _search(run, plots):
 
 def _finalists(run):
     """Rows of the finalists that were trained."""
+    chosen = run.architecture
     return [
         (
-            f"{number}",
+            f"{number}, chosen" if training.architecture == chosen else f"{number}",
             f"{summary['val_accuracy']:.2%}",
             f"{summary['macs']:,}",
             f"{summary['params']:,}",
             f"{summary['epochs']:,}",
             format_duration(summary["wall_seconds"]),
         )
-        for number, training in enumerate(run.finalists, 1)
+        for number, training in enumerate(run.trained_finalists, 1)
         if (summary := training.summary) and "val_accuracy" in summary
     ]
 

@@ -7,7 +7,8 @@
 | `steps.json` | the steps that are finished, with the seconds that each took |
 | `latency_table.json` | the latency table, for a target in milliseconds |
 | `search/`, `training/` | the run directories of the search and the training |
-| `finalists.json`, `finalists/` | how many of the search's finalists are trained; their trainings |
+| `trained_finalists.json` | how many of the search's finalists are trained |
+| `trained_finalists/` | the run directories of their trainings |
 | `architecture.json` | the best of these finalists |
 | `mobilenet_v3_small.json`, `baseline/` | the network to compare with, and its training |
 | `model.tflite`, `model_int8.tflite` or `model_qat.tflite`, `labels.txt` | the files for the app |
@@ -66,25 +67,29 @@ class BuildRun(RunDirectory):
         return chosen if chosen.is_file() else self.search.architecture_file
 
     @property
-    def finalists_file(self) -> pathlib.Path:
+    def trained_finalists_file(self) -> pathlib.Path:
         """How many finalists of the search are trained."""
-        return self.path("finalists.json")
+        return self.path("trained_finalists.json")
 
     @property
-    def finalists(self) -> list[TrainingRun]:
+    def trained_finalists(self) -> list[TrainingRun]:
         """The trainings of finalists of the search, begun or not, in the order of the search.
 
         Raises:
             UserError: When the file of their number is damaged.
         """
-        if not self.finalists_file.is_file():
+        if not self.trained_finalists_file.is_file():
             return []
-        count = read_json(self.finalists_file, "a number of finalists", _checked_count)["count"]
-        return [TrainingRun(self.path(f"finalists/{number + 1}")) for number in range(count)]
+        count = read_json(self.trained_finalists_file, "a number of finalists", _checked_count)[
+            "count"
+        ]
+        return [
+            TrainingRun(self.path(f"trained_finalists/{number + 1}")) for number in range(count)
+        ]
 
-    def plan_finalists(self, count: int) -> None:
+    def plan_trained_finalists(self, count: int) -> None:
         """Writes down how many finalists are trained."""
-        write_json(self.finalists_file, {"count": count})
+        write_json(self.trained_finalists_file, {"count": count})
 
     @property
     def baseline(self) -> TrainingRun:
