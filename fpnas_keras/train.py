@@ -345,7 +345,7 @@ def load_teacher_seeing_images_once(
     if settings.mix_up or settings.cut_mix:
         raise UserError(
             "--mix_up and --cut_mix mix images, for which a teacher of other classes has no "
-            f"logits. Received: mix_up={settings.mix_up}, cut_mix={settings.cut_mix}"
+            f"logits. Received: mix_up={settings.mix_up or 0.0}, cut_mix={settings.cut_mix}"
         )
     features = runs.load_features(*given)
     height, width = features.input_shape[1:3]

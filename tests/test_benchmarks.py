@@ -36,6 +36,7 @@ NEEDS_MORE = {
     "nas_bench_macro",
     "recipe",
     "soak",
+    "user_sizes",
     "versus",
 }
 # They have not run to their end on real images yet.
