@@ -34,6 +34,34 @@ def make_search(optimizer=None, architecture_optimizer=None, blocks=1, **kwargs)
     return search
 
 
+def kernels_of(name, library):
+    """The functions with batch norms that a function runs, itself among them."""
+    found, todo = set(), [name]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for node in library[name].node_def:
+            for value in node.attr.values():
+                todo += [value.func.name] if value.HasField("func") else []
+                todo += [function.name for function in value.list.func]
+    return {each for each in found if any("BatchNorm" in n.op for n in library[each].node_def)}
+
+
+def test_the_halves_of_a_step_share_no_kernels():
+    """Nothing orders them, and TensorFlow's batch norms must not run twice at once."""
+    step = tf.function(make_search(blocks=4).train_step)
+    graph = step.get_concrete_function(next(iter(batches()))).graph
+    library = {each.signature.name: each for each in graph.as_graph_def().library.function}
+    weights, logits = (
+        kernels_of(each.get_attr("body").name, library)
+        for each in graph.get_operations()
+        if each.type in ("While", "StatelessWhile")
+    )
+    assert weights and logits and not weights & logits
+
+
 @pytest.mark.parametrize(
     ("penalty", "deduplicate", "blocks"),
     [
