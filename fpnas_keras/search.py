@@ -8,6 +8,7 @@ import functools
 import math
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -729,8 +730,25 @@ def _choose(settings, evaluation, most_probable):
     others = search.finalists(settings.finalists, least_share=settings.least_share)
     finalists = np.concatenate([first[None], others[(others != first).any(axis=1)]])
     finalists = finalists[: settings.finalists]
-    best = finalists[runs.rank_finalists(evaluation, finalists)]
-    return len(finalists), [space.architecture(each) for each in space.entries.to_choices(best)]
+    best = space.entries.to_choices(finalists[runs.rank_finalists(evaluation, finalists)])
+    return len(finalists), distinct_networks(map(space.architecture, best))
+
+
+def distinct_networks(architectures: Iterable["Architecture"]) -> list["Architecture"]:
+    """The architectures without those that compute the same as an earlier one.
+
+    Which one of two equal blocks is skipped makes another architecture of the space, with other
+    shared weights, but the same network.
+
+    Args:
+        architectures: Architectures.
+    """
+    first = {}
+    for each in architectures:
+        # A skipped block without a projection has no name.
+        names = (name for part in each.parts() for name in latency_table.names(part))
+        first.setdefault(tuple(names), each)
+    return list(first.values())
 
 
 def _summarize(

@@ -12,7 +12,7 @@ from helpers import SMALL_SPACE, run_process
 
 import export
 import fpnas_keras as fpnas
-from fpnas_keras.search import SearchSettings
+from fpnas_keras.search import SearchSettings, distinct_networks
 from fpnas_keras.train import TrainSettings
 
 pytestmark = pytest.mark.xdist_group("jobs")  # one search for all
@@ -75,6 +75,24 @@ def test_the_result_is_the_finalist_with_the_lowest_loss(searched, settings):
     assert summary["found_log_prob"] == pytest.approx(
         float(search.distribution.log_prob(entries)), rel=1e-5
     )
+
+
+def test_a_network_is_kept_once_whichever_of_equal_blocks_is_skipped():
+    space = fpnas.spaces.get("nas_bench_macro")
+    # 2 skips a block. The third block has stride 2, and a projection where it is skipped.
+    rows = ["00012000", "00021000", "00022000", "00012000", "00201000", "00210000"]
+    one, same, shorter, again, projected, other = (
+        space.architecture(space.entries.to_choices(np.array(list(map(int, row))))) for row in rows
+    )
+    assert one != same
+    networks = distinct_networks([one, same, shorter, again, projected, other])
+    assert networks == [one, shorter, projected, other]
+    assert [block.skip for block in one.blocks[2:5]] == [False, False, True]
+    assert [block.skip for block in projected.blocks[2:5]] == [True, False, False]
+    first, second = one.build(), same.build()
+    second.set_weights(first.get_weights())
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_array_equal(first(images), second(images))
 
 
 def test_without_finalists_the_result_is_the_most_probable_architecture(settings, tmp_path):
