@@ -80,12 +80,9 @@ class BuildRun(RunDirectory):
         """
         if not self.trained_finalists_file.is_file():
             return []
-        count = read_json(self.trained_finalists_file, "a number of finalists", _checked_count)[
-            "count"
-        ]
-        return [
-            TrainingRun(self.path(f"trained_finalists/{number + 1}")) for number in range(count)
-        ]
+        contents = read_json(self.trained_finalists_file, "a number of finalists", _checked_count)
+        numbers = range(1, contents["count"] + 1)
+        return [TrainingRun(self.path(f"trained_finalists/{number}")) for number in numbers]
 
     def plan_trained_finalists(self, count: int) -> None:
         """Writes down how many finalists are trained."""
