@@ -204,6 +204,20 @@ def report(settings: MacroSearchSettings, rows: Mapping[str, harness.Row]) -> No
                 f"{mean('distance'):.2f} | {mean('tau_in_band'):.2f} | {mean('tau'):.2f} | "
                 f"{statistics.mean(rows[name]['cpu_seconds'] for name in names):.0f} |"
             )
+    report_params(settings)
+
+
+def report_params(settings: MacroSearchSettings) -> None:
+    """Prints how well the number of parameters alone ranks the networks of a cost."""
+    table = Table(settings.table_dir)
+    print()
+    for target in settings.targets:
+        in_band = table.near(float(target) * 1e6)
+        tau = scipy.stats.kendalltau(table.params[in_band], table.accuracy[in_band]).statistic
+        print(
+            f"{target}M: Kendall's tau of the parameters with the published accuracy {tau:.2f} "
+            f"({np.sum(in_band)} networks)"
+        )
 
 
 def run(settings: MacroSearchSettings) -> None:

@@ -179,6 +179,7 @@ class Table:
     Attributes:
         accuracy: Mean accuracy of each network of `all_entries`, in percent.
         macs: Multiply-adds of each network of `all_entries`.
+        params: Trainable parameters of each network of `all_entries`.
     """
 
     def __init__(self, data_dir: str):
@@ -187,6 +188,7 @@ class Table:
         self.rows = [rows[key] for key in table_keys(self.space)]
         self.accuracy = np.array([row["mean_acc"] for row in self.rows])
         self.macs = np.array([row["flops"] for row in self.rows])
+        self.params = np.array([row["params"] for row in self.rows])
 
     def index(self, entries: tf.Tensor) -> tf.Tensor:
         """Rows of architectures.

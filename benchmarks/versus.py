@@ -300,7 +300,7 @@ def accuracies(
     return np.array([100 * rows[f"{job} {network}: {seed}"]["test_accuracy"] for seed in seeds])
 
 
-def report(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
+def report(settings: VersusSettings, runs: harness.Runs, rows: Mapping[str, harness.Row]) -> None:
     """Prints a table of each job."""
     for job in settings.jobs:
         print(f"\n{job}, recipe: {best_recipe(settings, rows, job)}")
@@ -323,6 +323,7 @@ def report(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
         _report_noise(settings, rows, job, difference, deviation)
         for epochs in settings.short_epochs:
             _report_short(settings, rows, job, drawn, epochs)
+        _report_params(runs, job, drawn)
         seconds = [rows[f"{job} search {seed}"]["cpu_seconds"] for seed in range(len(found))]
         print(f"CPU time of a search: {statistics.mean(seconds):.0f} s")
 
@@ -374,6 +375,14 @@ def _report_short(settings, rows, job, drawn, epochs):
         print(f"Kendall's tau of {epochs} epochs with all: {tau:.2f} ({len(known)} networks)")
 
 
+def _report_params(runs, job, drawn):
+    """Says how well the number of parameters alone ranks the random networks."""
+    files = [architecture_file(runs, f"{job} random {index}") for index in range(len(drawn))]
+    params = [fpnas.Architecture.load(file).params() for file in files]
+    tau = scipy.stats.kendalltau(params, drawn).statistic
+    print(f"Kendall's tau of the parameters with the accuracy: {tau:.2f} ({len(drawn)} networks)")
+
+
 def draw(settings: VersusSettings, rows: Mapping[str, harness.Row]) -> None:
     """Draws accuracy against MACs for each job: random networks, by hand, ours."""
     figure, axes = plt.subplots(
@@ -403,7 +412,7 @@ def run(settings: VersusSettings) -> None:
         write_tasks(settings, runs)
         return
     rows = runs.run_phases(phases(settings, runs))
-    report(settings, rows)
+    report(settings, runs, rows)
     if settings.picture:
         draw(settings, rows)
 

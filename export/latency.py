@@ -97,8 +97,8 @@ class LatencySettings(Settings):
     )
     quantize: str | None = setting(
         "Numbers in the files that are timed, as of fpnas export. Measure the format that you are "
-        "going to ship: hard swish, for example, is slow in int8 and fast in qat. Default: none, "
-        "and for --architecture that of the table.",
+        "going to ship. int8 and qat files have the same operators. Default: none, and for "
+        "--architecture that of the table.",
         None,
         choices=("none", "float16", "dynamic", "int8", "qat"),
         group=_DEVICE,

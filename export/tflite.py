@@ -60,7 +60,7 @@ class TfliteSettings(Settings):
     )
     quantize: str = setting(
         "Numbers in the file. none: float32; float16: weights of half the size, for GPUs; "
-        "dynamic: int8 weights, a quarter of the size; int8: weights and activations, the fastest "
+        "dynamic: int8 weights of a quarter; int8: weights and activations, the fastest "
         "on most phones; qat: int8 after a fine-tuning that rounds as int8 does, for the accuracy "
         "that int8 alone loses.",
         "none",
