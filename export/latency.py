@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import export
+import fpnas_keras
 from fpnas_keras import spaces
 from fpnas_keras.architecture import Architecture, Part, Stem
 from fpnas_keras.commands import Command, run_command, visible_log
-from fpnas_keras.cost import LatencyCost, latency_table
+from fpnas_keras.cost import LatencyCost, latency_table, published_tables
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import check_output, is_of_package, write_json
 from fpnas_keras.progress import track
@@ -333,9 +334,9 @@ def run_comparison(settings: LatencySettings) -> dict[str, Any]:
 
 def _check_table(settings, device):
     """The numbers of the table to compare with, which must be of this device."""
-    if not settings.latency_table.endswith(".json"):
+    table = published_tables.read_own(settings.latency_table)
+    if table is None:
         return settings.number_format
-    table = latency_table.read(settings.latency_table)
     if not _is_same_device(table, {"device": device}):
         raise UserError(
             f"{settings.latency_table} is of the device {table['device']}. Received: {device}"
@@ -365,6 +366,12 @@ def _comparison_file(settings):
     return pathlib.Path(settings.output or folder / f"{path.stem}_latency.json")
 
 
+def versions() -> dict[str, str]:
+    """The versions of what converts and runs files, by package."""
+    packages = {name: importlib.metadata.version(name) for name in ("ai-edge-litert", "tensorflow")}
+    return packages | {"fpnas_keras": fpnas_keras.__version__}  # It may not be installed.
+
+
 def _open_table(settings, space, device):
     """The table as it is so far."""
     new = {
@@ -375,9 +382,7 @@ def _open_table(settings, space, device):
         "num_classes": space.num_classes,
         "device": device.describe(),
         "quantize": settings.number_format,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("ai-edge-litert", "tensorflow")
-        },
+        "versions": versions(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "fit": {},
         "proof": {},

@@ -1,12 +1,13 @@
 """Parts of networks, and whole networks, as `.tflite` files to be timed."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import math
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import keras
 import numpy as np
@@ -61,19 +62,29 @@ def write_files(
     missing = [name for name, file in files.items() if not file.exists()]
     if not missing:
         return files
-    context = multiprocessing.get_context("spawn")
-    workers = min(len(os.sched_getaffinity(0)), len(missing))
-    # The converter logs each file, which would break a progress bar.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with (
-        concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
-        track(len(missing), "converting", "files") as progress,
-    ):
+    with open_pool(len(missing)) as pool, track(len(missing), "converting", "files") as progress:
         jobs = [pool.submit(write_file, items[name], quantize, files[name]) for name in missing]
         for job in concurrent.futures.as_completed(jobs):
             job.result()
             progress.update()
     return files
+
+
+@contextlib.contextmanager
+def open_pool(files: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes in which files are converted, one on each core, but no more than there are files.
+
+    What has not begun when the `with` statement ends, as by an error, is dropped.
+    """
+    # The converter logs each file, which would break a progress bar.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    workers = min(len(os.sched_getaffinity(0)), files)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_file(item: Architecture | Part | None, quantize: str, path: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from absl import logging
 
 from fpnas_keras import data, method, report, runs, spaces
 from fpnas_keras.commands import Command, run_command, visible_log
-from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost
+from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost, published_tables
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, summarize_error
 from fpnas_keras.runs.settings import (
@@ -866,8 +866,9 @@ def _next_commands(run, settings):
 def _device_arguments(table, copy):
     """Flags of `export.latency` for the device of a latency table, of which the run has a copy."""
     arguments = [f"--latency_table={table}"]
-    if copy is not None and copy.suffix == ".json":
-        device = latency_table.read(copy)["device"]
+    known = copy and published_tables.read_own(copy)
+    if known:
+        device = known["device"]
         arguments += [f"--device={device['kind']}", f"--threads={device['threads']}"]
         if device["kind"] == "adb":
             arguments += ["--benchmark_model=BENCHMARK_MODEL"]

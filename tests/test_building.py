@@ -27,6 +27,7 @@ from fpnas_keras.building import build, finalists, measuring, planning
 from fpnas_keras.building.planning import Probe
 from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.building.targets import parse_target, parse_time
+from fpnas_keras.cost import published_tables
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import write_json
 from fpnas_keras.runs import BuildRun
@@ -720,6 +721,35 @@ def test_the_smallest_network_costs_least():
         assert measuring.smallest_network(space).macs() <= 1.05 * least
 
 
+def test_the_smallest_network_of_choices_in_any_order(tmp_path):
+    """Nothing sorts the choices of a user."""
+    operations = [{"kernel_size": 7, "expansion": 6}, {"kernel_size": 3, "expansion": 3}]
+    blocks = [
+        {"filters": [96, 24], "kernel_size": [7, 3], "expansion": [6, 3], "splits": [2, 0]},
+        {"filters": ["same"], "skip": [True, False]},
+        {"filters": [64, 32], "operation": operations},
+        {"filters": ["same"], "operation": [*operations, {"skip": True}]},
+    ]
+    space = {"format": 1, "stem": {"filters": 16}, "blocks": blocks, "head": {"filters": 64}}
+    write_json(tmp_path / "space.json", space)
+    space = fpnas.spaces.get(str(tmp_path / "space.json"), (32, 32, 3), 10)
+    least = fpnas.cost.SpaceCost(space, fpnas.MacsCost()).least()
+    assert measuring.smallest_network(space).macs() == least
+
+
+def test_a_published_table_is_no_table_of_ours(tmp_path):
+    """Once-for-all's tables are found as JSON too."""
+    blocks = [{"filters": [16, 24], "kernel_size": [3, 5], "expansion": [3]}]
+    space = {"format": 1, "stem": {"filters": 16}, "blocks": blocks, "head": {"filters": 64}}
+    write_json(tmp_path / "space.json", space)
+    space = fpnas.spaces.get(str(tmp_path / "space.json"), (16, 16, 3), 10)
+    names = published_tables.find_names({"MBConv-input:": 1.0})
+    entries = {name: {"mean": 1.0} for part in space.parts() for name in names(part)}
+    write_json(tmp_path / "table.json", entries)
+    settings = BuildSettings(target="1ms", output_dir="x")
+    assert measuring.check_table(settings, str(tmp_path / "table.json"), space) == []
+
+
 def test_milliseconds_with_a_table_that_was_measured_before(small_space, tmp_path):
     space = fpnas.spaces.get(str(small_space), (16, 16, 1), 10)
     table = write_latency_table(tmp_path / "table.json", space, lambda part: 0.01, quantize="int8")
@@ -791,6 +821,15 @@ def test_a_latency_table_is_found_again(small_space, tmp_path, monkeypatch):
     other = fpnas.spaces.get("mobile_40", (16, 16, 1), 10)
     measuring.measure_table(settings, other, tmp_path / "other.json", 200.0)
     assert len(list(cached.parent.iterdir())) == 2
+    # Another interpreter or converter may be faster.
+    monkeypatch.setattr(measuring, "versions", lambda: {"ai-edge-litert": "99"})
+    measuring.measure_table(settings, other, tmp_path / "other.json", 200.0)
+    assert (len(measured), len(list(cached.parent.iterdir()))) == (4, 3)
+    # A table that cannot be kept for later builds is good for this one.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    notes = measuring.measure_table(settings, other, tmp_path / "other.json", 200.0)
+    assert "file/fpnas_keras: Not a directory; later builds measure" in notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from export import conversion, devices, latency_parts
 from export.latency import LatencySettings, _check_table, _comparison_file, _draw_entries
 from export.latency_model import LatencyModel
 from export.latency_parts import named_parts
-from fpnas_keras import Architecture, LatencyCost, spaces
+from fpnas_keras import Architecture, LatencyCost, search, spaces
 from fpnas_keras.architecture import Block, Part, count_part
 from fpnas_keras.cost import SpaceCost, latency_table
 from fpnas_keras.errors import UserError
@@ -493,6 +494,22 @@ def test_a_network_of_the_package_is_compared_in_the_current_folder(table, tmp_p
         _check_table(
             dataclasses.replace(settings, quantize="int8"), latency_table.read(table)["device"]
         )
+
+
+def test_a_published_table_says_nothing_of_the_device(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps({"Conv-input:1x1x1-output:1x1x1": {"mean": 1.0}}))
+    settings = LatencySettings(architecture="mobilenet_v2.json", latency_table=str(file))
+    assert _check_table(settings, {"kind": "host"}) == "none"
+    flags = [f"--latency_table={file}"]
+    assert search._device_arguments(str(file), file).split() == flags
+
+
+def test_conversions_that_have_not_begun_are_dropped_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), latency_parts.open_pool(1) as pool:
+        jobs = [pool.submit(time.sleep, 0.1) for _ in range(100)]
+        raise ZeroDivisionError
+    assert sum(job.cancelled() for job in jobs) > 90
 
 
 def test_architectures_of_a_table_that_lacks_their_parts(folder, table):

@@ -79,6 +79,17 @@ def test_folders_that_hold_no_classes(tmp_path):
         data.load(f"folder:{tmp_path}")
 
 
+def test_only_errors_of_reading_read_all_images_again(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no image")
+    images = data.Images(np.array([str(tmp_path / "1.png")]), np.array([0]), ("a",), (8, 8, 3))
+    with pytest.raises(ValueError, match="cannot be read"), data.naming_unreadable(images):
+        raise tf.errors.InvalidArgumentError(None, None, "of numpy_function")
+    # A lost worker or full memory: nothing is wrong with the images.
+    for error in (tf.errors.UnavailableError, tf.errors.ResourceExhaustedError):
+        with pytest.raises(error), data.naming_unreadable(images):
+            raise error(None, None, "")
+
+
 def test_training_and_test_folder_must_agree(tmp_path):
     for part, names in (("train", ["cat", "dog"]), ("test", ["dog", "emu"])):
         for name in names:

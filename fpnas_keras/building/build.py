@@ -22,7 +22,7 @@ from fpnas_keras.building import finalists, measuring, planning
 from fpnas_keras.building.settings import BuildSettings
 from fpnas_keras.building.targets import format_cost
 from fpnas_keras.commands import Command, visible_log
-from fpnas_keras.cost import latency_table
+from fpnas_keras.cost import published_tables
 from fpnas_keras.errors import Interrupted, UserError
 from fpnas_keras.files import summarize_error
 from fpnas_keras.published import scale_published
@@ -171,8 +171,9 @@ class _Build:
         """Height and width of the images: given, chosen before, or to be chosen."""
         settings = self.settings
         size = settings.input_size or int(self.run.chosen.get("input_size", 0))
-        if not size and (settings.latency_table or "").endswith(".json"):
-            size = int(latency_table.read(settings.latency_table)["input_shape"][0])
+        if not size and settings.latency_table:
+            table = published_tables.read_own(settings.latency_table)
+            size = int(table["input_shape"][0]) if table else 0
         if not size:
             shape, num_classes = data.look_at(settings.data, settings.data_dir, settings.download)
             size = measuring.choose_size(settings, shape, num_classes)

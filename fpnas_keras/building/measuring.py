@@ -1,11 +1,10 @@
 """What networks cost, and what that means for a build: image size, target, latency table."""
 
-import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -14,14 +13,12 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Self
 
-import numpy as np
-
 import export
-from export.latency import run_measuring
+from export.latency import run_measuring, versions
 from fpnas_keras import cost, spaces
 from fpnas_keras.architecture import Architecture
 from fpnas_keras.building.settings import BuildSettings, default_space
-from fpnas_keras.cost import latency_table
+from fpnas_keras.cost import latency_table, published_tables
 from fpnas_keras.files import replacing
 from fpnas_keras.progress import track
 from fpnas_keras.spaces import VARIABLES, Space
@@ -36,8 +33,6 @@ _ROOM = 2.0
 # Seconds of one core for an entry of a latency table and for a whole network, about.
 _ENTRY_SECONDS, _NETWORK_SECONDS = 0.9, 4.0
 _MOST_ENTRIES, _LEAST_ENTRIES = 1500, 150
-# What two descriptions of one device have in common.
-_DEVICE = ("kind", "name", "threads")
 # Of a table that has little time: networks that test it, and seconds to measure those.
 _PROOF_NETWORKS, _PROOF_SECONDS = 8, 20.0
 
@@ -96,11 +91,19 @@ def check_target(settings: BuildSettings, space: Space) -> None:
 
 
 def smallest_network(space: Space) -> Architecture:
-    """The first choice of each variable, with all blocks skipped that can be."""
-    choices = np.zeros_like(space.cardinalities)
-    skip = VARIABLES.index("skip")
-    choices[:, skip] = space.cardinalities[:, skip] - 1
-    return space.architecture(choices)
+    """The fewest filters everywhere, all blocks skipped that can be, and else the least block."""
+
+    def size(block, row):
+        chosen = {name: getattr(block, name)[index] for name, index in zip(VARIABLES, row)}
+        filters = 0 if block.keeps_filters else chosen["filters"]
+        return (
+            *(filters, not chosen["skip"], chosen["expansion"]),
+            *(chosen["kernel_size"], chosen["splits"]),
+        )
+
+    return space.architecture(
+        [min(block.entries, key=functools.partial(size, block)) for block in space.blocks]
+    )
 
 
 class NetworkCosts:
@@ -136,15 +139,9 @@ class NetworkCosts:
 
     def _write(self, architectures):
         if self._pool is None:
-            # The converter logs each file.
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-            workers = min(len(os.sched_getaffinity(0)), len(architectures))
             self._folder = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-            self._pool = self._stack.enter_context(
-                concurrent.futures.ProcessPoolExecutor(
-                    workers, mp_context=multiprocessing.get_context("spawn")
-                )
-            )
+            pool = export.latency_parts.open_pool(len(architectures))
+            self._pool = self._stack.enter_context(pool)
         files = [self._folder / f"{uuid.uuid4().hex}.tflite" for _ in architectures]
         count = len(files)
         done = self._pool.map(
@@ -196,11 +193,11 @@ def check_table(settings: BuildSettings, table: str, space: Space) -> list[str]:
         UserError: When it is no table, not finished, or lacks parts of the space.
     """
     cost.SpaceCost(space, cost.LatencyCost(table))
-    if not table.endswith(".json"):
+    known, notes = published_tables.read_own(table), []
+    if known is None:
         return []
-    known, notes = latency_table.read(table), []
     described = describe_device(settings)
-    if [known["device"][key] for key in _DEVICE] != [described[key] for key in _DEVICE]:
+    if any(known["device"][key] != described[key] for key in latency_table.DEVICE_KEYS):
         notes.append(
             f"the target is for {known['device']['name']}, {known['device']['threads']} thread(s); "
             f"the files are timed on {described['name']}, {described['threads']} thread(s)"
@@ -238,7 +235,7 @@ def measure_table(
     described = describe_device(settings)
     parts = sorted(export.latency_parts.named_parts(space))
     given = {name: each for name, each in (settings.latency or {}).items() if name != "serial"}
-    key = [parts, described, latency.number_format, given]
+    key = [parts, described, latency.number_format, given, versions()]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = folder / "fpnas_keras"
@@ -247,15 +244,20 @@ def measure_table(
     if cached.is_file():
         measured = latency_table.read(cached)["fit"].get("measured", 0)
         if measured >= wanted:
-            shutil.copyfile(cached, file)
+            with replacing(file) as temporary:
+                shutil.copyfile(cached, temporary)
             return [f"latency table: {cached}, with {measured:,} measured entries"]
     run_measuring(latency)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(cached) as temporary:
-        shutil.copyfile(file, temporary)
+    notes = []
     if wanted < len(parts):
-        return [f"latency table: {wanted:,} of {len(parts):,} entries measured, others predicted"]
-    return []
+        notes = [f"latency table: {wanted:,} of {len(parts):,} entries measured, others predicted"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(cached) as temporary:
+            shutil.copyfile(file, temporary)
+    except OSError as error:
+        notes.append(f"{folder}: {error.strerror}; later builds measure the latency table again")
+    return notes
 
 
 def _limits_of_table(settings, seconds):

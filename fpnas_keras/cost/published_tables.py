@@ -20,10 +20,12 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from fpnas_keras.architecture import Block, Part, Stem, expanded_filters, output_size
+from fpnas_keras.cost import latency_table
 from fpnas_keras.cost.latency_table import Names, check_entries, format_shape, names
 from fpnas_keras.errors import UserError
 
@@ -45,6 +47,18 @@ def is_published(path: str | os.PathLike) -> bool:
     except (OSError, ValueError, RecursionError):  # The other reader says what is wrong.
         return False
     return isinstance(content, dict) and any("-input:" in name for name in content)
+
+
+def read_own(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Reads a table of `fpnas latency` with all of its keys; `None` for a published table.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: If the file is neither; the message names the file.
+    """
+    return None if is_published(path) else latency_table.read(path)
 
 
 def load(path: str | os.PathLike) -> Mapping[str, float]:

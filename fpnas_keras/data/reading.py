@@ -259,7 +259,8 @@ def naming_unreadable(images: Images | None) -> Iterator[None]:
     """
     try:
         yield
-    except tf.errors.OpError:
+    # What an error of a Python function becomes. A lost worker or full memory has another cause.
+    except (tf.errors.InvalidArgumentError, tf.errors.UnknownError):
         on_disk = images is not None and images.x.dtype.kind in "SUO" and images.x.ndim == 1
         for file in images.x if on_disk else ():
             read_file(file, images.image_shape[-1])
