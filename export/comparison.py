@@ -103,7 +103,7 @@ def check(
     keras_accuracy, tflite_accuracy = comparison.keras_accuracy, comparison.tflite_accuracy
     accuracies = (
         f"Accuracy on the test images: {tflite_accuracy:.2%}, with Keras {keras_accuracy:.2%}. "
-        "Nothing is written"
+        "No .tflite file is written"
     )
     if recorded_accuracy is not None and not (
         keras_accuracy >= recorded_accuracy - max_accuracy_drop
@@ -111,7 +111,7 @@ def check(
         raise UserError(
             f"the Keras model has an accuracy of {keras_accuracy:.2%} on the test images, and its "
             f"training recorded {recorded_accuracy:.2%}: the images or the model have changed. "
-            "--max_accuracy_drop allows it. Nothing is written"
+            "--max_accuracy_drop allows it. No .tflite file is written"
         )
     if max_difference is not None and not comparison.max_difference <= max_difference:
         raise UserError(

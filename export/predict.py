@@ -16,7 +16,7 @@ from fpnas_keras.architecture import format_table
 from fpnas_keras.commands import Command, run_command, visible_log
 from fpnas_keras.data.settings import RESIZES
 from fpnas_keras.errors import UserError
-from fpnas_keras.files import write_json
+from fpnas_keras.files import check_output, write_json
 from fpnas_keras.progress import track
 from fpnas_keras.settings import Settings, setting
 
@@ -92,6 +92,8 @@ def run_prediction(settings: PredictSettings) -> list[Prediction]:
     # The reader of images imports TensorFlow.
     from fpnas_keras.data.image_files import read_image
 
+    if settings.output:
+        check_output(pathlib.Path(settings.output))
     classifier = _load(settings)
     files = _find_files(settings.images)
     found = []

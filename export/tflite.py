@@ -33,6 +33,17 @@ _LATENCY_ROUNDS = 30
 _CALIBRATION_BATCH = 125
 # What files take, and networks of this project are trained on.
 _PIXELS = (0.0, 255.0)
+# Shift of the images of a fine-tuning, for models whose training is not known.
+_RANDOM_CROP = 2
+# The settings that only some files depend on, by the numbers in these.
+_NEEDS = {
+    ("qat",): {
+        *("prune", "qat_epochs", "qat_learning_rate", "qat_batch_size"),
+        *("random_crop", "random_flip"),
+    },
+    ("int8",): {"representative_images"},
+    ("int8", "qat"): {"architecture", "input_type"},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ class TfliteSettings(Settings):
     )
     max_accuracy_drop: float = setting(
         "Largest loss of accuracy on the test images: of the file against Keras, and of the Keras "
-        "model against what its training recorded. Above it nothing is written, unless the images "
+        "model against what its training recorded. Above it no file is written, unless the images "
         "are so few that the file may lose it by chance.",
         0.05,
         least=0,
@@ -109,7 +120,7 @@ class TfliteSettings(Settings):
     )
     min_agreement: float = setting(
         "Least share of the test images for which the file gives the class of Keras, or of those "
-        "that Keras gets right for which the file is right too. Below it nothing is written, "
+        "that Keras gets right for which the file is right too. Below it no file is written, "
         "unless there are so few that it may be chance.",
         0.95,
         least=0,
@@ -141,8 +152,17 @@ class TfliteSettings(Settings):
         most=0.95,
         group=_QAT,
     )
-    random_crop: int = setting("As for fpnas train.", 2, least=0, group=_QAT)
-    random_flip: bool = setting("As for fpnas train.", False, group=_QAT)
+    random_crop: int | None = setting(
+        "Largest shift of an image of the fine-tuning, in pixels." + _AS_TRAINED,
+        None,
+        least=0,
+        group=_QAT,
+    )
+    random_flip: bool | None = setting(
+        "Mirror half of the images of the fine-tuning left to right." + _AS_TRAINED,
+        None,
+        group=_QAT,
+    )
     seed: int = setting("Seed of everything that is random.", 0, least=0, most=MAX_SEED, group=_QAT)
     output: str | None = setting(
         "File to write, ending in .tflite. Default: beside the model, named after it and after "
@@ -160,8 +180,14 @@ class TfliteSettings(Settings):
 
     def check(self) -> None:
         """Raises `UserError` when settings do not fit together."""
-        if self.prune and self.quantize != "qat":
-            raise UserError("--prune needs --quantize=qat")
+        for formats, names in _NEEDS.items():
+            given = names - self.defaults()
+            if given and self.quantize not in formats:
+                flags = ", ".join(f"--{name}" for name in sorted(given))
+                raise UserError(
+                    f"{flags} needs --quantize={' or '.join(formats)}. "
+                    f"Received: quantize={self.quantize}"
+                )
         received = ",".join(f"{each:g}" for each in self.input_range)
         if len(self.input_range) != 2 or not self.input_range[0] < self.input_range[1]:
             raise UserError(
@@ -187,7 +213,26 @@ class TfliteSettings(Settings):
             )
         if run is None:
             return DataSettings(**given)
-        return dataclasses.replace(run.data_settings(), **given)
+        return run.data_settings().replaced(given)
+
+    def find_augmentation(self, run: "runs.TrainingRun | None") -> "data.Augmentation":
+        """How the images of the fine-tuning are changed: as those of the training, if it is known.
+
+        Args:
+            run: The training that made the model; `None` if it is not known.
+        """
+        known = {} if run is None else run.chosen | run.flags
+        crop, flip = self.random_crop, self.random_flip
+        if crop is None:
+            crop = int(known.get("random_crop", _RANDOM_CROP))
+        if flip is None:
+            flip = known.get("random_flip") == "true"
+        return data.Augmentation(crop, flip)
+
+
+def settings_without_effect(quantize: str) -> set[str]:
+    """The names of the settings that a file with such numbers does not depend on."""
+    return set().union(*(names for formats, names in _NEEDS.items() if quantize not in formats))
 
 
 class TfliteExport(NamedTuple):
@@ -213,8 +258,11 @@ def export_tflite(**settings: Any) -> TfliteExport:
         **settings: The fields of `TfliteSettings`, which are the flags of `fpnas export`.
 
     Raises:
-        UserError: When a setting is wrong, or the file does not do what Keras does. Nothing is
-            written then.
+        UserError: When a setting is wrong, or the file does not do what Keras does. No `.tflite`
+            file is written then. Fine-tuned weights of `quantize="qat"` are kept.
+
+    Returns:
+        The files and the report.
 
     Example:
 
@@ -371,7 +419,7 @@ class _Export:
         if settings.quantize == "int8":
             few = export.conversion.representative_images(images, settings.representative_images)
             return export.qat.quantize(twin, data.test_batches(few, _CALIBRATION_BATCH))
-        augmentation = data.Augmentation(settings.random_crop, settings.random_flip)
+        augmentation = settings.find_augmentation(self.run_of_model)
         tuned = export.qat.fine_tune(
             twin,
             data.train_batches(images, settings.qat_batch_size, settings.seed, augmentation),
@@ -382,7 +430,7 @@ class _Export:
         file = self.output.with_suffix(".keras")
         with replacing(file) as temporary:
             export.qat.tuned_network(tuned, self.architecture).save(temporary)
-        logging.info("the fine-tuned weights: %s", file)
+        logging.info("the fine-tuned weights: %s (--overwrite replaces them)", file)
         return tuned
 
     def _metadata(self, images):
@@ -472,7 +520,12 @@ def _output_paths(settings):
     report = output.with_name(f"{output.stem}_report.json")
     paths = [output, report]
     if settings.quantize == "qat":
-        paths.append(output.with_suffix(".keras"))
+        weights = output.with_suffix(".keras")
+        if weights.absolute() == model.absolute():
+            raise UserError(
+                f"the fine-tuned weights would replace the model {model}. Received: output={output}"
+            )
+        paths.append(weights)
     _refuse_existing(settings, [path for path in paths if path.exists()])
     return output, output.with_name("labels.txt"), report
 

@@ -5,7 +5,6 @@ python -m fpnas_keras.rank --search_dir=runs/quickstart
 
 import dataclasses
 import math
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +88,7 @@ class RankSettings(Settings):
                 f"Received: train_images={self.train_images}"
             )
         given = {name: value for name, value in self.given().items() if name in DATA_FLAGS}
-        if "data" in given:
-            # Other data has a place of its own.
-            kept = {"train_images": theirs.train_images, "resize": theirs.resize}
-            return DataSettings(**kept | given)
-        return dataclasses.replace(theirs, **given)
+        return theirs.replaced(given | {"train_images": theirs.train_images})
 
 
 def rank_architectures(**settings: Any) -> "list[Ranked]":
@@ -166,11 +161,9 @@ def _rank_and_print(settings):
     # The derived network is within the target, but for the rounding of sums of milliseconds.
     best = next((each for each in ranked if each.cost <= target), ranked[0])
     file = run.pareto_file(best)
-    print(
-        "next, train one of them:\n  python -m fpnas_keras.train "
-        f"--architecture={shlex.quote(str(file))} {settings.find_images(run).data_arguments()} "
-        f"{run.training_arguments()}--output_dir={shlex.quote(f'{run.directory}_{file.stem}')}"
-    )
+    data_arguments = settings.find_images(run).data_arguments()
+    command = run.train_command(file, data_arguments, f"{run.directory}_{file.stem}")
+    print(f"next, train one of them:\n  {command}")
 
 
 def _describe(run, ranked):

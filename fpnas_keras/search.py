@@ -20,7 +20,6 @@ from fpnas_keras.cost import COSTS, format_cost, latency_table, make_cost, publi
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import replacing, summarize_error
 from fpnas_keras.runs.settings import (
-    TRAINING_FLAGS,
     RunSettings,
     choose_batch_size,
     make_schedule,
@@ -716,8 +715,7 @@ def _finish(session, evaluation, batches, checkpoints):
         architecture.save(run.architecture_file)
         run.write_finalists(best)
         summary = _summarize(settings, evaluation, derivation, architecture)
-        command = _train_command(run, settings, architecture.input_shape[-1] == 3)
-        session.finish(**summary, finalists=count, **mode, next=command)
+        session.finish(**summary, finalists=count, **mode, next=_train_command(run, settings))
 
 
 def _choose(settings, evaluation, most_probable):
@@ -838,22 +836,17 @@ def _describe_result(run, settings):
     return "\n" + "\n\n".join(sections)
 
 
-def _train_command(run, settings, is_colored):
-    flags = [settings.data_arguments(), settings.to_arguments(TRAINING_FLAGS)]
-    if is_colored and not settings.random_flip:
-        flags.append("--random_flip")
-    flags.append(f"--output_dir={shlex.quote(str(run.directory) + '_trained')}")
-    file = shlex.quote(str(run.architecture_file))
-    return f"python -m fpnas_keras.train --architecture={file} {' '.join(filter(None, flags))}"
+def _train_command(run, settings):
+    output_dir = f"{run.directory}_trained"
+    return run.train_command(run.architecture_file, settings.data_arguments(), output_dir)
 
 
 def _next_commands(run, settings):
     file = shlex.quote(str(run.architecture_file))
-    is_colored = run.architecture.input_shape[-1] == 3
     title = "next, train it"
-    if is_colored and not settings.random_flip:
+    if run.may_be_mirrored:
         title += " (--random_flip is for photos: leave it out where left and right differ)"
-    commands = f"\n{title}:\n  {_train_command(run, settings, is_colored)}"
+    commands = f"\n{title}:\n  {_train_command(run, settings)}"
     if settings.cost == "latency":
         commands += (
             "\nmeasure it on the device:\n"

@@ -322,11 +322,10 @@ def _checked_list(field, value, name):
     """A tuple of texts or numbers. A number may stand for a list of one."""
     of, *_ = typing.get_args(_annotation(field))
     if of is str:
-        if isinstance(value, list):
-            value = tuple(map(os.fspath, value))
-        if not isinstance(value, tuple):
+        is_list = isinstance(value, (list, tuple))
+        if not is_list or not all(isinstance(each, (str, os.PathLike)) for each in value):
             raise _error(name, "a list of texts", value)
-        return value
+        return tuple(map(os.fspath, value))
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not values:
         raise _error(name, "a list of numbers", value)
@@ -345,8 +344,12 @@ def _checked_number(field, kind, value, name):
 
 def _describe_range(kind, least, most):
     text = "an integer" if kind is int else "a finite number"
-    text += "" if least == -math.inf else f" from {least:g}"
-    return text if most == math.inf else f"{text} to {most:g}"
+    text += "" if least == -math.inf else f" from {_format_limit(least)}"
+    return text if most == math.inf else f"{text} to {_format_limit(most)}"
+
+
+def _format_limit(limit):
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def _error(name, expected, value):

@@ -207,8 +207,10 @@ class TrainSettings(RunSettings):
     def check(self) -> None:
         """Raises `UserError` when settings do not fit together."""
         super().check()
-        if self.teacher is None and self.teacher_weights is not None:
-            raise UserError("--teacher_weights needs --teacher")
+        of_teacher = {"teacher_weights", "temperature", "distillation_weight"} - self.defaults()
+        if self.teacher is None and of_teacher:
+            flags = ", ".join(f"--{name}" for name in sorted(of_teacher))
+            raise UserError(f"{flags} needs --teacher")
         if self.init != "supernet" and self.search_dir is not None:
             raise UserError("--search_dir needs --init=supernet")
 

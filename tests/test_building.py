@@ -126,6 +126,8 @@ def test_settings_of_steps_are_flags():
         ("--search.target=3e6", "`search.target` cannot be given"),
         ("--nosearch.control_variate", "--nocontrol_variate needs --cost_window=0"),
         ("--search.samples=1", "`samples` must be at least 2"),
+        ("--search.coarse_epochs=5", "with the flags --search.FLAG: --coarse_epochs needs"),
+        ("--train.temperature=2", "with the flags --train.FLAG: --temperature needs --teacher"),
         ("--export.prune=0.5", "`export.prune` cannot be given"),
         ("--latency.threads=1,2", "`latency.threads` must be one number"),
         ("--device=adb", "--device=adb needs --benchmark_model"),

@@ -31,6 +31,7 @@ ARCHITECTURE = Architecture(
     ),
     Head(24, "hard_silu"),
 )
+QAT = {"qat_epochs": 1, "qat_learning_rate": 1e-4, "qat_batch_size": 20}
 # Largest difference of a probability from Keras, of each format.
 BOUNDS = {"none": 1e-5, "float16": 0.01, "dynamic": 0.05, "int8": 0.15, "qat": 0.15}
 
@@ -69,9 +70,7 @@ def exported(trained):
             data=f"folder:{folder / 'photos'}",
             quantize=quantize,
             output=str(folder / f"{quantize}.tflite"),
-            qat_epochs=1,
-            qat_learning_rate=1e-4,
-            qat_batch_size=20,
+            **(QAT if quantize == "qat" else {}),
             model_name="flowers",
             model_version="7",
             author="someone",

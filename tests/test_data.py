@@ -96,6 +96,14 @@ def test_search_batches_are_passes_over_two_disjoint_parts():
         assert np.array_equal(x_v[:, 0, 0, 0] % 2, y_v)
 
 
+def test_what_a_search_cannot_do_with_its_images_is_refused():
+    x, y = numbered_images(40)
+    with pytest.raises(ValueError, match="must not mix images in a search"):
+        data.search_batches(x, y, augmentation=data.Augmentation(mix_up=0.2))
+    with pytest.raises(ValueError, match=r"`weights_share` must be from 0.05 to 0.95"):
+        data.search_batches(x, y, weights_share=2.0)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.9])
 def test_the_weights_part_has_its_share(share):
     x, y = numbered_images(200)

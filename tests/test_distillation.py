@@ -24,6 +24,14 @@ def load(name, weights=None, shape=SHAPE, classes=CLASSES):
     return distillation.load_teacher(str(name), weights, shape, classes)
 
 
+def test_a_model_with_the_loss_is_saved_and_loaded(tmp_path):
+    student = network().build()
+    student.compile("sgd", distillation.DistillationLoss(4.0, 0.3, 0.1))
+    student.save(tmp_path / "student.keras")
+    loss = keras.saving.load_model(tmp_path / "student.keras").loss
+    assert (loss.temperature, loss.distillation_weight, loss.label_smoothing) == (4.0, 0.3, 0.1)
+
+
 @pytest.mark.parametrize(("temperature", "weight"), [(1.0, 0.5), (4.0, 0.3), (2.0, 1.0)])
 def test_the_loss_of_a_step_is_the_formula(temperature, weight):
     space = make_tiny_space()

@@ -44,7 +44,7 @@ SHORT = {
     ),
     fpnas_keras.train: ("run_training", {"epochs": 1, "ema_momentum": 0.0}),
     fpnas_keras.rank: ("run_ranking", {"samples": 2, "evaluation_images": 100}),
-    export.tflite: ("run_export", {"overwrite": True, "min_agreement": 0.0, "qat_epochs": 1}),
+    export.tflite: ("run_export", {"overwrite": True, "min_agreement": 0.0}),
     fpnas_keras.building.build: (
         "run_build",
         {

@@ -1,7 +1,9 @@
 """Exports with the wrong data, models of others, and models that changed since their training."""
 
+import dataclasses
 import json
 import shutil
+import types
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ import export
 import fpnas_keras as fpnas
 from export.comparison import Comparison, check
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
+from fpnas_keras.data.settings import DataSettings
 from fpnas_keras.errors import UserError
 
 NAMES = ("blue", "green", "red")
@@ -189,6 +192,47 @@ def test_a_range_of_pixels_is_two_numbers(value, message):
 
 
 QAT = {"quantize": "qat", "qat_epochs": 1, "qat_learning_rate": 1e-4, "qat_batch_size": 12}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--qat_epochs=5"], "--qat_epochs needs --quantize=qat. Received: quantize=none"),
+        (["--quantize=int8", "--prune=0.5", "--random_flip"], "--prune, --random_flip needs"),
+        (["--quantize=qat", "--representative_images=9"], "needs --quantize=int8. Received"),
+        (["--quantize=float16", "--input_type=int8"], "--input_type needs --quantize=int8 or qat"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        export.tflite.TfliteSettings.from_flags(["--model=x", *flags])
+
+
+def test_images_of_a_fine_tuning_are_changed_as_those_of_the_training():
+    run = types.SimpleNamespace(chosen={"random_crop": "4"}, flags={"random_flip": "true"})
+    settings = export.tflite.TfliteSettings(model="x", quantize="qat")
+    known, unknown = settings.find_augmentation(run), settings.find_augmentation(None)
+    assert (known.random_crop, known.random_flip) == (4, True)
+    assert (unknown.random_crop, unknown.random_flip) == (2, False)
+    given = dataclasses.replace(settings, random_crop=0, random_flip=False).find_augmentation(run)
+    assert (given.random_crop, given.random_flip) == (0, False)
+
+
+def test_other_images_have_a_place_and_a_number_of_their_own():
+    theirs = DataSettings(
+        data="tfds:a", data_dir="b", download=False, train_images=9, resize="crop"
+    )
+    assert theirs.replaced({"data": "tfds:a"}) == theirs
+    assert theirs.replaced({"data": "folder:c"}) == DataSettings(data="folder:c", resize="crop")
+    assert theirs.replaced({"resize": "pad"}) == dataclasses.replace(theirs, resize="pad")
+
+
+def test_fine_tuned_weights_do_not_replace_the_model(trained, copied):
+    model = copied / "run" / "model.keras"
+    settings = {**QAT, "model": model, "output": str(copied / "run" / "model.tflite")}
+    with pytest.raises(UserError, match=r"the fine-tuned weights would replace the model"):
+        export.export_tflite(**settings, overwrite=True)
+    assert model.read_bytes() == (trained / "run" / "model.keras").read_bytes()
 
 
 def test_a_softmax_or_a_wrapping_is_carried_through_fine_tuning(trained, tmp_path):
@@ -378,6 +422,8 @@ def test_predictions_of_a_photo_that_lies_on_its_side(trained, files, tmp_path):
         ({"model": "/nonesuch.tflite"}, "cannot read `model` /nonesuch.tflite"),
         ({"model": "{junk}"}, "is not a file of fpnas export"),
         ({"labels": "{text}"}, "has 3 classes. Received: 1 names"),
+        # Before any image is classified.
+        ({"output": "/nonesuch/a.json", "images": ["{text}"]}, "`output` must lie in an existing"),
     ],
 )
 def test_bad_input_of_predictions(trained, files, tmp_path, settings, message):

@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from fpnas_keras.cost import LatencyCost, MacsCost, format_cost
 from fpnas_keras.report import write_report, writer
+from fpnas_keras.runs import SearchRun, TrainingRun
 
 SPACE = make_tiny_space()
 ARCHITECTURE = SPACE.architecture(np.array([block.entries[-1] for block in SPACE.blocks]))
@@ -292,7 +294,25 @@ def test_latency_run(run, undrawn):
     assert "1.25 ms 83.3% of the target 1.5" in seen
     assert f"{format_cost(total)} ms in total" in seen and "0.125 ms" in seen
     table.unlink()
-    assert f"{ARCHITECTURE.macs():,} MACs in total" in words(page(run))
+    seen = words(page(run))
+    assert f"{ARCHITECTURE.macs():,} MACs in total" in seen
+    assert "with its MACs: the run's latency_table.json is gone" in seen
+
+
+def test_the_command_that_trains_mirrors_images_with_color(run):
+    command = "python -m fpnas_keras.train --architecture=a.json --data=x"
+    assert SearchRun(run).train_command("a.json", "--data=x", "b c").startswith(command)
+    for shape, flip, expected in (
+        ((8, 8, 3), None, 1),
+        ((8, 8, 3), "true", 1),
+        ((8, 8, 1), None, 0),
+    ):
+        ARCHITECTURE.fit_to(shape, 3).save(run / "architecture.json")
+        write_flags(run, random_flip=flip, batch_size=8)
+        arguments = shlex.split(SearchRun(run).train_command("a.json", "--data=x", "b c"))
+        assert arguments.count("--random_flip") == expected
+        assert {"--batch_size=8", "--output_dir=b c"} <= set(arguments)
+        assert SearchRun(run).may_be_mirrored == (expected == 1 and flip is None)
 
 
 def test_latency_table_of_another_space(run, undrawn):
@@ -482,6 +502,19 @@ def test_a_training_has_a_report(tmp_path):
         "accuracy.png",
         "loss.png",
     ]
+
+
+def test_what_a_kill_left_of_an_export_is_not_shown(tmp_path):
+    directory = write_training(tmp_path / "run")
+    (directory / ".77.model_report.json").write_text("{")
+    assert list(TrainingRun(directory).exports) == ["model_int8.tflite"]
+
+
+def test_a_training_without_an_epoch_has_no_metrics(tmp_path):
+    directory = write_training(tmp_path / "run", finished=False)
+    (directory / "metrics.csv").unlink()
+    with pytest.raises(ValueError, match=r"metrics.csv is missing: no epoch has ended yet"):
+        _ = TrainingRun(directory).epochs
 
 
 def test_many_classes_are_shown_as_their_confusions(tmp_path):

@@ -126,12 +126,24 @@ def test_flags_stand_as_absl_writes_them():
         ({"kind": "c"}, "`kind` must be one of a, b. Received: kind=c"),
         ({"name": 3}, "`name` must be text. Received: name=3"),
         ({"files": "a"}, "`files` must be a list of texts. Received: files=a"),
+        ({"files": [3]}, "`files` must be a list of texts. Received: files=[3]"),
+        ({"files": ("a", None)}, "`files` must be a list of texts. Received: files=('a', None)"),
     ],
 )
 def test_bad_values_are_refused_by_name(changes, message):
     with pytest.raises(UserError) as caught:
         Example(**({"name": "n"} | changes))
     assert str(caught.value).startswith(message)
+
+
+def test_lists_hold_paths_as_text():
+    example = Example(name="n", files=(pathlib.Path("a.json"), "b.json"))
+    assert example.files == ("a.json", "b.json")
+
+
+def test_limits_are_written_in_full():
+    with pytest.raises(UserError, match=r"from 0 to 4,294,967,295. Received: seed=-1"):
+        RankSettings(search_dir="x", seed=-1)
 
 
 def test_flags_and_python_refuse_with_the_same_message():

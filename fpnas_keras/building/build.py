@@ -20,7 +20,7 @@ from export.tflite import run_export
 from fpnas_keras import data, progress, report, runs, spaces
 from fpnas_keras.building import finalists, measuring, planning
 from fpnas_keras.building.settings import BuildSettings
-from fpnas_keras.building.targets import format_cost
+from fpnas_keras.building.targets import format_with_unit
 from fpnas_keras.commands import Command, visible_log
 from fpnas_keras.cost import published_tables
 from fpnas_keras.errors import Interrupted, UserError
@@ -49,7 +49,8 @@ _TUNING_EPOCHS, _MOST_OVER = 5, 0.1
 # An int8 file that loses more accuracy is fine-tuned.
 _MOST_LOST = 0.01
 _BASELINE = "MobileNetV3-Small"
-# How much its stem and first block halve images of up to so many pixels, as in the spaces.
+# Strides of the baseline's stem and first block together, by the largest size of the images in
+# pixels, as in the spaces.
 _STRIDES = ((40, 1), (160, 2), (math.inf, 4))
 
 
@@ -458,7 +459,7 @@ class _Build:
 
     def _time_to_train(self, measured):
         """Seconds that are left for the training of the network for the app."""
-        if self.settings.baseline:  # It takes the same, and has one file.
+        if self.settings.baseline:  # It trains for as long, and one file is written of it.
             return (self._left() - measured.probing_seconds - 3 * measured.file_seconds) / 2
         return self._left() - 2 * measured.file_seconds
 
@@ -498,7 +499,7 @@ class _Build:
         # The first epoch traces.
         first, last = rows[0]["seconds"] if len(rows) > 1 else 0.0, rows[-1]["seconds"]
         epoch = (last - first) / max(1, len(rows) - 1)
-        epochs = self.settings.export_settings(model=str(run.model_file)).qat_epochs
+        epochs = self.settings.export_settings(model=str(run.model_file), quantize="qat").qat_epochs
         over = _MOST_OVER * self.settings.seconds()
         return int8_seconds + epochs * _TUNING_EPOCHS * epoch - over
 
@@ -661,7 +662,7 @@ def _describe_result(run):
 def _describe_network(entry):
     return (
         f"{entry['accuracy']:.2%} of the test images, {entry['milliseconds']:.3g} ms, "
-        f"{format_cost('bytes', entry['bytes'])}, {format_cost('macs', entry['macs'])}; "
+        f"{format_with_unit('bytes', entry['bytes'])}, {format_with_unit('macs', entry['macs'])}; "
         f"{entry['epochs']} epochs in {progress.format_seconds(entry['training_seconds'])}"
     )
 

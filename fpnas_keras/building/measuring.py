@@ -46,8 +46,8 @@ def choose_size(settings: BuildSettings, shape: tuple[int, int, int], num_classe
         num_classes: Number of classes.
 
     Returns:
-        The largest one, up to that of the images, at which the target is twice the cost of the
-        smallest network of the space.
+        The largest one, up to that of the images, at which the target is at least twice the cost
+        of the smallest network of the space. If there is none, the smallest size.
 
     Raises:
         UserError: When the target is below the cost of the smallest network at every size.
@@ -230,7 +230,7 @@ def measure_table(
         input_size=space.input_shape[0],
         channels=space.input_shape[-1],
         num_classes=space.num_classes,
-        **{"output": str(file)} | _limits_of_table(settings, seconds),
+        **{"output": str(file)} | _limits_of_table(seconds),
     )
     described = describe_device(settings)
     parts = sorted(export.latency_parts.named_parts(space))
@@ -260,7 +260,7 @@ def measure_table(
     return notes
 
 
-def _limits_of_table(settings, seconds):
+def _limits_of_table(seconds):
     """The settings of a latency table that has some time."""
     if seconds is None:
         return {}

@@ -32,7 +32,7 @@ _MEAN_SAMPLES = 0.6
 _JUDGED_IMAGES = 1000
 # Images that say how long a teacher takes for all.
 _TAUGHT_IMAGES = 64
-# More epochs than so many times the usual ones are not used, even if there is time.
+# A training has at most so many times the usual epochs, even if there is time for more.
 _MOST_EPOCHS = 4
 # The files of metrics have hundredths of a second.
 _LEAST_STEP = 1e-4

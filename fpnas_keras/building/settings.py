@@ -1,5 +1,6 @@
 """The settings of a build, and those of its steps."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from absl import logging
 
 from export.latency import LatencySettings
-from export.tflite import TfliteSettings
+from export.tflite import TfliteSettings, settings_without_effect
 from fpnas_keras import spaces
 from fpnas_keras.building.targets import Target, parse_target, parse_time
 from fpnas_keras.data.settings import DATA_FLAGS
@@ -158,15 +159,30 @@ class BuildSettings(RunSettings):
             )
         # What is wrong with a step should not wait for it.
         shape = {"input_size": 32, "channels": 3, "num_classes": 10}
-        threads = self.latency_settings("mobile_mini", output="table.json", **shape).threads
-        if len(threads) > 1:
+        with self._naming_step("latency"):
+            latency = self.latency_settings("mobile_mini", output="table.json", **shape)
+        if len(latency.threads) > 1:
             raise UserError(
                 "`latency.threads` must be one number. "
-                f"Received: latency.threads={','.join(map(str, threads))}"
+                f"Received: latency.threads={','.join(map(str, latency.threads))}"
             )
-        self.search_settings(pathlib.Path("search"), "mobile_mini", 32, cost="macs", target=1.0)
-        self.train_settings(pathlib.Path("training"), "architecture.json")
-        self.export_settings(model="model.keras", quantize="none")
+        with self._naming_step("search"):
+            self.search_settings(pathlib.Path("search"), "mobile_mini", 32, cost="macs", target=1.0)
+        with self._naming_step("train"):
+            self.train_settings(pathlib.Path("training"), "architecture.json")
+        with self._naming_step("export"):
+            for quantize in ("none", "int8", "qat"):
+                self.export_settings(model="model.keras", quantize=quantize)
+
+    @contextlib.contextmanager
+    def _naming_step(self, step):
+        """Says of an error of a step that its flags have another name in a build."""
+        try:
+            yield
+        except UserError as error:
+            if not getattr(self, step):
+                raise
+            raise UserError(f"with the flags --{step}.FLAG: {error}") from None
 
     def may_still_change(self, run: BuildRun, name: str) -> bool:
         """Whether a build that has begun can go on with another value of a flag.
@@ -260,8 +276,11 @@ class BuildSettings(RunSettings):
         Args:
             **values: Further settings, which those of the user override.
         """
-        flip = {"random_flip": bool(self.random_flip), "seed": self.seed}
-        return TfliteSettings(**{**flip, **values, **(self.export or {})})
+        without_effect = settings_without_effect(values["quantize"])
+        given = {
+            name: value for name, value in (self.export or {}).items() if name not in without_effect
+        }
+        return TfliteSettings(**{"seed": self.seed, **values, **given})
 
     def latency_settings(self, space: str, **values: Any) -> LatencySettings:
         """The settings of a latency table.

@@ -55,18 +55,18 @@ class Target(NamedTuple):
         margin = self.value / self.aim
         # A limit that has three digits must not be missed by a rounding error.
         low, high = least * margin * (1 + 1e-9), largest * margin * (1 - 1e-9)
-        limits = f"at least {format_cost(self.kind, _round(low, math.ceil))}"
+        limits = f"at least {format_with_unit(self.kind, _round(low, math.ceil))}"
         if high < math.inf:
-            limits += f" and at most {format_cost(self.kind, _round(high, math.floor))}"
+            limits += f" and at most {format_with_unit(self.kind, _round(high, math.floor))}"
             if _round(low, math.ceil) > _round(high, math.floor):  # Nearly the same.
-                limits = f"about {format_cost(self.kind, low)}"
+                limits = f"about {format_with_unit(self.kind, low)}"
         if margin > 1:
             bounds += ", and 1% for the error of the prediction"
         raise UserError(f"`target` must be {limits}, {bounds}. Received: target={received}")
 
 
 def _round(value, rounding):
-    """Three digits, as `format_cost` shows, so that a limit in a message is within the limit."""
+    """Three digits, as `format_with_unit` shows. A limit in a message is within the limit."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return rounding(value / unit) * unit
 
@@ -115,7 +115,7 @@ def parse_time(text: str) -> float:
     return total
 
 
-def format_cost(kind: str, value: float) -> str:
+def format_with_unit(kind: str, value: float) -> str:
     """A cost with its unit, such as "7.92M MACs", "1.97 ms" or "298 kB".
 
     Args:

@@ -14,6 +14,7 @@ import tensorflow as tf
 from fpnas_keras.data.augmentation import Augmentation
 from fpnas_keras.data.image_files import decode, decode_file
 from fpnas_keras.data.reading import Images, choose_weights_share, split
+from fpnas_keras.errors import UserError
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
@@ -57,7 +58,8 @@ def search_batches(
         A dataset of one epoch. Each iteration over it yields the next epoch.
 
     Raises:
-        UserError: When the parts cannot both have images of every class.
+        UserError: When the parts cannot both have images of every class, when the share is not
+            from 0.05 to 0.95, or when the augmentation mixes images.
 
     Example:
 
@@ -69,6 +71,14 @@ def search_batches(
     """
     images = x if isinstance(x, Images) else Images(x, y, (), x.shape[1:])
     weights_share = weights_share or choose_weights_share(len(images.y))
+    if not 0.05 <= weights_share <= 0.95:
+        raise UserError(
+            f"`weights_share` must be from 0.05 to 0.95. Received: weights_share={weights_share}"
+        )
+    if augmentation is not None and augmentation.mixes:
+        raise UserError(
+            "`augmentation` must not mix images in a search. Received: one with mix_up or cut_mix"
+        )
     weights, architecture = split(images.y, 1 - weights_share, seed)
     steps = steps_per_epoch or max(1, len(weights) // batch_size)
     if whole_epochs:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
@@ -123,6 +124,18 @@ class DataSettings(Settings):
                 f"data={self.data} with images of {received[0]} and {received[1]} classes"
             )
         return images
+
+    def replaced(self, given: Mapping[str, Any]) -> "DataSettings":
+        """These settings with some replaced.
+
+        Other data has a place and a number of images of its own: only `resize` stays.
+
+        Args:
+            given: Values by the names of `DATA_FLAGS`.
+        """
+        is_other = given.get("data", self.data) != self.data
+        kept = ("resize",) if is_other else DATA_FLAGS
+        return DataSettings(**{name: getattr(self, name) for name in kept} | dict(given))
 
     def data_arguments(self) -> str:
         """The flags that name the images, to be typed in another command."""

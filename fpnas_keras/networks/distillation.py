@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -72,16 +73,29 @@ class DistillationLoss(keras.losses.Loss):
         temperature: T.
         distillation_weight: Weight of the teacher's term, 0 to 1.
         label_smoothing: Part of each label that is spread over all classes.
+        name: Name of the loss.
+        reduction: As for all losses of Keras.
 
     Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531,
     section 2, "Distillation".
     """
 
-    def __init__(self, temperature: float, distillation_weight: float, label_smoothing: float):
-        super().__init__(name="distillation")
+    def __init__(
+        self,
+        temperature: float,
+        distillation_weight: float,
+        label_smoothing: float,
+        name: str = "distillation",
+        reduction: str = "sum_over_batch_size",
+    ):
+        super().__init__(name=name, reduction=reduction)
         self.temperature = temperature
         self.distillation_weight = distillation_weight
         self.label_smoothing = label_smoothing
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("temperature", "distillation_weight", "label_smoothing")
+        return super().get_config() | {name: getattr(self, name) for name in names}
 
     def call(self, y_true: keras.KerasTensor, y_pred: keras.KerasTensor) -> keras.KerasTensor:
         """The loss of each image."""

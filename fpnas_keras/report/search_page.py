@@ -96,6 +96,8 @@ def _notice(run):
     missing = [f"{what} (no {file})" for what, file, content in contents if not content]
     if missing:
         texts.append(f"Not on this page: {', '.join(missing)}.")
+    if run.lacks_table:
+        texts.append("The network is shown with its MACs: the run's latency_table.json is gone.")
     return " ".join(texts)
 
 

@@ -142,23 +142,47 @@ class SearchRun(RunDirectory):
         """Share of the images in the weights part of a finished search. It was 0.5 before 0.3."""
         return self.summary.get("weights_share", 0.5)
 
-    def training_arguments(self) -> str:
-        """The flags of the search that its training should have too, each with a space after it."""
+    @property
+    def may_be_mirrored(self) -> bool:
+        """Whether the images have color, and the search has not mirrored them."""
+        return self.architecture.input_shape[-1] == 3 and self.flags.get("random_flip") != "true"
+
+    def train_command(
+        self, architecture_file: pathlib.Path, data_arguments: str, output_dir: str
+    ) -> str:
+        """The command that trains an architecture of the search.
+
+        It has the flags of the search that a training should have too, and mirrors images with
+        color.
+
+        Args:
+            architecture_file: The architecture.
+            data_arguments: The flags that name the images.
+            output_dir: Directory of the training.
+        """
         values = {name: self.flags[name] for name in TRAINING_FLAGS if name in self.flags}
-        lines = [
+        values |= {"random_flip": "true"} if self.may_be_mirrored else {}
+        flags = [
             f"--{name}" if value == "true" else f"--{name}={value}"
             for name, value in values.items()
             if value not in ("false", "none")
         ]
-        return "".join(f"{shlex.quote(line)} " for line in lines)
+        return (
+            f"python -m fpnas_keras.train --architecture={shlex.quote(str(architecture_file))} "
+            f"{data_arguments} {shlex.join([*flags, f'--output_dir={output_dir}'])}"
+        )
 
     @functools.cached_property
     def cost(self) -> Cost:
         """The cost of the search. MACs where the copy of the latency table is gone."""
-        table = self.latency_table
-        if self.cost_kind == "latency" and table is None:
+        if self.lacks_table:
             return MacsCost()
-        return make_cost(self.cost_kind, table=table)
+        return make_cost(self.cost_kind, table=self.latency_table)
+
+    @property
+    def lacks_table(self) -> bool:
+        """Whether the copy of the latency table is gone from a search for milliseconds."""
+        return self.cost_kind == "latency" and self.latency_table is None
 
     @functools.cached_property
     def epochs(self) -> list[dict[str, Any]]:
@@ -271,8 +295,7 @@ class SearchRun(RunDirectory):
         from fpnas_keras.method import ArchitectureSearch
 
         summary = read_json(self.summary_file, "a finished search's summary", _checked_for_loading)
-        table = self.latency_table
-        if summary["cost"] == "latency" and table is None:
+        if summary["cost"] == "latency" and self.latency_table is None:
             raise UserError(
                 f"{self.directory} lacks the search's latency table (latency_table.json)"
             )
@@ -284,7 +307,7 @@ class SearchRun(RunDirectory):
         )
         search = ArchitectureSearch(
             dataclasses.replace(space, name=summary["space"]),  # not that of the copied file
-            cost=make_cost(summary["cost"], summary["target"], table),
+            cost=make_cost(summary["cost"], summary["target"], self.latency_table),
             distribution=summary["distribution"],
             start="uniform",  # The weights replace it.
             warmup_steps=0,

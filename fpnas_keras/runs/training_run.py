@@ -52,6 +52,10 @@ class TrainingRun(RunDirectory):
         Raises:
             UserError: When no epoch has ended yet, or the file is damaged.
         """
+        if not self.metrics_file.is_file():
+            raise UserError(
+                f"{self.metrics_file} is missing: no epoch has ended yet, or this is no training"
+            )
         with self.metrics_file.open(newline="", encoding="utf-8") as file:
             try:
                 rows = [
@@ -79,7 +83,7 @@ class TrainingRun(RunDirectory):
     def exports(self) -> dict[str, dict[str, Any]]:
         """The reports of the `.tflite` files beside the model, by the name of the file."""
         found = {}
-        for path in sorted(self.directory.glob("*_report.json")):
+        for path in sorted(self.directory.glob("[!.]*_report.json")):
             name = path.name.removesuffix("_report.json") + ".tflite"
             model = self.model_file
             if model.exists() and path.stat().st_mtime < model.stat().st_mtime:

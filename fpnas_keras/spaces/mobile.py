@@ -58,13 +58,13 @@ def mobile_40(input_shape: tuple[int, int, int] = (32, 32, 3), num_classes: int 
 
 
 def mobile_128(input_shape: tuple[int, int, int] = (96, 96, 3), num_classes: int = 10) -> Space:
-    """The space for images of 40 to 128 pixels."""
+    """The space for images of 40 to 160 pixels."""
     stem = Stem(filters=8, kernel_size=3, strides=2, activation="hard_silu")
     return _make("mobile_128", input_shape, num_classes, stem, STAGES_128, 384)
 
 
 def mobile_224(input_shape: tuple[int, int, int] = (224, 224, 3), num_classes: int = 1000) -> Space:
-    """The space for images of 128 to 288 pixels."""
+    """The space for images of 160 to 288 pixels."""
     stem = Stem(filters=16, kernel_size=3, strides=2, activation="hard_silu")
     return _make("mobile_224", input_shape, num_classes, stem, STAGES_224, 1280)
 
