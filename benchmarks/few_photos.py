@@ -34,6 +34,8 @@ _STAGES = (
     *((5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)),
 )
 _TEST_SHARE = 0.2
+# Of the random images that stand in for photos in a smoke run.
+_NOISE_CLASSES = ("a", "b", "c")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,11 @@ def make_folders(settings: FewPhotosSettings, runs: harness.Runs) -> dict[str, p
     return folders
 
 
+def count_classes(settings: FewPhotosSettings) -> int:
+    """The number of classes in each folder of `make_folders`."""
+    return len(_NOISE_CLASSES) if settings.smoke else settings.classes
+
+
 def _files_of_classes(settings):
     root = pathlib.Path(settings.folder).absolute() / "train"
     names = sorted(each.name for each in root.iterdir())[: settings.classes]
@@ -164,7 +171,7 @@ def _files_of_classes(settings):
 def _make_noise(folder):
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
-        for name in ("a", "b", "c"):
+        for name in _NOISE_CLASSES:
             (folder / part / name).mkdir(parents=True, exist_ok=True)
             for index in range(8):
                 pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
@@ -203,7 +210,7 @@ def phases(settings: FewPhotosSettings, runs: harness.Runs) -> Iterator[dict[str
         shape = (settings.input_size, settings.input_size, 3)
         scale_published(
             "MobileNetV3-Small",
-            *(shape, 3 if settings.smoke else settings.classes, settings.target, 2),
+            *(shape, count_classes(settings), settings.target, 2),
             settings.published_blocks,
         ).save(published)
         files = {

@@ -58,9 +58,8 @@ class UserSizesSettings(few_photos.FewPhotosSettings):
 def phases(settings: UserSizesSettings, runs: harness.Runs) -> Iterator[dict[str, harness.Job]]:
     """The searches, and then the trainings, by name."""
     searches, trainings = {}, {}
-    num_classes = 3 if settings.smoke else settings.classes
     shape = (settings.input_size, settings.input_size, 3)
-    space = fpnas.spaces.get(settings.space, shape, num_classes)
+    space = fpnas.spaces.get(settings.space, shape, few_photos.count_classes(settings))
     drawn = draw_random_networks(space, settings.target, settings.random_networks)
     for folder in few_photos.make_folders(settings, runs).values():
         common = {"data": f"folder:{folder}", "train_images": None, "random_flip": True}
