@@ -8,7 +8,8 @@ table has the accuracy of all networks. A search is judged by
 * the accuracy of its result, its percentile among the networks that cost 95% to 100% of the target,
   and its distance to the best network within the target,
 * Kendall's tau between the loss under its final shared weights and the published accuracy: of 40
-  networks that cost 95% to 100% of the target, and of 40 networks of all costs.
+  networks that cost 95% to 100% of the target, and of 40 networks of all costs,
+* the best of its finalists: what trainings of all finalists that a search keeps would choose.
 
 `METHODS` has the settings that are compared; each starts from the defaults of `fpnas search`. One
 job runs on each core. Finished rows are appended to --output. A run that was interrupted continues
@@ -26,8 +27,9 @@ from typing import Any, ClassVar
 import harness
 import numpy as np
 import scipy.stats
-from nas_bench_macro import Table, TableSettings, all_entries
+from nas_bench_macro import Table, TableSettings, all_entries, expected_best
 
+from fpnas_keras.architecture import Architecture
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
 from fpnas_keras.files import write_json
@@ -59,6 +61,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "no rising learning rate and no clipping": {"learning_rate_warmup": 0.0, "clip_norm": 0.0},
     "uniform start": {"start": "uniform"},
     "samples of all costs": {"cost_window": 0.0},
+    "slower decision": {"architecture_learning_rate": 0.01},
 }
 
 
@@ -158,12 +161,20 @@ def judge(settings: MacroSearchSettings) -> None:
         "best": table.best(budget),
         "random_mean": table.accuracy[in_band].mean(),
         "random_deviation": table.accuracy[in_band].std(),
+        "finalists": finalist_accuracies(run, table),
         "tau_in_band": rank_correlation(settings, evaluation, table, in_band),
         "tau": rank_correlation(settings, evaluation, table, np.ones(len(table.macs), bool)),
     }
     directory = pathlib.Path(settings.work_dir)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "summary.json", summary)
+
+
+def finalist_accuracies(run: SearchRun, table: Table) -> list[float]:
+    """The published accuracies of the finalists that a search keeps, its result first."""
+    space = table.space
+    entries = [space.entries_of(Architecture.load(file)) for file in run.finalist_files]
+    return [float(table.accuracy[int(table.index(each))]) for each in entries]
 
 
 def rank_correlation(
@@ -204,7 +215,36 @@ def report(settings: MacroSearchSettings, rows: Mapping[str, harness.Row]) -> No
                 f"{mean('distance'):.2f} | {mean('tau_in_band'):.2f} | {mean('tau'):.2f} | "
                 f"{statistics.mean(rows[name]['cpu_seconds'] for name in names):.0f} |"
             )
+    report_finalists(settings, rows)
     report_params(settings)
+
+
+def report_finalists(settings: MacroSearchSettings, rows: Mapping[str, harness.Row]) -> None:
+    """Prints what trainings of a search's finalists would choose, and of as many random networks.
+
+    Rows of an earlier version have no finalists.
+    """
+    table = Table(settings.table_dir)
+    print(
+        f"\n| | target | best of the finalists, % | percentile, mean | distance | best of as many "
+        f"random ones |\n{'|---' * 6}|"
+    )
+    for method in settings.methods:
+        for target in settings.targets:
+            budget = float(target) * 1e6
+            near = table.accuracy[table.near(budget)]
+            names = [f"judge {method} {target}M {seed}" for seed in range(settings.seeds)]
+            finalists = [rows[name]["finalists"] for name in names if rows[name].get("finalists")]
+            if not finalists:
+                continue
+            best = list(map(max, finalists))
+            percentile = statistics.mean(100 * np.mean(near <= each) for each in best)
+            as_many = statistics.mean(expected_best(near, len(each)) for each in finalists)
+            listed = " ".join(f"{each:.2f}" for each in best)
+            print(
+                f"| {method} | {target} | {listed} | {percentile:.1f} | "
+                f"{table.best(budget) - statistics.mean(best):.2f} | {as_many:.2f} |"
+            )
 
 
 def report_params(settings: MacroSearchSettings) -> None:

@@ -23,11 +23,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import harness
 import numpy as np
-from nas_bench_macro import Table, TableSettings, all_entries
+from nas_bench_macro import Table, TableSettings, all_entries, expected_best
 
 from fpnas_keras.building import planning
 from fpnas_keras.commands import run_command
@@ -126,55 +126,73 @@ def random_trials(accuracies: np.ndarray, level: float) -> float:
     return (len(accuracies) + 1) / (np.count_nonzero(accuracies >= level) + 1)
 
 
-def expected_best(accuracies: np.ndarray, draws: int) -> float:
-    """Mean of the best of so many draws, without replacement."""
-    left = np.arange(len(accuracies))
-    # The chance that the best one is at most the i-th worst: all draws are among those.
-    at_most = np.ones(len(accuracies))
-    for draw in range(draws):
-        at_most *= np.clip(left + 1 - draw, 0, None) / (len(accuracies) - draw)
-    return float(np.sort(accuracies) @ np.diff(at_most, prepend=0.0))
+class Found(NamedTuple):
+    """What is found for a target, by the mean of the searches.
+
+    Attributes:
+        name: How.
+        accuracy: Published accuracy in percent.
+        seconds: CPU seconds.
+    """
+
+    name: str
+    accuracy: float
+    seconds: float
 
 
-def searches(settings: MultiTrialSettings, target: str) -> tuple[float, float] | None:
-    """Mean accuracy and CPU seconds of the searches for a target; `None` without any."""
+def searches(settings: MultiTrialSettings, target: str, training_seconds: float) -> list[Found]:
+    """What the searches for a target find, alone and with trainings of all their finalists."""
     rows = harness.finished(settings.searches, "name")
     names = [name for name in rows if name.startswith(f"ours {target}M ")]
     if not names:
-        return None
-    accuracy = statistics.mean(rows[f"judge {name}"]["accuracy"] for name in names)
-    return accuracy, statistics.mean(rows[name]["cpu_seconds"] for name in names)
+        return []
+    judged = [rows[f"judge {name}"] for name in names]
+    accuracy = statistics.mean(row["accuracy"] for row in judged)
+    seconds = statistics.mean(rows[name]["cpu_seconds"] for name in names)
+    found = [Found("the search", accuracy, seconds)]
+    finalists = [row["finalists"] for row in judged if row.get("finalists")]
+    if finalists:
+        trained = statistics.mean(map(len, finalists))
+        best = statistics.mean(map(max, finalists))
+        seconds += trained * training_seconds
+        found.append(Found(f"with trainings of {trained:g} finalists", best, seconds))
+    return found
 
 
 def report(settings: MultiTrialSettings, rows: Mapping[str, harness.Row], table: Table) -> None:
     """Prints the table."""
     shown = " | ".join(f"best of {count}" for count in SHOWN)
     print(
-        f"\n| target | the search | trials | {shown} | trials to reach the search | "
-        f"a training over a search | time over the search's |\n{'|---' * (6 + len(SHOWN))}|"
+        f"\n| target | found by | accuracy, % | trials | {shown} | trials to be as good | "
+        f"a training over its time | their time over its |\n{'|---' * (7 + len(SHOWN))}|"
     )
     for target in settings.targets:
-        found = searches(settings, target)
-        if found is None:
-            print(f"| {target}M | not in {settings.searches} {'|' * (5 + len(SHOWN))}")
-            continue
-        level, cpu_seconds = found
-        ratio = rows[settings.training_name(target)]["seconds"] / cpu_seconds
-        near = table.accuracy[table.near(1e6 * float(target))]
-        best = [expected_best(near, count) for count in SHOWN]
-        lines = {"random, 95% to 100% of the target": (best, random_trials(near, level))}
-        for tuner in settings.tuners:
-            names = [settings.tuner_name(tuner, target, seed) for seed in range(settings.seeds)]
-            own = [rows[name] for name in names]
-            best = [np.mean([max(row["accuracies"][:count]) for row in own]) for count in SHOWN]
-            needed = [trials_to_reach(row["accuracies"], level) for row in own]
-            lines[tuner] = (best, statistics.median(needed))
-        for name, (best, needed) in lines.items():
-            cells = " | ".join(f"{each:.2f}" for each in best)
-            print(
-                f"| {target}M | {level:.2f} | {name} | {cells} | {needed:.1f} | {ratio:.2f} | "
-                f"{needed * ratio:.1f} |"
-            )
+        seconds = rows[settings.training_name(target)]["seconds"]
+        all_found = searches(settings, target, seconds)
+        if not all_found:
+            print(f"| {target}M | not in {settings.searches} {'|' * (6 + len(SHOWN))}")
+        for found in all_found:
+            ratio = seconds / found.seconds
+            for name, (best, needed) in _trials(settings, rows, table, target, found).items():
+                cells = " | ".join(f"{each:.2f}" for each in best)
+                print(
+                    f"| {target}M | {found.name} | {found.accuracy:.2f} | {name} | {cells} | "
+                    f"{needed:.1f} | {ratio:.2f} | {needed * ratio:.1f} |"
+                )
+
+
+def _trials(settings, rows, table, target, found):
+    """Best accuracies after `SHOWN` trials, and trials to be as good, by the kind of trials."""
+    near = table.accuracy[table.near(1e6 * float(target))]
+    best = [expected_best(near, count) for count in SHOWN]
+    trials = {"random, 95% to 100% of the target": (best, random_trials(near, found.accuracy))}
+    for tuner in settings.tuners:
+        names = [settings.tuner_name(tuner, target, seed) for seed in range(settings.seeds)]
+        own = [rows[name]["accuracies"] for name in names]
+        best = [np.mean([max(each[:count]) for each in own]) for count in SHOWN]
+        needed = statistics.median(trials_to_reach(each, found.accuracy) for each in own)
+        trials[tuner] = (best, needed)
+    return trials
 
 
 def run(settings: MultiTrialSettings) -> None:

@@ -220,6 +220,16 @@ class Table:
         return differences
 
 
+def expected_best(accuracies: np.ndarray, draws: int) -> float:
+    """Mean of the best of so many draws, without replacement."""
+    left = np.arange(len(accuracies))
+    # The chance that the best one is at most the i-th worst: all draws are among those.
+    at_most = np.ones(len(accuracies))
+    for draw in range(draws):
+        at_most *= np.clip(left + 1 - draw, 0, None) / (len(accuracies) - draw)
+    return float(np.sort(accuracies) @ np.diff(at_most, prepend=0.0))
+
+
 class TableSearch:
     """A search on the table. All seeds run in one trace."""
 
