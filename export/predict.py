@@ -71,6 +71,9 @@ def classify_images(**settings: Any) -> list[Prediction]:
     Args:
         **settings: The fields of `PredictSettings`, which are the flags of `fpnas predict`.
 
+    Returns:
+        The file and the likeliest classes of each image, in the order of the images.
+
     Raises:
         UserError: When a setting is wrong, or an image cannot be read.
 

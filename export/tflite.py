@@ -257,12 +257,12 @@ def export_tflite(**settings: Any) -> TfliteExport:
     Args:
         **settings: The fields of `TfliteSettings`, which are the flags of `fpnas export`.
 
+    Returns:
+        The files and the report.
+
     Raises:
         UserError: When a setting is wrong, or the file does not do what Keras does. No `.tflite`
             file is written then. Fine-tuned weights of `quantize="qat"` are kept.
-
-    Returns:
-        The files and the report.
 
     Example:
 

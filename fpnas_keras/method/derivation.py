@@ -74,6 +74,9 @@ def most_probable(
         least: Smallest cost. If no such architecture is found in time, the limit is dropped, with
             a warning.
 
+    Returns:
+        The architecture as entries, with its cost, its log p, and the bound of what is not proven.
+
     Raises:
         UserError: If no architecture is within the budget.
 

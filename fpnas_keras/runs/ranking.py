@@ -57,6 +57,7 @@ class Evaluation:
         images: The training images of the search.
         weights_share: Share of the images in the weights part, as in the search.
         count: Maximum number of images.
+        batch_size: Images in a batch, about. Default: up to 250, as many as the memory allows.
 
     Attributes:
         search: The search.
