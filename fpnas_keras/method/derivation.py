@@ -75,7 +75,7 @@ def most_probable(
             a warning.
 
     Returns:
-        The architecture as entries, with its cost, its log p, and the bound of what is not proven.
+        The architecture, and what is proven of it.
 
     Raises:
         UserError: If no architecture is within the budget.
