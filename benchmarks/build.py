@@ -92,7 +92,9 @@ def run_method(settings: BuildBenchmarkSettings, folder: pathlib.Path) -> dict[s
     """Runs `settings.method` on a folder of photos, and gives its row."""
     runs = harness.Runs(settings)
     directory = runs.directory(settings.row_name(folder, settings.method))
-    directory.mkdir(parents=True, exist_ok=True)
+    # Of an interrupted run: going on with it would not take the time of a whole one.
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     start = time.monotonic()
     if settings.method == "build":
         lines = _build(settings, folder, directory)
@@ -259,7 +261,6 @@ def draw(rows: Mapping[str, harness.Row], picture: str) -> None:
 
 def run(settings: BuildBenchmarkSettings) -> None:
     """Runs the methods that have no row yet, and reports."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     runs = harness.Runs(settings)
     folders = few_photos.make_folders(settings, runs)
     if settings.method is not None:
@@ -276,13 +277,13 @@ def run(settings: BuildBenchmarkSettings) -> None:
             if name in rows:
                 continue
             print(f"{name} ...", flush=True)
-            try:
-                if method in REQUIREMENTS:
+            if method in REQUIREMENTS:
+                try:
                     _environment(runs.work_dir, method)  # Its time does not count.
-                row = _run_alone(settings, photos, method)
-            except (subprocess.CalledProcessError, OSError) as error:
-                print(f"left out: {name}: {error}")
-                continue
+                except (subprocess.CalledProcessError, OSError) as error:
+                    print(f"left out: {name}: {error}")
+                    continue
+            row = _run_alone(settings, photos, method)
             directory = pathlib.Path(row.pop("directory"))
             file = directory / INT8
             with contextlib.closing(devices.Host()) as host:

@@ -5,15 +5,14 @@ python benchmarks/few_photos.py --folder=FOLDER --lite0=NPZ
 For each number of photos a class: a search, its result trained with 3 seeds from scratch and with
 the teacher, and MobileNetV3-Small at the largest width within the target, trained in the same ways.
 The teacher is EfficientNet-Lite0 with ImageNet's weights, which gets a new head fitted to the
-photos. All settings but those are the defaults of the commands. The test images are all photos of
-the classes that no number of photos uses.
+photos. All settings but those are the defaults of the commands. The test images are a fifth of the
+photos of the classes, the same for every number of photos.
 
 One job runs on each core. Finished rows are appended to --output. A run that was interrupted
 continues from there.
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -141,6 +140,11 @@ def make_folders(settings: FewPhotosSettings, runs: harness.Runs) -> dict[str, p
         for name, paths in files.items():
             order = np.random.default_rng(0).permutation(len(paths))
             held_out = int(_TEST_SHARE * len(paths))
+            if len(paths) - held_out < int(count):
+                raise UserError(
+                    f"`photos` must be at most {len(paths) - held_out}, the training photos of "
+                    f"{name}. Received: photos={count}"
+                )
             parts = {"test": order[:held_out], "train": order[held_out : held_out + int(count)]}
             for part, indices in parts.items():
                 target = folder / part / name
@@ -242,7 +246,6 @@ def report(settings: FewPhotosSettings, rows: Mapping[str, harness.Row]) -> None
 
 def run(settings: FewPhotosSettings) -> None:
     """Runs the jobs that have no row yet, and reports."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     runs = harness.Runs(settings)
     report(settings, runs.run_phases(phases(settings, runs)))
 

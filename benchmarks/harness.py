@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple, Self
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported
+
 import keras
 import tensorflow as tf
 
@@ -282,12 +284,12 @@ class Job(NamedTuple):
     Attributes:
         arguments: What follows `python` to run it in a process.
         run: Runs it in this process.
-        keeps_architecture: Whether its row also holds the architecture of the run.
+        has_architecture: Whether its row also holds the architecture of the run.
     """
 
     arguments: list[str]
     run: Callable[[], object]
-    keeps_architecture: bool = False
+    has_architecture: bool = False
 
 
 class Runs:
@@ -363,7 +365,7 @@ class Runs:
         job = Job(
             ["-m", "fpnas_keras.train", *settings.to_flags()],
             functools.partial(run_training, settings),
-            keeps_architecture=True,
+            has_architecture=True,
         )
         return {name: job}
 
@@ -402,9 +404,18 @@ class Runs:
 
         with ThreadPoolExecutor(cores.qsize()) as pool:
             for phase in phases:
+                for name in phase.keys() & rows.keys():
+                    self._restore(name, rows[name])
                 todo = [item for item in phase.items() if item[0] not in rows]
                 list((map if self.settings.smoke else pool.map)(work, todo))
         return rows
+
+    def _restore(self, name, row):
+        """Writes the architecture of a row whose directory is gone: a training may need it."""
+        run = RunDirectory(self.directory(name))
+        if "architecture" in row and not run.architecture_file.exists():
+            run.directory.mkdir(exist_ok=True)
+            fpnas.Architecture.from_dict(row["architecture"]).save(run.architecture_file)
 
     def _run(self, name, job, core):
         """The row of a job, from the files that it leaves."""
@@ -414,7 +425,7 @@ class Runs:
             job.run()
         else:
             run_on_core(job.arguments, core, self.work_dir / f"{run.directory.name}.log")
-        if not job.keeps_architecture:
+        if not job.has_architecture:
             return run.summary
         return {"architecture": run.architecture.to_dict(), **run.summary}
 
@@ -422,7 +433,9 @@ class Runs:
 def search_job(settings: SearchSettings) -> Job:
     """A search as a job."""
     return Job(
-        ["-m", "fpnas_keras.search", *settings.to_flags()], functools.partial(run_search, settings)
+        ["-m", "fpnas_keras.search", *settings.to_flags()],
+        functools.partial(run_search, settings),
+        has_architecture=True,
     )
 
 

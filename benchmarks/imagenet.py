@@ -30,6 +30,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import fpnas_keras as fpnas
+from fpnas_keras import data
 from fpnas_keras.commands import run_command
 from fpnas_keras.method import FactorizedLogits
 from fpnas_keras.runs import RunDirectory
@@ -147,7 +148,8 @@ def run_job(settings: ImagenetSettings, name: str) -> harness.Row:
     else:
         subprocess.run([sys.executable, *short.arguments], check=True, cwd=harness.ROOT)
     summary = RunDirectory(directory).summary
-    steps = job.epochs * (TRAIN_IMAGES // 2 // job.batch_size)
+    share = job.weights_share or data.choose_weights_share(TRAIN_IMAGES)
+    steps = job.epochs * (int(TRAIN_IMAGES * share) // job.batch_size)
     samples = first_samples(job.space, (224, 224, 3), CLASSES) * remaining_samples()
     macs = 4 * job.target * job.batch_size * samples * steps
     return {

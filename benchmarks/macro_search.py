@@ -239,7 +239,7 @@ def report_finalists(settings: MacroSearchSettings, rows: Mapping[str, harness.R
                 continue
             best = list(map(max, finalists))
             percentile = statistics.mean(100 * np.mean(near <= each) for each in best)
-            as_many = statistics.mean(expected_best(near, len(each)) for each in finalists)
+            as_many = statistics.mean(expected_best(near, len(set(each))) for each in finalists)
             listed = " ".join(f"{each:.2f}" for each in best)
             print(
                 f"| {method} | {target} | {listed} | {percentile:.1f} | "

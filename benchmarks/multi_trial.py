@@ -122,8 +122,13 @@ def trials_to_reach(accuracies: Sequence[float], level: float) -> float:
 
 
 def random_trials(accuracies: np.ndarray, level: float) -> float:
-    """Mean number of draws, without replacement, until one reaches an accuracy."""
-    return (len(accuracies) + 1) / (np.count_nonzero(accuracies >= level) + 1)
+    """Median number of draws, without replacement, until one reaches an accuracy."""
+    worse, missed = np.count_nonzero(accuracies < level), 1.0
+    for draw in range(len(accuracies)):
+        missed *= max(worse - draw, 0) / (len(accuracies) - draw)
+        if missed <= 0.5:
+            return draw + 1.0
+    return np.inf
 
 
 class Found(NamedTuple):
@@ -146,16 +151,18 @@ def searches(settings: MultiTrialSettings, target: str, training_seconds: float)
     names = [name for name in rows if name.startswith(f"ours {target}M ")]
     if not names:
         return []
-    judged = [rows[f"judge {name}"] for name in names]
-    accuracy = statistics.mean(row["accuracy"] for row in judged)
+    accuracy = statistics.mean(rows[f"judge {name}"]["accuracy"] for name in names)
     seconds = statistics.mean(rows[name]["cpu_seconds"] for name in names)
     found = [Found("the search", accuracy, seconds)]
-    finalists = [row["finalists"] for row in judged if row.get("finalists")]
-    if finalists:
-        trained = statistics.mean(map(len, finalists))
-        best = statistics.mean(map(max, finalists))
-        seconds += trained * training_seconds
-        found.append(Found(f"with trainings of {trained:g} finalists", best, seconds))
+    # Earlier versions kept no finalists, or one network several times.
+    finalists = {name: set(rows[f"judge {name}"].get("finalists", ())) for name in names}
+    names = [name for name in names if finalists[name]]
+    if names:
+        best = statistics.mean(max(finalists[name]) for name in names)
+        seconds = statistics.mean(
+            rows[name]["cpu_seconds"] + len(finalists[name]) * training_seconds for name in names
+        )
+        found.append(Found("with trainings of its finalists", best, seconds))
     return found
 
 

@@ -247,7 +247,12 @@ def run(settings: PeersSettings) -> None:
     rows = harness.finished(settings.output, "network")
     rng = np.random.default_rng(1)
     networks = [draw_network(rng) for _ in range(settings.networks)]
-    todo = [index for index in range(settings.networks) if index not in rows]
+    wanted = {"ours", *settings.peers}
+    todo = [
+        index
+        for index in range(settings.networks)
+        if index not in rows or not wanted <= rows[index]["train"].keys()
+    ]
     if todo:
         if not settings.smoke:  # A smoke run is in a process that has other work.
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

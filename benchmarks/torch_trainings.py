@@ -419,6 +419,8 @@ def main() -> None:
         each.start()
     for each in workers:
         each.join()
+    if any(each.exitcode for each in workers):
+        raise SystemExit("a process failed: its networks have no rows")
 
 
 if __name__ == "__main__":

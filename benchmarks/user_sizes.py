@@ -11,7 +11,6 @@ continues from there.
 """
 
 import dataclasses
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
@@ -120,7 +119,6 @@ def _accuracies(rows, folder, names):
 
 def run(settings: UserSizesSettings) -> None:
     """Runs the jobs that have no row yet, and reports."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     runs = harness.Runs(settings)
     report(settings, runs.run_phases(phases(settings, runs)))
 

@@ -14,8 +14,10 @@ from unittest import mock
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import logging
 
+from fpnas_keras import data
 from fpnas_keras.architecture import Architecture, Block, Head, Stem
 from fpnas_keras.commands import run_command
 from fpnas_keras.cost import latency_table
@@ -198,3 +200,18 @@ def run(module, *arguments, **changes):
     finally:
         handler.setStream(stream)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+
+def calibrated(model):
+    """The model with moving statistics that fit its weights."""
+    x = 255 * tf.random.stateless_uniform((32, 16, 16, 3), (1, 2))
+    for _ in range(30):
+        model(x, training=True)
+    return model
+
+
+def random_images(count=20):
+    """Images of 16 pixels of five classes."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return data.Images(x, np.arange(count) % 5, tuple("abcde"), (16, 16, 3))

@@ -39,7 +39,7 @@ ARCHITECTURES = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(ARCHITECTURES)
 def test_macs_and_params_are_those_of_the_built_model(architecture):
     model = architecture.build()
@@ -50,7 +50,7 @@ def test_macs_and_params_are_those_of_the_built_model(architecture):
     assert model.output_shape == (None, architecture.num_classes)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ARCHITECTURES)
 def test_json_round_trip(architecture):
     assert Architecture.from_dict(json.loads(json.dumps(architecture.to_dict()))) == architecture

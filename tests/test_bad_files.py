@@ -4,12 +4,11 @@ import contextlib
 import copy
 import json
 import os
-import pathlib
 import re
 
 import numpy as np
 import pytest
-from helpers import make_tiny_space, write_latency_table
+from helpers import ROOT, make_tiny_space, write_latency_table
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -17,13 +16,10 @@ import fpnas_keras as fpnas
 from fpnas_keras.cost import SpaceCost
 from fpnas_keras.search import SearchSettings
 
-ROOT = pathlib.Path(__file__).parents[1]
 SPACE = make_tiny_space()
 ARCHITECTURE = SPACE.architecture(np.zeros(SPACE.cardinalities.shape, int)).to_dict()
 SPACE_FILE = json.loads((ROOT / "configs" / "spaces" / "example.json").read_text())
-QUICK = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 values = st.recursive(
     st.none()

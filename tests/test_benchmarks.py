@@ -11,13 +11,14 @@ import shutil
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import fpnas_keras.train
 from fpnas_keras.commands import run_command
 from fpnas_keras.errors import UserError
 from fpnas_keras.train import TrainSettings
 
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 # What the benchmarks share. Every other file of the folder is a benchmark.
 SHARED = {
     *("dmasking", "harness", "networks", "peer_networks", "rivals", "torch_trainings"),
@@ -39,8 +40,6 @@ NEEDS_MORE = {
     "user_sizes",
     "versus",
 }
-# They have not run to their end on real images yet.
-UNFINISHED = {"few_photos"}
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +81,12 @@ def test_smoke_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fpnas_keras.train, "_RECALIBRATION_BATCHES", 2)
     benchmark = load(name)
     measured_file = FOLDER / output_name(benchmark)
-    assert measured_file.exists() or name in UNFINISHED
     before = read_bytes(measured_file), sorted(FOLDER.iterdir())
     output = tmp_path / measured_file.name
     assert run_command(benchmark.COMMAND, ["--smoke", f"--output={output}"]) == 0
     rows = read(output)
     assert rows
-    measured = rows if name in UNFINISHED else read(measured_file)
+    measured = read(measured_file)
     for key, row in rows.items():
         # A run that was interrupted continues by these names, and reports read these columns.
         assert key in measured
@@ -128,7 +126,8 @@ def test_trials_of_random_search(count, draws):
     level = np.sort(accuracies)[-2]
     orders = list(itertools.permutations(accuracies))
     best = np.mean([max(order[:draws]) for order in orders])
-    needed = np.mean([multi_trial.trials_to_reach(order, level) for order in orders])
+    needed = [multi_trial.trials_to_reach(order, level) for order in orders]
+    needed = np.quantile(needed, 0.5, method="inverted_cdf")
     assert multi_trial.expected_best(accuracies, draws) == pytest.approx(best)
     assert multi_trial.random_trials(accuracies, level) == pytest.approx(needed)
     assert multi_trial.trials_to_reach(accuracies, 1e9) == np.inf

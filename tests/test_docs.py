@@ -36,6 +36,8 @@ BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+# It runs where TensorFlow and absl are not.
+NOT_OF_ABSL = {"benchmarks/torch_trainings.py"}
 # What makes each job short. Files that an earlier page wrote are replaced.
 SHORT = {
     fpnas_keras.search: (
@@ -87,7 +89,8 @@ def commands(code):
 
 def commands_of_the_project(code):
     """The words of the commands among other lines of a shell script."""
-    own = [line for line in code.splitlines() if line.startswith(("fpnas ", "python -m "))]
+    beginnings = ("fpnas ", "python -m ", "python benchmarks/")
+    own = [line for line in code.splitlines() if line.startswith(beginnings)]
     return commands("\n".join(own))
 
 
@@ -97,6 +100,8 @@ def to_module(words):
         return fpnas_command.MODULES.get(words[1]), words[2:]
     if words[:2] == ["python", "-m"] and words[2].split(".")[0] in ("fpnas_keras", "export"):
         return words[2], words[3:]
+    if words[1:] and words[1].startswith("benchmarks/") and words[1] not in NOT_OF_ABSL:
+        return pathlib.Path(words[1]).stem, words[2:]
     return None, words
 
 
@@ -163,6 +168,7 @@ def test_blocks_run(page, shortened):
 def test_blocks_that_are_not_run_are_valid(page, monkeypatch):
     """Python parses; commands of the project have flags that exist, with values in range."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for reason, language, code in blocks(page):
         if reason is None:
             continue

@@ -15,7 +15,7 @@ from fpnas_keras.method.estimator import (
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=12), st.integers(0, 99))
 def test_streaming_sum_is_the_softmax_weighted_sum(scores, seed):
     rng = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def test_penalty_coefficients_are_the_gradient_of_the_hinge():
     np.testing.assert_array_equal(within, [0, 0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=20), st.booleans())
 def test_a_sample_counts_as_often_as_it_was_drawn(which, control_variate):
     """Evaluating equal samples once gives the same sums as evaluating every draw."""

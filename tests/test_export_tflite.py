@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
-from helpers import make_tiny_space
+from helpers import calibrated, make_tiny_space, random_images
 
 from export import comparison, conversion, devices, tflite
 from fpnas_keras import data
@@ -33,19 +33,6 @@ def make_model(block, activation="relu"):
         Head(24, activation),
     )
     return calibrated(architecture.build())
-
-
-def calibrated(model):
-    x = 255 * tf.random.stateless_uniform((32, 16, 16, 3), (1, 2))
-    for _ in range(30):  # moving statistics that fit the weights
-        model(x, training=True)
-    return model
-
-
-def random_images(count=20):
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-    return data.Images(x, np.arange(count) % 5, tuple("abcde"), (16, 16, 3))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

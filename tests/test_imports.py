@@ -1,10 +1,10 @@
 """Which part of the project imports which, against the map in BUILD.md."""
 
 import ast
-import pathlib
 import re
 
-ROOT = pathlib.Path(__file__).parents[1]
+from helpers import ROOT
+
 # The public names of the package.
 WITHOUT_PLACE = {"fpnas_keras/__init__.py", "export/__init__.py"}
 

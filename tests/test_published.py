@@ -1,18 +1,16 @@
 """configs/architectures against published numbers, keras.applications and TFLite graphs."""
 
-import pathlib
-
 import keras
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from helpers import counted_macs
+from helpers import ROOT, counted_macs
 
 from export.conversion import convert
 from fpnas_keras import Architecture, spaces
 from fpnas_keras.published import scale_published
 
-FOLDER = pathlib.Path(__file__).parents[1] / "configs" / "architectures"
+FOLDER = ROOT / "configs" / "architectures"
 # Accuracy in %, MACs and parameters in the published table.
 NAS_BENCH_MACRO = {
     "22212220": (93.13, 85_164_544, 1_985_514),

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from helpers import EVERYTHING, SMALL_SPACE
-from test_export_tflite import calibrated, random_images
+from helpers import EVERYTHING, SMALL_SPACE, calibrated, random_images
 
 from export import conversion, devices, export_tflite, qat
 from export.latency_parts import random_networks

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import ROOT, SMALL_SPACE, environment, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fpnas_keras.errors import UserError
@@ -38,7 +38,6 @@ def test_a_strategy_of_several_workers_needs_a_new_process(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**9), max_size=40), st.integers(1, 8))
 def test_each_sample_is_one_replicas_and_the_work_is_even(work, replicas):
     shares = [

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -66,7 +65,7 @@ def test_number_of_architectures_is_that_of_an_enumeration(tiny_space):
     assert len(all_choices(tiny_space)) == tiny_space.num_architectures
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(BLOCKS)
 def test_number_of_choices_of_any_block(block):
     """Each different block is one entry, and every combination of choices is an entry."""
@@ -89,7 +88,7 @@ def test_number_of_choices_of_any_block(block):
             assert each in found
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1))
 def test_choices_is_the_inverse_of_architecture(seed):
     space = spaces.get("mobile_mini", input_shape=(28, 28, 1))
@@ -158,7 +157,7 @@ def test_impossible_blocks_are_refused(change, message):
         SearchBlock(**{"filters": (8,)} | change)
 
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "configs" / "spaces" / "example.json"
+EXAMPLE = ROOT / "configs" / "spaces" / "example.json"
 PYTHON_SPACE = """
 from fpnas_keras.architecture import Head, Stem
 from fpnas_keras.spaces import SearchBlock, Space
@@ -288,7 +287,7 @@ def test_large_spaces_have_the_sizes_they_say(name, blocks, rows, least, largest
     assert space_cost.largest() == pytest.approx(largest, rel=0.002)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(spaces.names()), st.integers(0, 2**32 - 1))
 def test_every_space_reads_its_own_architectures(name, seed):
     space = spaces.get(name)
@@ -326,7 +325,7 @@ def test_parts_are_the_union_of_those_of_all_architectures(space):
     assert found == list(space.parts())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(BLOCKS, min_size=1, max_size=3), st.integers(0, 99))
 def test_entries_to_choices_and_back(search_blocks, seed):
     entries = Entries(search_blocks)

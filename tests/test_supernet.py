@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-import pathlib
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import make_tiny_space, random_choices
+from helpers import ROOT, make_tiny_space, random_choices
 
 from fpnas_keras import Architecture, MacsCost, ParamsCost, UserError, spaces
 from fpnas_keras.architecture import Head, Stem
@@ -80,7 +79,7 @@ def test_every_choice_of_every_variable_gives_the_logits_of_the_plain_network():
 SIZES = {"mobile_mini": 28, "mobile_40": 28, "nas_bench_macro": 32}
 
 
-EXAMPLE = str(pathlib.Path(__file__).parents[1] / "configs" / "spaces" / "example.json")
+EXAMPLE = str(ROOT / "configs" / "spaces" / "example.json")
 
 
 @pytest.fixture(scope="module", params=[*spaces.names(), EXAMPLE])

@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+import fpnas_keras
 from fpnas_keras.data import Images
 from fpnas_keras.errors import Interrupted, UserError
 from fpnas_keras.files import read_json, replacing, write_json
@@ -270,7 +271,7 @@ class Session:
         """Writes the summary, with what the run used, and removes old checkpoints."""
         if not self.writes:
             return
-        versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
+        versions = {each.__name__: each.__version__ for each in (fpnas_keras, keras, tf)}
         self.run.write_summary(summary | self.usage() | {"versions": versions})
         self._remove_checkpoints()
 
