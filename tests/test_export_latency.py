@@ -153,7 +153,19 @@ def test_a_network_is_measured_against_the_table(folder, table):
     assert "predicted" in result.stdout
 
 
-def test_tables_for_several_numbers_of_threads_are_measured_in_turn(folder, tmp_path):
+def test_tables_for_several_numbers_of_threads_are_measured_in_turn(folder, tmp_path, monkeypatch):
+    rounds = []
+
+    class Device(devices.Host):
+        def __init__(self, threads):
+            super().__init__(threads)
+            assert self._process.args[-1] == str(threads)
+
+        def round(self, files, seed):
+            rounds.append(self.threads)
+            return super().round(files, seed)
+
+    monkeypatch.setattr(devices, "Host", Device)
     flags = [f"--space={folder / 'small.json'}", "--rounds=2", *FLAGS]
     result = measure(*flags, "--threads=1,2", f"--output={tmp_path / 'host.json'}")
     assert result.returncode == 0, result.stderr
@@ -164,6 +176,7 @@ def test_tables_for_several_numbers_of_threads_are_measured_in_turn(folder, tmp_
     assert all(
         table["complete"] and str(file) in result.stdout for table, file in zip(tables, files)
     )
+    assert rounds[:4] == [1, 2, 1, 2]
     # A table for one number is the same table.
     result = measure(*flags, "--threads=2", f"--output={files[1]}")
     assert result.returncode == 0, result.stderr
