@@ -50,7 +50,92 @@ _FRESH_DEVICES = {"host": 5, "adb": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatencySettings(Settings):
+class DeviceSettings(Settings):
+    """Settings of the device that files are timed on."""
+
+    device: str = setting(
+        "This machine, or an Android phone, which needs --benchmark_model.",
+        "host",
+        choices=("host", "adb"),
+        group=_DEVICE,
+    )
+    threads: tuple[int, ...] = setting(
+        "Threads of the interpreter. Phones are usually timed with one. Several numbers, such as "
+        "1,2,4, are measured in turn.",
+        (1,),
+        least=1,
+        group=_DEVICE,
+    )
+    benchmark_model: str | None = setting(
+        "The benchmark_model binary for the phone.", None, group=_DEVICE
+    )
+    serial: str | None = setting(
+        "Serial number of the phone (adb devices), if there are several.", None, group=_DEVICE
+    )
+    core_mask: str = setting(
+        "Cores of the phone to run on, as taskset takes them: f0.", "", group=_DEVICE
+    )
+    delegate: str = setting(
+        "What runs the files on the phone: its CPU by XNNPACK, its GPU, or by NNAPI what Android "
+        "has for it.",
+        "xnnpack",
+        choices=tuple(export.devices.DELEGATES),
+        group=_DEVICE,
+    )
+    rest_seconds: float = setting(
+        "Seconds to let the phone cool down after each round.", 0.0, least=0, group=_DEVICE
+    )
+    rounds: int | None = setting(
+        "Times that each entry is measured. Default: 100 on the host, and 3 on a phone, whose "
+        "benchmark_model repeats by itself. More rounds are less noisy.",
+        None,
+        least=1,
+        group=_MEASURING,
+    )
+
+    def check(self) -> None:
+        """Raises `UserError` when settings do not fit together."""
+        if (self.device == "adb") != (self.benchmark_model is not None):
+            raise UserError("--device=adb needs --benchmark_model, and the other way round")
+        of_phones = {"serial", "core_mask", "delegate", "rest_seconds"} - self.defaults()
+        if self.device == "host" and of_phones:
+            flags = ", ".join(f"--{name}" for name in sorted(of_phones))
+            raise UserError(f"{flags}: only for phones, which --device=adb stands for")
+        if self.core_mask and not re.fullmatch("[0-9a-fA-F]{1,16}", self.core_mask):
+            raise UserError(
+                "`core_mask` must be a hexadecimal number, such as f0. "
+                f"Received: core_mask={self.core_mask}"
+            )
+        if len(set(self.threads)) < len(self.threads):
+            raise UserError(
+                "`threads` must be different numbers. "
+                f"Received: threads={','.join(map(str, self.threads))}"
+            )
+
+    def count_rounds(self) -> int:
+        """Rounds of measuring."""
+        return self.rounds or {"host": 100, "adb": 3}[self.device]
+
+    @contextlib.contextmanager
+    def open_device(self, threads: int) -> "Iterator[Host | Adb]":
+        """The device, inside the block."""
+        if self.device == "host":
+            device = export.devices.Host(threads)
+        else:
+            device = export.devices.Adb(
+                self.benchmark_model,
+                self.serial,
+                threads,
+                self.core_mask,
+                self.delegate,
+                self.rest_seconds,
+            )
+        with contextlib.closing(device):
+            yield device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatencySettings(DeviceSettings):
     """Settings of a latency table, or of the comparison of a network with one."""
 
     space: str | None = setting(
@@ -83,19 +168,6 @@ class LatencySettings(Settings):
     latency_table: str | None = setting(
         "Table to compare --architecture with.", None, group="Comparison", path=True
     )
-    device: str = setting(
-        "This machine, or an Android phone, which needs --benchmark_model.",
-        "host",
-        choices=("host", "adb"),
-        group=_DEVICE,
-    )
-    threads: tuple[int, ...] = setting(
-        "Threads of the interpreter. Phones are usually timed with one. Several numbers, such as "
-        "1,2,4, are measured in turn.",
-        (1,),
-        least=1,
-        group=_DEVICE,
-    )
     quantize: str | None = setting(
         "Numbers in the files that are timed, as of fpnas export. Measure the format that you are "
         "going to ship. int8 and qat files have the same operators. Default: none, and for "
@@ -103,32 +175,6 @@ class LatencySettings(Settings):
         None,
         choices=("none", "float16", "dynamic", "int8", "qat"),
         group=_DEVICE,
-    )
-    benchmark_model: str | None = setting(
-        "The benchmark_model binary for the phone.", None, group=_DEVICE
-    )
-    serial: str | None = setting(
-        "Serial number of the phone (adb devices), if there are several.", None, group=_DEVICE
-    )
-    core_mask: str = setting(
-        "Cores of the phone to run on, as taskset takes them: f0.", "", group=_DEVICE
-    )
-    delegate: str = setting(
-        "What runs the files on the phone: its CPU by XNNPACK, its GPU, or by NNAPI what Android "
-        "has for it.",
-        "xnnpack",
-        choices=tuple(export.devices.DELEGATES),
-        group=_DEVICE,
-    )
-    rest_seconds: float = setting(
-        "Seconds to let the phone cool down after each round.", 0.0, least=0, group=_DEVICE
-    )
-    rounds: int | None = setting(
-        "Times that each entry is measured. Default: 100 on the host, and 3 on a phone, whose "
-        "benchmark_model repeats by itself. More rounds are less noisy.",
-        None,
-        least=1,
-        group=_MEASURING,
     )
     network_seconds: float | None = setting(
         "Minimum number of seconds to measure whole networks for, in as many rounds as that takes. "
@@ -162,6 +208,7 @@ class LatencySettings(Settings):
 
     def check(self) -> None:
         """Raises `UserError` when settings do not fit together."""
+        super().check()
         if (self.space is None) == (self.architecture is None):
             raise UserError("give --space, or --architecture and --latency_table")
         if (self.architecture is None) != (self.latency_table is None):
@@ -170,22 +217,6 @@ class LatencySettings(Settings):
             raise UserError(
                 f"--space needs --output, ending in .json. Received: output={self.output}"
             )
-        if (self.device == "adb") != (self.benchmark_model is not None):
-            raise UserError("--device=adb needs --benchmark_model, and the other way round")
-        of_phones = {"serial", "core_mask", "delegate", "rest_seconds"} - self.defaults()
-        if self.device == "host" and of_phones:
-            flags = ", ".join(f"--{name}" for name in sorted(of_phones))
-            raise UserError(f"{flags}: only for phones, which --device=adb stands for")
-        if self.core_mask and not re.fullmatch("[0-9a-fA-F]{1,16}", self.core_mask):
-            raise UserError(
-                "`core_mask` must be a hexadecimal number, such as f0. "
-                f"Received: core_mask={self.core_mask}"
-            )
-        if len(set(self.threads)) < len(self.threads):
-            raise UserError(
-                "`threads` must be different numbers. "
-                f"Received: threads={','.join(map(str, self.threads))}"
-            )
         if self.architecture and len(self.threads) > 1:
             raise UserError("--architecture needs one number of --threads, that of the table")
 
@@ -193,10 +224,6 @@ class LatencySettings(Settings):
     def number_format(self) -> str:
         """Numbers in the files of a table."""
         return self.quantize or "none"
-
-    def count_rounds(self) -> int:
-        """Rounds of measuring."""
-        return self.rounds or {"host": 100, "adb": 3}[self.device]
 
     def seconds_for_networks(self) -> float:
         """Least seconds to measure whole networks for."""
@@ -209,23 +236,6 @@ class LatencySettings(Settings):
         if len(self.threads) == 1:
             return path
         return path.with_name(f"{path.stem}_{threads}_threads{path.suffix}")
-
-    @contextlib.contextmanager
-    def open_device(self, threads: int) -> "Iterator[Host | Adb]":
-        """The device, inside the block."""
-        if self.device == "host":
-            device = export.devices.Host(threads)
-        else:
-            device = export.devices.Adb(
-                self.benchmark_model,
-                self.serial,
-                threads,
-                self.core_mask,
-                self.delegate,
-                self.rest_seconds,
-            )
-        with contextlib.closing(device):
-            yield device
 
 
 def measure_latency(**settings: Any) -> list[dict[str, Any]]:

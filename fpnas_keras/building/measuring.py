@@ -155,10 +155,10 @@ class NetworkCosts:
 
 def time_files(settings: BuildSettings, files: Sequence[pathlib.Path]) -> list[float]:
     """Milliseconds of each file on the device, measured in turn."""
-    rounds = settings.latency_settings("mobile_mini", output="table.json").count_rounds()
+    given = settings.device_settings()
     names = {str(index): file for index, file in enumerate(files)}
-    with _open_device(settings) as device:
-        times = export.devices.times(device, names, rounds)
+    with given.open_device(given.threads[0]) as device:
+        times = export.devices.times(device, names, given.count_rounds())
     return [export.devices.tenth_percentile(times[name]) for name in names]
 
 
@@ -168,14 +168,9 @@ def describe_device(settings: BuildSettings) -> dict[str, Any]:
     Raises:
         UserError: When the device cannot be used.
     """
-    with _open_device(settings) as device:
+    given = settings.device_settings()
+    with given.open_device(given.threads[0]) as device:
         return device.describe()
-
-
-def _open_device(settings):
-    """The device, for a `with` statement."""
-    latency = settings.latency_settings("mobile_mini", output="table.json")
-    return latency.open_device(latency.threads[0])
 
 
 def check_table(settings: BuildSettings, table: str, space: Space) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from absl import logging
 
-from export.latency import LatencySettings
+from export.latency import DeviceSettings, LatencySettings
 from export.tflite import TfliteSettings, settings_without_effect
 from fpnas_keras import spaces
 from fpnas_keras.building.targets import Target, parse_target, parse_time
@@ -158,13 +158,12 @@ class BuildSettings(RunSettings):
                 "Received: trained_finalists=1"
             )
         # What is wrong with a step should not wait for it.
-        shape = {"input_size": 32, "channels": 3, "num_classes": 10}
         with self._naming_step("latency"):
-            latency = self.latency_settings("mobile_mini", output="table.json", **shape)
-        if len(latency.threads) > 1:
+            device = self.device_settings()
+        if len(device.threads) > 1:
             raise UserError(
                 "`latency.threads` must be one number. "
-                f"Received: latency.threads={','.join(map(str, latency.threads))}"
+                f"Received: latency.threads={','.join(map(str, device.threads))}"
             )
         with self._naming_step("search"):
             self.search_settings(pathlib.Path("search"), "mobile_mini", 32, cost="macs", target=1.0)
@@ -281,6 +280,12 @@ class BuildSettings(RunSettings):
             name: value for name, value in (self.export or {}).items() if name not in without_effect
         }
         return TfliteSettings(**{"seed": self.seed, **values, **given})
+
+    def device_settings(self) -> DeviceSettings:
+        """The settings of the device that files are timed on."""
+        names = {field.name for field in dataclasses.fields(DeviceSettings)}
+        given = {name: value for name, value in (self.latency or {}).items() if name in names}
+        return DeviceSettings(device=self.device, benchmark_model=self.benchmark_model, **given)
 
     def latency_settings(self, space: str, **values: Any) -> LatencySettings:
         """The settings of a latency table.
