@@ -34,7 +34,6 @@ from fpnas_keras.runs import BuildRun
 from fpnas_keras.runs.search_run import KEPT_FINALISTS
 
 # The directory of a build is shared by many tests.
-pytestmark = pytest.mark.xdist_group("building")
 MODULE = "fpnas_keras.building.build"
 
 
@@ -556,6 +555,7 @@ def test_the_finalist_with_the_highest_accuracy_is_chosen(
     assert run_.network_file == run_.architecture_file
 
 
+@pytest.mark.slow
 def test_the_best_finalist_is_the_network(built, small_space, tmp_path):
     """A build that is killed among its finalists trains the same ones when it goes on."""
     directory = tmp_path / "run"
@@ -752,6 +752,7 @@ def test_a_published_table_is_no_table_of_ours(tmp_path):
     assert measuring.check_table(settings, str(tmp_path / "table.json"), space) == []
 
 
+@pytest.mark.slow
 def test_milliseconds_with_a_table_that_was_measured_before(small_space, tmp_path):
     space = fpnas.spaces.get(str(small_space), (16, 16, 1), 10)
     table = write_latency_table(tmp_path / "table.json", space, lambda part: 0.01, quantize="int8")
@@ -892,6 +893,7 @@ def test_a_build_that_has_not_searched_begins_with_other_flags(small_space, tmp_
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_build_that_was_moved_goes_on(built, tmp_path):
     """Its steps name files inside of it."""
     first, _ = built

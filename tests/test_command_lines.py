@@ -24,7 +24,6 @@ from fpnas_keras.architecture import count_part
 from fpnas_keras.runs import SearchRun
 
 # One worker runs this file, so that the finished run is made once.
-pytestmark = pytest.mark.xdist_group("command_lines")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=2"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--seed=5", "--sample_scale=0.1"]
 SEARCH += [
@@ -156,6 +155,7 @@ def test_parsec_by_flags(small, search, tmp_path):
     assert [float(row["cost_coefficient"]) for row in rows] == pytest.approx([0.7, 0.7])
 
 
+@pytest.mark.slow
 def test_a_space_of_ones_own_from_search_to_tflite(tmp_path):
     flags = [each for each in SEARCH if "target" not in each and "cost" not in each]
     flags += [f"--space={ROOT}/configs/spaces/example.json"]

@@ -28,10 +28,9 @@ import fpnas_keras.train
 from fpnas_keras import __main__ as fpnas_command
 from fpnas_keras.building.settings import BuildSettings
 
-pytestmark = pytest.mark.xdist_group("docs")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # These measure a latency table, and make five trainings.
-SLOW = {"latency.md", "training.md"}
+SLOW = {"README.md", "latency.md", "python.md", "spaces.md", "training.md"}
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,

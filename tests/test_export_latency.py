@@ -21,7 +21,6 @@ from fpnas_keras.cost import SpaceCost, latency_table
 from fpnas_keras.errors import UserError
 from fpnas_keras.runs import BuildRun
 
-pytestmark = pytest.mark.xdist_group("latency")
 measure = functools.partial(run, "export.latency")
 SPACE = {
     "format": 1,
@@ -182,6 +181,7 @@ def test_tables_for_several_numbers_of_threads_are_measured_in_turn(folder, tmp_
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_what_xnnpack_did_not_run_is_in_the_table(folder, tmp_path):
     # XNNPACK has no softmax over splits in int8.
     split = SPACE["blocks"][1] | {"splits": [0, 4]}
@@ -229,6 +229,7 @@ def phone(tmp_path):
     return flags, environment
 
 
+@pytest.mark.slow
 def test_a_table_of_a_phone_goes_on_where_the_phone_went_away(folder, tmp_path, phone):
     flags, environment = phone
     output = tmp_path / "phone.json"

@@ -15,8 +15,6 @@ import fpnas_keras as fpnas
 from fpnas_keras.search import SearchSettings, distinct_networks
 from fpnas_keras.train import TrainSettings
 
-pytestmark = pytest.mark.xdist_group("jobs")  # one search for all
-
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
@@ -475,6 +473,7 @@ def test_a_directory_with_nothing_but_the_first_files_is_new(settings, tmp_path)
     fpnas.runs.Session(fpnas.runs.SearchRun(tmp_path), given, "module").close()
 
 
+@pytest.mark.slow
 def test_a_taught_training_that_was_killed_before_its_first_checkpoint(searched, tmp_path):
     """The logits are there, so the teacher is not loaded again: the start stays the same."""
     teacher = searched.architecture.build()

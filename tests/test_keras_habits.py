@@ -188,7 +188,14 @@ def test_validation_data_evaluate_and_predict(small, images):
     search.summary(print_fn=lambda *_: None)
 
 
-@pytest.mark.parametrize("distribution", ["factorized", "joint", "coarse_to_fine"])
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        pytest.param("factorized", marks=pytest.mark.slow),
+        pytest.param("joint", marks=pytest.mark.slow),
+        "coarse_to_fine",
+    ],
+)
 def test_a_saved_search_goes_on_as_if_it_had_not_been_saved(tmp_path, small, images, distribution):
     search = make_search(small, distribution=distribution, seed=3)
     search.compile(search.optimizer, search.architecture_optimizer, clip_norm=0.01)

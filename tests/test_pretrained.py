@@ -112,6 +112,7 @@ def test_labels_hold_the_logits():
     np.testing.assert_array_equal(y, [[0, 1, 0, 12, 13, 14], [0, 0, 1, 6, 7, 8]])
 
 
+@pytest.mark.slow
 def test_a_training_with_a_teacher_of_other_classes(teacher, tmp_path, tiny_space, caplog):
     images = brightness_images()
     for index, (x, y) in enumerate(zip(images.x, images.y)):

@@ -94,7 +94,7 @@ def test_a_layer_that_gives_0_for_all_images_runs_on_xnnpack(tmp_path):
     "name, networks",
     [
         ("small", 2),
-        ("everything", 1),
+        pytest.param("everything", 1, marks=pytest.mark.slow),
         pytest.param("mobile_mini", 2, marks=pytest.mark.slow),
         pytest.param("nas_bench_macro", 1, marks=pytest.mark.slow),
         pytest.param("fbnetv2_f", 1, marks=pytest.mark.slow),

@@ -22,7 +22,6 @@ from fpnas_keras.runs import (
     ranking,
 )
 
-pytestmark = pytest.mark.xdist_group("ranking")  # one search for all
 SPACE = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -21,7 +21,6 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.method.replicas import make_strategy, own_share, worker_failures
 from fpnas_keras.method.strategies import WorkerLostError, is_chief
 
-pytestmark = pytest.mark.xdist_group("replicas")
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=4"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=60e3", "--samples=5", "--warmup_steps=3"]
 SEARCH += ["--distribution=coarse_to_fine", "--coarse_epochs=2", "--learning_rate=0.001"]
@@ -90,6 +89,7 @@ for one, several, one_row, several_row in zip(weights[:2], weights[2:], rows[:2]
 """
 
 
+@pytest.mark.slow
 def test_two_replicas_on_one_machine_are_one_process_to_rounding():
     result = subprocess.run(
         [sys.executable, "-c", MIRRORED], cwd=ROOT, capture_output=True, text=True
@@ -170,6 +170,7 @@ def test_two_workers_find_what_one_process_finds(search, two, tmp_path):
     assert "next, train it" not in logs(two)[1]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_job_and_all_go_on_together(search, two, tmp_path):
     directory = tmp_path / "run"
     processes = start(search, directory, "--checkpoint_every=1")
