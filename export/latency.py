@@ -97,10 +97,9 @@ class DeviceSettings(Settings):
         """Raises `UserError` when settings do not fit together."""
         if (self.device == "adb") != (self.benchmark_model is not None):
             raise UserError("--device=adb needs --benchmark_model, and the other way round")
-        of_phones = {"serial", "core_mask", "delegate", "rest_seconds"} - self.defaults()
+        of_phones = self.name_changed(("serial", "core_mask", "delegate", "rest_seconds"))
         if self.device == "host" and of_phones:
-            flags = ", ".join(f"--{name}" for name in sorted(of_phones))
-            raise UserError(f"{flags}: only for phones, which --device=adb stands for")
+            raise UserError(f"{of_phones}: only for phones, which --device=adb stands for")
         if self.core_mask and not re.fullmatch("[0-9a-fA-F]{1,16}", self.core_mask):
             raise UserError(
                 "`core_mask` must be a hexadecimal number, such as f0. "

@@ -181,9 +181,8 @@ class TfliteSettings(Settings):
     def check(self) -> None:
         """Raises `UserError` when settings do not fit together."""
         for formats, names in _NEEDS.items():
-            given = names - self.defaults()
-            if given and self.quantize not in formats:
-                flags = ", ".join(f"--{name}" for name in sorted(given))
+            flags = self.name_changed(names)
+            if flags and self.quantize not in formats:
                 raise UserError(
                     f"{flags} needs --quantize={' or '.join(formats)}. "
                     f"Received: quantize={self.quantize}"

@@ -130,6 +130,10 @@ class Settings:
             if getattr(self, each.name) == each.default
         }
 
+    def name_changed(self, names: Iterable[str]) -> str:
+        """The flags among some that do not have their default, for a message; empty if none."""
+        return ", ".join(f"--{name}" for name in sorted(set(names) - self.defaults()))
+
     def to_arguments(self, names: Iterable[str]) -> str:
         """Some of the flags, to be typed in another command; without those at their default."""
         defaults = self.defaults()

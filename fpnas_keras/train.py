@@ -207,10 +207,9 @@ class TrainSettings(RunSettings):
     def check(self) -> None:
         """Raises `UserError` when settings do not fit together."""
         super().check()
-        of_teacher = {"teacher_weights", "temperature", "distillation_weight"} - self.defaults()
+        of_teacher = self.name_changed(("teacher_weights", "temperature", "distillation_weight"))
         if self.teacher is None and of_teacher:
-            flags = ", ".join(f"--{name}" for name in sorted(of_teacher))
-            raise UserError(f"{flags} needs --teacher")
+            raise UserError(f"{of_teacher} needs --teacher")
         if self.init != "supernet" and self.search_dir is not None:
             raise UserError("--search_dir needs --init=supernet")
 
