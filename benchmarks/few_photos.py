@@ -43,7 +43,7 @@ class FewPhotosSettings(harness.ProjectSettings):
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
         **harness.ProjectSettings.SMOKE,
-        "photos": ("4",),
+        "photos": ("60",),  # Noise, and 8 images a class, under the name of rows that were measured.
         "input_size": 8,
         "target": 30e3,
         "teacher_size": 32,
@@ -75,7 +75,7 @@ class FewPhotosSettings(harness.ProjectSettings):
     def images(self) -> str:
         """Name of the image folder, for the rows.
 
-        Smoke runs have noise under the name of a folder that was measured: a test compares rows.
+        Smoke runs have the name of a folder that was measured: a test compares rows.
         """
         return pathlib.Path(self.folder or "flowers_128").resolve().name
 

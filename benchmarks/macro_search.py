@@ -35,6 +35,7 @@ from fpnas_keras.errors import UserError
 from fpnas_keras.files import write_json
 from fpnas_keras.runs import Evaluation, SearchRun
 from fpnas_keras.settings import setting
+from fpnas_keras.spaces import Space
 
 # What earlier versions did.
 BEFORE = {
@@ -161,7 +162,7 @@ def judge(settings: MacroSearchSettings) -> None:
         "best": table.best(budget),
         "random_mean": table.accuracy[in_band].mean(),
         "random_deviation": table.accuracy[in_band].std(),
-        "finalists": finalist_accuracies(run, table),
+        "finalists": finalist_accuracies(run, search.space, table),
         "tau_in_band": rank_correlation(settings, evaluation, table, in_band),
         "tau": rank_correlation(settings, evaluation, table, np.ones(len(table.macs), bool)),
     }
@@ -170,9 +171,8 @@ def judge(settings: MacroSearchSettings) -> None:
     write_json(directory / "summary.json", summary)
 
 
-def finalist_accuracies(run: SearchRun, table: Table) -> list[float]:
+def finalist_accuracies(run: SearchRun, space: Space, table: Table) -> list[float]:
     """The published accuracies of the finalists that a search keeps, its result first."""
-    space = table.space
     entries = [space.entries_of(Architecture.load(file)) for file in run.finalist_files]
     return [float(table.accuracy[int(table.index(each))]) for each in entries]
 
