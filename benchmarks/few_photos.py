@@ -43,7 +43,7 @@ class FewPhotosSettings(harness.ProjectSettings):
 
     SMOKE: ClassVar[Mapping[str, Any]] = {
         **harness.ProjectSettings.SMOKE,
-        "photos": ("60",),  # Noise, and 8 images a class, under the name of rows that were measured.
+        "photos": ("60",),  # Rows that were measured have this name. It is 8 images of noise.
         "input_size": 8,
         "target": 30e3,
         "teacher_size": 32,
