@@ -184,13 +184,10 @@ def rank_correlation(
 
     The images are those of the architecture part, on which the search has chosen.
     """
-    # Identities move within a stage: only some networks are different.
-    different = {}
-    for index in np.flatnonzero(allowed):
-        different.setdefault((table.accuracy[index], table.macs[index]), index)
+    different = table.different(allowed)
     rng = np.random.default_rng(0)
     count = min(settings.compared_networks, len(different))
-    rows = rng.choice(sorted(different.values()), count, replace=False)
+    rows = rng.choice(different, count, replace=False)
     losses = evaluation(all_entries()[rows])[:, 0]
     return float(scipy.stats.kendalltau(-losses, table.accuracy[rows]).statistic)
 
@@ -216,7 +213,7 @@ def report(settings: MacroSearchSettings, rows: Mapping[str, harness.Row]) -> No
                 f"{statistics.mean(rows[name]['cpu_seconds'] for name in names):.0f} |"
             )
     report_finalists(settings, rows)
-    report_params(settings)
+    report_sizes(settings)
 
 
 def report_finalists(settings: MacroSearchSettings, rows: Mapping[str, harness.Row]) -> None:
@@ -247,16 +244,27 @@ def report_finalists(settings: MacroSearchSettings, rows: Mapping[str, harness.R
             )
 
 
-def report_params(settings: MacroSearchSettings) -> None:
-    """Prints how well the number of parameters alone ranks the networks of a cost."""
+def report_sizes(settings: MacroSearchSettings) -> None:
+    """Prints how well the numbers of parameters and of blocks rank the networks of a cost.
+
+    Beside them: what one gets who takes any of the networks with the most blocks.
+    """
     table = Table(settings.table_dir)
-    print()
+    print(
+        f"\n| target | networks | tau of the parameters | of the blocks | most blocks: accuracy, % "
+        f"| percentile |\n{'|---' * 6}|"
+    )
     for target in settings.targets:
         in_band = table.near(float(target) * 1e6)
-        tau = scipy.stats.kendalltau(table.params[in_band], table.accuracy[in_band]).statistic
+        rows = np.array(table.different(in_band))
+        taus = " | ".join(
+            f"{scipy.stats.kendalltau(each[rows], table.accuracy[rows]).statistic:.2f}"
+            for each in (table.params, table.blocks)
+        )
+        deepest = table.accuracy[rows[table.blocks[rows] == table.blocks[rows].max()]]
+        percentile = np.mean([np.mean(table.accuracy[in_band] <= each) for each in deepest])
         print(
-            f"{target}M: Kendall's tau of the parameters with the published accuracy {tau:.2f} "
-            f"({np.sum(in_band)} networks)"
+            f"| {target}M | {len(rows)} | {taus} | {deepest.mean():.2f} | {100 * percentile:.0f} |"
         )
 
 

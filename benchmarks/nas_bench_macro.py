@@ -180,12 +180,15 @@ class Table:
         accuracy: Mean accuracy of each network of `all_entries`, in percent.
         macs: Multiply-adds of each network of `all_entries`.
         params: Trainable parameters of each network of `all_entries`.
+        blocks: Number of blocks of each network of `all_entries` that are not skipped.
     """
 
     def __init__(self, data_dir: str):
         self.space = fpnas.spaces.get("nas_bench_macro")
         rows = json.loads((pathlib.Path(data_dir) / TABLE_FILE).read_text())
-        self.rows = [rows[key] for key in table_keys(self.space)]
+        keys = table_keys(self.space)
+        self.rows = [rows[key] for key in keys]
+        self.blocks = np.array([len(key) - key.count("0") for key in keys])
         self.accuracy = np.array([row["mean_acc"] for row in self.rows])
         self.macs = np.array([row["flops"] for row in self.rows])
         self.params = np.array([row["params"] for row in self.rows])
@@ -202,6 +205,17 @@ class Table:
     def near(self, budget: float) -> np.ndarray:
         """Which networks of `all_entries` cost 95% to 100% of a budget."""
         return (self.macs >= LEAST_SHARE * budget) & (self.macs <= budget)
+
+    def different(self, allowed: np.ndarray) -> list[int]:
+        """Rows of different networks: identities move within a stage.
+
+        Args:
+            allowed: Which networks of `all_entries` may be among them.
+        """
+        found = {}
+        for index in np.flatnonzero(allowed):
+            found.setdefault((self.accuracy[index], self.macs[index]), int(index))
+        return sorted(found.values())
 
     def best(self, budget: float) -> float:
         """The highest accuracy within a budget."""

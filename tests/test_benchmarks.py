@@ -37,6 +37,7 @@ NEEDS_MORE = {
     "nas_bench_macro",
     "recipe",
     "soak",
+    "training_free",
     "user_sizes",
     "versus",
 }
