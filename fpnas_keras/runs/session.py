@@ -66,7 +66,7 @@ class Session:
         self._images = {}
         self._goes_on = False
         self.writes = writes
-        self._started = time.monotonic(), _cpu_seconds()
+        self._started = time.monotonic(), time.process_time()
         self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_memory_mb": 0}
         self._lock = None
         if run.directory.exists():
@@ -259,7 +259,7 @@ class Session:
         earlier = self._earlier
         return {
             "wall_seconds": round(earlier["wall_seconds"] + time.monotonic() - wall, 1),
-            "cpu_seconds": round(earlier["cpu_seconds"] + _cpu_seconds() - cpu, 1),
+            "cpu_seconds": round(earlier["cpu_seconds"] + time.process_time() - cpu, 1),
             "peak_memory_mb": max(earlier["peak_memory_mb"], peak),
         }
 
@@ -282,8 +282,3 @@ class Session:
             for path in self.run.checkpoint_folder.iterdir():
                 if path != last:
                     path.unlink()
-
-
-def _cpu_seconds():
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
