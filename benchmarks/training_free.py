@@ -165,7 +165,7 @@ def kernel_gradients(
 
 
 def zico(gradients: Sequence[Sequence[np.ndarray]]) -> float:
-    """sum over the kernels of log(sum of |mean| / deviation of the gradients of the batches)."""
+    """sum over the kernels of log(sum of mean |g| / deviation of g), g one gradient a batch."""
     total = 0.0
     for of_kernel in map(np.stack, zip(*gradients)):
         mean, deviation = np.abs(of_kernel).mean(axis=0), of_kernel.std(axis=0)

@@ -425,7 +425,9 @@ class ArchitectureSearch(keras.Model):
             **kwargs,
         )
 
-    def train_step(self, data) -> dict[str, tf.Tensor]:
+    def train_step(
+        self, data: tuple[tuple[tf.Tensor, ...], tuple[tf.Tensor, ...]]
+    ) -> dict[str, tf.Tensor]:
         """Updates the weights on the first batch and the logits on the second.
 
         Args:
@@ -673,7 +675,7 @@ class ArchitectureSearch(keras.Model):
         with tf.init_scope():  # Reads the value even while a step is traced.
             return self.distributions[int(self.phase.numpy())]
 
-    def test_step(self, data) -> dict[str, tf.Tensor]:
+    def test_step(self, data: tuple[tf.Tensor, ...]) -> dict[str, tf.Tensor]:
         """Loss and accuracy of the most probable architecture under the shared weights."""
         images, labels, *weights = data
         if labels.shape.rank == 2 and labels.shape[1] == self.space.num_classes:  # one-hot
@@ -784,7 +786,7 @@ class ArchitectureSearch(keras.Model):
         return self.distribution.draw_within(self.space_cost, least, limit, count, seed)
 
     def weight_gradients(
-        self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]
+        self, samples: Samples, batch: tuple[tf.Tensor, ...]
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The gradient of the weights: a forward and a backward pass for each sample.
 
@@ -849,7 +851,7 @@ class ArchitectureSearch(keras.Model):
         )
         return sums.result(), results.stack()
 
-    def evaluate_samples(self, samples: Samples, batch: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+    def evaluate_samples(self, samples: Samples, batch: tuple[tf.Tensor, ...]) -> tf.Tensor:
         """Evaluates samples with the shared weights: a forward pass for each.
 
         Args:
