@@ -68,7 +68,9 @@ def test_the_halves_of_a_step_share_no_kernels():
         ("expected", True, 4),
         ("hinge", True, 2),
         ("log", True, 2),
+        ("expected", False, 2),
         ("hinge", False, 2),
+        ("log", False, 2),
     ],
 )
 def test_one_step_is_the_formula(penalty, deduplicate, blocks):

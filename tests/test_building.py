@@ -33,7 +33,6 @@ from fpnas_keras.files import write_json
 from fpnas_keras.runs import BuildRun
 from fpnas_keras.runs.search_run import KEPT_FINALISTS
 
-# The directory of a build is shared by many tests.
 MODULE = "fpnas_keras.building.build"
 
 

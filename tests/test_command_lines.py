@@ -23,7 +23,6 @@ from fpnas_keras import Architecture, FileSizeCost, LatencyCost, data, spaces
 from fpnas_keras.architecture import count_part
 from fpnas_keras.runs import SearchRun
 
-# One worker runs this file, so that the finished run is made once.
 SEARCH = ["fpnas_keras.search", "--input_size=16", "--epochs=3", "--steps_per_epoch=2"]
 SEARCH += ["--batch_size=16", "--cost=macs", "--target=500e3", "--seed=5", "--sample_scale=0.1"]
 SEARCH += [
