@@ -184,10 +184,7 @@ def rank_correlation(
 
     The images are those of the architecture part, on which the search has chosen.
     """
-    different = table.different(allowed)
-    rng = np.random.default_rng(0)
-    count = min(settings.compared_networks, len(different))
-    rows = rng.choice(different, count, replace=False)
+    rows = table.draw(allowed, settings.compared_networks)
     losses = evaluation(all_entries()[rows])[:, 0]
     return float(scipy.stats.kendalltau(-losses, table.accuracy[rows]).statistic)
 

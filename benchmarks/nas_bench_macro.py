@@ -217,6 +217,11 @@ class Table:
             found.setdefault((self.accuracy[index], self.macs[index]), int(index))
         return sorted(found.values())
 
+    def draw(self, allowed: np.ndarray, count: int) -> np.ndarray:
+        """Random rows of `different`; all, if they are fewer than `count`. The same every time."""
+        rows = self.different(allowed)
+        return np.random.default_rng(0).choice(rows, min(count, len(rows)), replace=False)
+
     def best(self, budget: float) -> float:
         """The highest accuracy within a budget."""
         return self.accuracy[self.macs <= budget].max()

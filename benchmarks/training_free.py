@@ -16,6 +16,7 @@ interrupted continues from there.
 """
 
 import dataclasses
+import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,9 +102,7 @@ def groups(settings: TrainingFreeSettings) -> Iterator[tuple[str, str, Networks]
 def table_networks(settings: TrainingFreeSettings, target: float) -> Networks:
     """Networks that cost about a target in millions of MACs, with their published accuracies."""
     table = Table(settings.table_dir)
-    rows = table.different(table.near(target * 1e6))
-    count = min(settings.networks, len(rows))
-    rows = np.random.default_rng(0).choice(rows, count, replace=False)
+    rows = table.draw(table.near(target * 1e6), settings.networks)
     choices = table.space.entries.to_choices(all_entries()[rows])
     return list(zip(map(table.space.architecture, choices), table.accuracy[rows]))
 
@@ -222,10 +221,11 @@ def measure(networks: Networks, images: Images) -> harness.Row:
 def run(settings: TrainingFreeSettings) -> None:
     """Runs the rows that are not in the output yet, and prints all of them."""
     rows = harness.finished(settings.output, "name")
+    load_images = functools.cache(settings.load_images)  # Several rows need those of CIFAR-10.
     for name, job, networks in groups(settings):
         if name not in rows:
             print(name, flush=True)
-            rows[name] = {"name": name, **measure(networks, settings.load_images(job))}
+            rows[name] = {"name": name, **measure(networks, load_images(job))}
             harness.append(settings.output, rows[name])
     print(f"\n| networks of | number | {' | '.join(SCORES)} |\n{'|---' * (2 + len(SCORES))}|")
     for name, row in rows.items():
